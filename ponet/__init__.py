@@ -1,0 +1,22 @@
+"""PoNet: a long-sequence encoder that mixes tokens by pooling (arXiv 2110.02442)."""
+
+from ponet.checkpoint import CheckpointError
+from ponet.config import ConfigError, PoNetConfig
+from ponet.model import (
+    PoNetForMaskedLM,
+    PoNetForPreTraining,
+    PoNetForSequenceClassification,
+    PoNetForTokenClassification,
+    PoNetModel,
+)
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "PoNetConfig",
+    "PoNetForMaskedLM",
+    "PoNetForPreTraining",
+    "PoNetForSequenceClassification",
+    "PoNetForTokenClassification",
+    "PoNetModel",
+]

@@ -1,0 +1,93 @@
+"""Embedding, encoder layer and encoder on a packed stream of tokens."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ponet.config import ConfigError, PoNetConfig
+from ponet.mixers import MIXERS
+from ponet.packing import PackedLayout
+
+
+def _norm(config: PoNetConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class Embeddings(nn.Module):
+    """Word, position and token type, summed, normalised, dropped out: `[T]` -> `[T, C]`."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = _norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+        """Embed `[T]` ids of each kind."""
+        total = self.word(input_ids) + self.position(position_ids) + self.token_type(token_type_ids)
+        return self.dropout(self.norm(total))
+
+
+class FeedForward(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[T, C]` -> `[T, C]`."""
+        return self.down(F.gelu(self.up(hidden)))
+
+
+class EncoderLayer(nn.Module):
+    """Token mixer and feed-forward network, each with dropout, residual sum and LayerNorm."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__()
+        self.mixer = MIXERS[config.mixer](config)
+        self.mixer_norm = _norm(config)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = _norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm_first = config.norm_position == "pre"
+
+    def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+        """`[T, C]` -> `[T, C]`."""
+        if self.norm_first:
+            hidden = hidden + self.dropout(self.mixer(self.mixer_norm(hidden), layout))
+            return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+        hidden = self.mixer_norm(hidden + self.dropout(self.mixer(hidden, layout)))
+        return self.feed_forward_norm(hidden + self.dropout(self.feed_forward(hidden)))
+
+
+class Encoder(nn.Module):
+    """The layers, and a last LayerNorm when the layers normalise first."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__()
+        if config.mixer not in MIXERS:
+            raise ConfigError(f"mixer must be one of {sorted(MIXERS)}, found {config.mixer!r}")
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.final_norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
+
+    def forward(self, hidden: Tensor, layout: PackedLayout) -> list[Tensor]:
+        """States after the embedding and after each layer, L + 1 tensors `[T, C]`."""
+        states = [hidden]
+        for layer in self.layers:
+            states.append(layer(states[-1], layout))
+        states[-1] = self.final_norm(states[-1])
+        return states
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, config: PoNetConfig) -> None:
+    """BERT's initial weights: normal with `initializer_range`, biases zero, LayerNorm identity."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            part.weight.normal_(std=config.initializer_range)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            part.bias.zero_()

@@ -1,0 +1,371 @@
+"""The PoNet encoder and its heads.
+
+All models take rows `[B, N]` with an `attention_mask`, or a packed stream `[T]` with `cu_seqlens`,
+and return tensors of the same kind. Inside, everything is packed (`ponet.packing`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ponet.checkpoint import PreTrainedModel
+from ponet.config import PoNetConfig
+from ponet.encoder import Embeddings, Encoder, initialise
+from ponet.packing import PackedLayout, TokenStream, layout_of, stream_of_packed, stream_of_rows
+
+IGNORED_LABEL = -100
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOutput:
+    """States of the encoder."""
+
+    last_hidden_state: Tensor
+    """`[B, N, C]`, zero at padding, or `[T, C]` for packed input."""
+    pooler_output: Tensor | None
+    """`[B, C]`, tanh of a projection of the first token; None without a pooler."""
+    hidden_states: tuple[Tensor, ...] | None
+    """After the embedding and each layer, when asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreTrainingOutput:
+    """Losses and logits of the pre-training heads."""
+
+    loss: Tensor | None
+    """Sum of the losses whose labels were given; None without labels."""
+    mlm_loss: Tensor | None
+    """Mean cross-entropy at the labelled positions; zero when none is labelled."""
+    sso_loss: Tensor | None
+    """Mean cross-entropy of the sentence objective."""
+    mlm_logits: Tensor
+    """`[M, V]` at the M labelled positions in reading order; `[B, N, V]` without labels."""
+    sso_logits: Tensor | None
+    """`[B, num_sentence_labels]`; None for a model without that head."""
+    hidden_states: tuple[Tensor, ...] | None
+    """As in `EncoderOutput`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLMOutput:
+    """Loss and logits of the masked-LM head, as in `PreTrainingOutput`."""
+
+    loss: Tensor | None
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOutput:
+    """Loss and logits of a sequence `[B, num_labels]` or token `[B, N, num_labels]` classifier."""
+
+    loss: Tensor | None
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedStream:
+    """What heads work on: packed states and the way back to rows."""
+
+    states: list[Tensor]
+    stream: TokenStream
+
+    @property
+    def last(self) -> Tensor:
+        """`[T, C]`."""
+        return self.states[-1]
+
+    def first_tokens(self) -> Tensor:
+        """State of the first token of each sequence, zero for an empty one: `[B, C]`."""
+        offsets = self.stream.cu_seqlens.long()
+        padded = torch.cat([self.last, self.last.new_zeros(1, self.last.shape[1])])
+        empty = offsets[1:] == offsets[:-1]
+        return padded.index_select(0, torch.where(empty, len(self.last), offsets[:-1]))
+
+    def hidden_states(self, wanted: bool) -> tuple[Tensor, ...] | None:
+        """The states in the caller's layout."""
+        return tuple(self.stream.unpack(s) for s in self.states) if wanted else None
+
+
+class PoNetModel(PreTrainedModel):
+    """The encoder, with BERT's pooler unless `add_pooler` is off."""
+
+    def __init__(self, config: PoNetConfig, *, add_pooler: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooler else None
+        initialise(self, config)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> EncodedStream:
+        """Encode to packed states, for heads; arguments as for `forward`."""
+        stream = _stream(input_ids, attention_mask, cu_seqlens)
+        ids = stream.pack(input_ids)
+        positions = stream.positions if position_ids is None else stream.pack(position_ids)
+        types = torch.zeros_like(ids) if token_type_ids is None else stream.pack(token_type_ids)
+        self._check_ids(ids, positions)
+        layout = self._layout(stream, ids, segment_ids)
+        states = self.encoder(self.embeddings(ids, positions, types), layout)
+        return EncodedStream(states=states, stream=stream)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> EncoderOutput:
+        """Encode a batch.
+
+        Args:
+            input_ids: `[B, N]`, integer; `[T]` with `cu_seqlens`.
+            attention_mask: `[B, N]`, non-zero at real tokens; None: all are real.
+            token_type_ids: like `input_ids`; None: all 0.
+            segment_ids: like `input_ids`, not decreasing in a sequence; None: as the config says.
+            position_ids: like `input_ids`; None: counted from the first real token of each row.
+            cu_seqlens: `[B + 1]`, int32, offsets of packed sequences; None: rows.
+            output_hidden_states: return the states of all layers.
+
+        Raises:
+            ValueError: shapes, ids or positions do not fit the configuration.
+        """
+        encoded = self.encode(
+            input_ids, attention_mask, token_type_ids, segment_ids, position_ids, cu_seqlens
+        )
+        return EncoderOutput(
+            last_hidden_state=encoded.stream.unpack(encoded.last),
+            pooler_output=None if self.pooler is None else self.pool(encoded),
+            hidden_states=encoded.hidden_states(output_hidden_states),
+        )
+
+    def pool(self, encoded: EncodedStream) -> Tensor:
+        """BERT's pooler on the first tokens: `[B, C]`."""
+        assert self.pooler is not None
+        return torch.tanh(self.pooler(encoded.first_tokens()))
+
+    def _layout(self, stream: TokenStream, ids: Tensor, segment_ids: Tensor | None) -> PackedLayout:
+        config = self.config
+        special = torch.zeros_like(ids, dtype=torch.bool)
+        if config.separate_special_tokens:
+            special = (ids == config.cls_token_id) | (ids == config.sep_token_id)
+        given = None if segment_ids is None else stream.pack(segment_ids)
+        return layout_of(stream, special, given, config.num_segments)
+
+    def _check_ids(self, ids: Tensor, positions: Tensor) -> None:
+        # a device would answer with an assertion that names nothing; looking there costs a wait
+        if ids.device.type != "cpu" or not len(ids):
+            return
+        config = self.config
+        if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
+            raise ValueError(
+                f"input_ids hold {int(ids.min())} to {int(ids.max())}, "
+                f"vocab_size is {config.vocab_size}"
+            )
+        if int(positions.max()) >= config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence reaches position {int(positions.max())}, "
+                f"max_position_embeddings is {config.max_position_embeddings}"
+            )
+
+
+def _stream(
+    input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> TokenStream:
+    if cu_seqlens is None:
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [B, N] rows, found {tuple(input_ids.shape)}")
+        return stream_of_rows(input_ids, attention_mask)
+    if input_ids.ndim != 1 or attention_mask is not None:
+        raise ValueError(
+            "with cu_seqlens, input_ids must be [T] and attention_mask None, found "
+            f"input_ids {tuple(input_ids.shape)}"
+        )
+    return stream_of_packed(input_ids, cu_seqlens)
+
+
+class MaskedLMHead(nn.Module):
+    """Linear, GELU, LayerNorm, then the decoder over the vocabulary."""
+
+    def __init__(self, config: PoNetConfig, word: nn.Embedding) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        initialise(self, config)
+        if config.tie_word_embeddings:
+            self.decoder.weight = word.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[M, C]` -> `[M, V]`."""
+        return self.decoder(self.norm(F.gelu(self.dense(hidden))))
+
+
+def _masked_lm(
+    head: MaskedLMHead, encoded: EncodedStream, labels: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits and loss; logits of the whole vocabulary only where there is a label."""
+    if labels is None:
+        return encoded.stream.unpack(head(encoded.last)), None
+    packed = encoded.stream.pack(labels)
+    places = (packed != IGNORED_LABEL).nonzero().squeeze(1)
+    logits = head(encoded.last.index_select(0, places))
+    precise = logits.float() if logits.dtype in _HALF else logits
+    total = F.cross_entropy(precise, packed[places], reduction="sum")
+    # an unlucky batch without a masked token must not turn the loss into NaN
+    return logits, total / max(len(places), 1)
+
+
+class PoNetForPreTraining(PreTrainedModel):
+    """Masked-LM head, and a classifier of sentence structure on the pooled first token."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__(config)
+        has_sentences = config.num_sentence_labels > 0
+        self.ponet = PoNetModel(config, add_pooler=has_sentences)
+        self.mlm_head = MaskedLMHead(config, self.ponet.embeddings.word)
+        self.sso_head = (
+            nn.Linear(config.hidden_size, config.num_sentence_labels) if has_sentences else None
+        )
+        if self.sso_head is not None:
+            initialise(self.sso_head, config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        sso_labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> PreTrainingOutput:
+        """MLM + SSO; arguments as for `PoNetModel.forward`, and:
+
+        Args:
+            labels: like `input_ids`, the original token at masked positions, -100 elsewhere.
+            sso_labels: `[B]`, 0 order kept, 1 parts swapped, 2 second part replaced (SSO), or
+                0 following, 1 random (NSP).
+        """
+        encoded = self.ponet.encode(
+            input_ids, attention_mask, token_type_ids, segment_ids, position_ids, cu_seqlens
+        )
+        mlm_logits, mlm_loss = _masked_lm(self.mlm_head, encoded, labels)
+        sso_logits, sso_loss = None, None
+        if self.sso_head is not None:
+            sso_logits = self.sso_head(self.ponet.pool(encoded))
+            if sso_labels is not None:
+                sso_loss = F.cross_entropy(sso_logits, sso_labels)
+        losses = [loss for loss in (mlm_loss, sso_loss) if loss is not None]
+        return PreTrainingOutput(
+            loss=sum(losses[1:], losses[0]) if losses else None,
+            mlm_loss=mlm_loss,
+            sso_loss=sso_loss,
+            mlm_logits=mlm_logits,
+            sso_logits=sso_logits,
+            hidden_states=encoded.hidden_states(output_hidden_states),
+        )
+
+
+class PoNetForMaskedLM(PreTrainedModel):
+    """Masked-LM head alone."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__(config)
+        self.ponet = PoNetModel(config, add_pooler=False)
+        self.mlm_head = MaskedLMHead(config, self.ponet.embeddings.word)
+
+    def forward(
+        self, input_ids: Tensor, *, labels: Tensor | None = None, **inputs: Any
+    ) -> MaskedLMOutput:
+        """Arguments as for `PoNetForPreTraining.forward` without `sso_labels`."""
+        encoded, states = _encode(self.ponet, input_ids, inputs)
+        logits, loss = _masked_lm(self.mlm_head, encoded, labels)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=states)
+
+
+def _encode(
+    ponet: PoNetModel, input_ids: Tensor, inputs: Mapping[str, Any]
+) -> tuple[EncodedStream, tuple[Tensor, ...] | None]:
+    arguments = dict(inputs)
+    wanted = arguments.pop("output_hidden_states", False)
+    encoded = ponet.encode(input_ids, **arguments)
+    return encoded, encoded.hidden_states(wanted)
+
+
+class PoNetForSequenceClassification(PreTrainedModel):
+    """Dropout and a linear layer on the pooled first token."""
+
+    new_weights = ("classifier.",)
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__(config)
+        self.ponet = PoNetModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        initialise(self.classifier, config)
+
+    def forward(
+        self, input_ids: Tensor, *, labels: Tensor | None = None, **inputs: Any
+    ) -> ClassifierOutput:
+        """Arguments as for `PoNetModel.forward`, and:
+
+        Args:
+            labels: `[B]`, int64 classes, or floats when `num_labels` is 1 (mean squared error).
+        """
+        encoded, states = _encode(self.ponet, input_ids, inputs)
+        logits = self.classifier(self.dropout(self.ponet.pool(encoded)))
+        loss = None
+        if labels is not None and self.config.num_labels == 1:
+            loss = F.mse_loss(logits.squeeze(1), labels.to(logits.dtype))
+        elif labels is not None:
+            loss = F.cross_entropy(logits, labels)
+        return ClassifierOutput(loss=loss, logits=logits, hidden_states=states)
+
+
+class PoNetForTokenClassification(PreTrainedModel):
+    """Dropout and a linear layer on every token."""
+
+    new_weights = ("classifier.",)
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__(config)
+        self.ponet = PoNetModel(config, add_pooler=False)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        initialise(self.classifier, config)
+
+    def forward(
+        self, input_ids: Tensor, *, labels: Tensor | None = None, **inputs: Any
+    ) -> ClassifierOutput:
+        """Arguments as for `PoNetModel.forward`, and:
+
+        Args:
+            labels: like `input_ids`, int64 classes, -100 where there is none.
+        """
+        encoded, states = _encode(self.ponet, input_ids, inputs)
+        logits = self.classifier(self.dropout(encoded.last))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits, encoded.stream.pack(labels))
+        return ClassifierOutput(
+            loss=loss, logits=encoded.stream.unpack(logits), hidden_states=states
+        )

@@ -1,0 +1,381 @@
+"""Packed batches of pre-training examples: the same stream for any number of ranks and workers.
+
+The examples of an epoch are shuffled and packed into bins of at most `micro_batch_tokens` tokens;
+`micro_batches_per_step` bins in a row are one global batch. Everything follows from
+(seed, epoch), so a position in the stream is the pair (epoch, step) and resuming replays nothing.
+An epoch is planned in the background of the training process; loader workers receive only the
+rows of the examples they draw.
+"""
+
+import multiprocessing
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pretrain.objectives import (
+    ExamplePlan,
+    ExampleSettings,
+    TokenCorpus,
+    draw_batch,
+    plan_epoch,
+)
+
+# epoch, step and slot of a micro-batch, and its examples
+BatchItem = tuple[int, int, int, ExamplePlan]
+
+# how far ahead of the shuffled order a bin may look for an example that fits its rest: further
+# gains little, since a handful of short examples among them is enough
+LOOK_AHEAD = 128
+
+# tells the shuffle's random stream from any other use of the same seed
+_SHUFFLE = 0x5F0E
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bins:
+    """Examples grouped into bins."""
+
+    members: np.ndarray
+    """Indices of the examples, bin after bin, `int64` `[num_examples]`."""
+    offsets: np.ndarray
+    """Where each bin begins in `members`, and the end, `int64` `[num_bins + 1]`."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return the examples of one bin, `int64` `[size]`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"bin {index} of {len(self)}")
+        return self.members[self.offsets[index] : self.offsets[index + 1]]
+
+
+def pack_bins(lengths: np.ndarray, budget: int, order: np.ndarray) -> Bins:
+    """Pack examples into bins, nearly in the given order.
+
+    A bin takes the next examples of the order while any of them fits, then fills its rest with
+    the longest that fits among the `LOOK_AHEAD` next ones. The oldest waiting example opens the
+    next bin, so none is put off for long.
+
+    Args:
+        lengths: Tokens of each example, at least 1, `int64` `[num_examples]`.
+        budget: Most tokens of a bin.
+        order: Indices of the examples to pack, `int64` `[N]`.
+
+    Returns:
+        Bins that hold each index of `order` once.
+
+    Raises:
+        ValueError: If an example is longer than the budget.
+    """
+    sizes: list[int] = lengths[order].tolist()
+    longest = max(sizes, default=0)
+    if longest > budget:
+        raise ValueError(f"an example of {longest} tokens does not fit a budget of {budget}")
+    num_examples = len(sizes)
+    # one integer an example sorts by length, then the earlier in the order the greater
+    ranks: list[int] = (lengths[order] * num_examples + np.arange(num_examples)[::-1]).tolist()
+    waiting: list[int] = []
+    placed = bytearray(num_examples)
+    members: list[int] = []
+    offsets = [0]
+    arrived = oldest = 0
+    while len(members) < num_examples:
+        left = budget
+        while True:
+            while oldest < num_examples and placed[oldest]:
+                oldest += 1
+            while arrived < min(oldest + LOOK_AHEAD, num_examples):
+                insort(waiting, ranks[arrived])
+                arrived += 1
+            if waiting and left >= longest:
+                slot = bisect_left(waiting, ranks[oldest])
+            else:
+                slot = bisect_left(waiting, (left + 1) * num_examples) - 1
+            if slot < 0:
+                break
+            position = num_examples - 1 - waiting.pop(slot) % num_examples
+            placed[position] = True
+            members.append(position)
+            left -= sizes[position]
+        offsets.append(len(members))
+    return Bins(
+        members=order[np.array(members, dtype=np.int64)],
+        offsets=np.array(offsets, dtype=np.int64),
+    )
+
+
+class EpochBatches:
+    """The micro-batches of one epoch, in the order in which all ranks together take them.
+
+    Args:
+        corpus: The flat token arrays.
+        documents: Indices of the documents to use, `int64` `[num_used]`.
+        settings: How examples are made.
+        seed: Seed of the run.
+        epoch: Number of the pass over the documents.
+        micro_batch_tokens: Most tokens of a micro-batch.
+        micro_batches_per_step: Micro-batches of a global batch, over all ranks. The incomplete
+            global batch at the end of the epoch is dropped.
+
+    Raises:
+        ValueError: If a micro-batch cannot hold an example of `seq_len`, if the documents do not
+            fill one global batch, or for what `plan_epoch` refuses.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        documents: np.ndarray,
+        settings: ExampleSettings,
+        *,
+        seed: int,
+        epoch: int,
+        micro_batch_tokens: int,
+        micro_batches_per_step: int = 1,
+    ) -> None:
+        if micro_batch_tokens < settings.seq_len:
+            raise ValueError(
+                f"micro_batch_tokens {micro_batch_tokens} cannot hold an example of seq_len "
+                f"{settings.seq_len}; raise --micro-batch-tokens or lower --seq-len"
+            )
+        if micro_batches_per_step < 1:
+            raise ValueError(f"micro_batches_per_step must be positive: {micro_batches_per_step}")
+        self.epoch = epoch
+        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batches_per_step = micro_batches_per_step
+        self.plan = plan_epoch(corpus, documents, settings, seed, epoch)
+        # SeedSequence takes no negative numbers
+        shuffle = np.random.default_rng([_SHUFFLE, seed & 0xFFFFFFFFFFFFFFFF, epoch])
+        order = shuffle.permutation(len(self.plan))
+        self.bins = pack_bins(self.plan.length, micro_batch_tokens, order)
+        if self.num_steps == 0:
+            raise ValueError(
+                f"the corpus fills no global batch: {len(documents)} documents give "
+                f"{len(self.plan)} examples with {self.plan.length.sum()} tokens in "
+                f"{len(self.bins)} micro-batches of {micro_batch_tokens} tokens, but a step takes "
+                f"{micro_batches_per_step} of them; lower --batch-tokens or --micro-batch-tokens, "
+                f"or give more text"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Complete global batches of the epoch."""
+        return len(self.bins) // self.micro_batches_per_step
+
+    @property
+    def num_dropped_bins(self) -> int:
+        """Micro-batches of the incomplete last global batch, which this epoch does not show."""
+        return len(self.bins) % self.micro_batches_per_step
+
+    @property
+    def num_dropped_examples(self) -> int:
+        """Examples in the dropped micro-batches."""
+        return len(self.plan) - int(self.bins.offsets[len(self.bins) - self.num_dropped_bins])
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Share of the token budget of all bins that examples fill."""
+        return float(self.plan.length.sum()) / (len(self.bins) * self.micro_batch_tokens)
+
+    def item(self, step: int, slot: int) -> BatchItem:
+        """Return the examples of one micro-batch.
+
+        Args:
+            step: Global batch within the epoch.
+            slot: Micro-batch within the global batch.
+
+        Returns:
+            Epoch, step, slot and the sub-plan.
+        """
+        members = self.bins[step * self.micro_batches_per_step + slot]
+        return self.epoch, step, slot, self.plan.take(members)
+
+
+class MicroBatchSampler(Sampler[BatchItem]):
+    """Endless stream of the micro-batches of one rank.
+
+    Global batch `s` of an epoch is the same `micro_batches_per_step` bins for any `world_size`;
+    rank `r` takes slots `r`, `r + world_size`, and so on. Every rank plans every epoch itself,
+    which is cheaper than sending plans around, and plans the next one while this one is consumed.
+
+    Args:
+        corpus: The flat token arrays.
+        documents: Indices of the documents to use, `int64` `[num_used]`.
+        settings: How examples are made.
+        seed: Seed of the run.
+        micro_batch_tokens: Most tokens of a micro-batch.
+        micro_batches_per_step: Micro-batches of a global batch, over all ranks.
+        rank: This process.
+        world_size: Number of processes.
+        start_epoch: Epoch of the first step to take.
+        start_step: First step to take in that epoch; the number of steps of the epoch means the
+            beginning of the next one, so that "the step after the last done" is always valid.
+
+    Raises:
+        ValueError: If ranks do not share the global batch evenly, if the start lies beyond the
+            epoch, or for what `EpochBatches` refuses.
+    """
+
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        documents: np.ndarray,
+        settings: ExampleSettings,
+        *,
+        seed: int,
+        micro_batch_tokens: int,
+        micro_batches_per_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_epoch: int = 0,
+        start_step: int = 0,
+    ) -> None:
+        if micro_batches_per_step % world_size:
+            raise ValueError(
+                f"micro_batches_per_step {micro_batches_per_step} must be a multiple of "
+                f"world_size {world_size}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is outside world_size {world_size}")
+        self.corpus = corpus
+        self.documents = documents
+        self.settings = settings
+        self.seed = seed
+        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batches_per_step = micro_batches_per_step
+        self.rank = rank
+        self.world_size = world_size
+        self.start_step = start_step
+        self.first_epoch = self._plan(start_epoch)
+        """Batches of the epoch the stream begins in: number of steps, packing efficiency."""
+        if not 0 <= start_step <= self.first_epoch.num_steps:
+            raise ValueError(
+                f"cannot start at step {start_step} of epoch {start_epoch}, which has "
+                f"{self.first_epoch.num_steps} steps; was the checkpoint written with other text "
+                f"or other batch settings?"
+            )
+
+    def __iter__(self) -> Iterator[BatchItem]:
+        batches, step = self.first_epoch, self.start_step
+        with ThreadPoolExecutor(max_workers=1) as planner:
+            while True:
+                upcoming = planner.submit(self._plan, batches.epoch + 1)
+                for current in range(step, batches.num_steps):
+                    for slot in range(self.rank, self.micro_batches_per_step, self.world_size):
+                        yield batches.item(current, slot)
+                batches, step = upcoming.result(), 0
+
+    def _plan(self, epoch: int) -> EpochBatches:
+        return EpochBatches(
+            self.corpus,
+            self.documents,
+            self.settings,
+            seed=self.seed,
+            epoch=epoch,
+            micro_batch_tokens=self.micro_batch_tokens,
+            micro_batches_per_step=self.micro_batches_per_step,
+        )
+
+
+class PackedDataset(Dataset[dict[str, torch.Tensor | int]]):
+    """Draws the micro-batch a sampler's item describes; holds no state but the corpus.
+
+    Args:
+        corpus: The flat token arrays; loader workers that are spawned pickle it.
+        settings: The settings the items were planned with.
+    """
+
+    def __init__(self, corpus: TokenCorpus, settings: ExampleSettings) -> None:
+        self.corpus = corpus
+        self.settings = settings
+
+    def __getitem__(self, index: BatchItem) -> dict[str, torch.Tensor | int]:
+        """Draw one micro-batch.
+
+        Args:
+            index: An item of `MicroBatchSampler`.
+
+        Returns:
+            The arrays of `draw_batch` as tensors, and `epoch`, `step`, `slot` as integers.
+        """
+        epoch, step, slot, plan = index
+        batch: dict[str, torch.Tensor | int] = {"epoch": epoch, "step": step, "slot": slot}
+        for name, array in draw_batch(self.corpus, plan, self.settings).items():
+            batch[name] = torch.from_numpy(array)
+        return batch
+
+
+def make_loader(
+    sampler: MicroBatchSampler,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    start_method: str | None = None,
+) -> DataLoader:
+    """Make the endless loader of one rank; its batches do not depend on the number of workers.
+
+    Args:
+        sampler: The stream to draw.
+        num_workers: Processes that draw batches, 0 for this one.
+        pin_memory: Whether batches land in page-locked memory, for copies to a GPU.
+        start_method: How workers start; None forks where the system can, as forked workers share
+            the corpus arrays of this process.
+
+    Returns:
+        Loader of the dictionaries of `PackedDataset`.
+    """
+    if start_method is None and "fork" in multiprocessing.get_all_start_methods():
+        start_method = "fork"
+    return DataLoader(
+        PackedDataset(sampler.corpus, sampler.settings),
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        multiprocessing_context=start_method if num_workers else None,
+        # the loader draws a seed for its workers: not from the generator that dropout uses, or a
+        # resumed run would draw other numbers than an uninterrupted one
+        generator=torch.Generator(),
+    )
+
+
+def evaluation_batches(
+    corpus: TokenCorpus,
+    documents: np.ndarray,
+    settings: ExampleSettings,
+    *,
+    seed: int,
+    micro_batch_tokens: int,
+    max_batches: int,
+) -> list[dict[str, torch.Tensor | int]]:
+    """Draw the fixed set of micro-batches a run is evaluated on.
+
+    The same examples with the same masks at every evaluation, spread over all documents. With
+    several ranks, rank `r` takes every `world_size`-th from the `r`-th on.
+
+    Args:
+        corpus: The flat token arrays.
+        documents: Indices of the held-out documents, `int64` `[num_used]`.
+        settings: How examples are made.
+        seed: Seed of the set; keep it when runs are to be compared.
+        micro_batch_tokens: Most tokens of a micro-batch.
+        max_batches: Most micro-batches; fewer where the documents give fewer.
+
+    Returns:
+        Batches as `PackedDataset` gives them, with epoch 0.
+
+    Raises:
+        ValueError: If the documents give no example, or for what `EpochBatches` refuses.
+    """
+    batches = EpochBatches(
+        corpus, documents, settings, seed=seed, epoch=0, micro_batch_tokens=micro_batch_tokens
+    )
+    dataset = PackedDataset(corpus, settings)
+    return [dataset[batches.item(step, 0)] for step in range(min(max_batches, batches.num_steps))]
