@@ -7,13 +7,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from ponet.config import PoNetConfig
 from ponet.convert import published_entries, published_name
@@ -57,14 +56,18 @@ def _umask() -> int:
     return mask
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically."""
+    write_atomically(path, lambda temporary: _write_bytes(temporary, text.encode()))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON document atomically."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -86,10 +89,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         damaged = safe if safe.is_file() else pickled
         raise CheckpointError(f"{damaged}: damaged or not a checkpoint: {error}") from error
     raise CheckpointError(f"{folder}: expected {WEIGHTS} or {PICKLED_WEIGHTS}, found neither")
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 class PreTrainedModel(nn.Module):

@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from pretrain.objectives import (
 
 # epoch, step and slot of a micro-batch, and its examples
 BatchItem = tuple[int, int, int, ExamplePlan]
+
+# the tensors of `draw_batch` by name, and "epoch", "step", "slot" as integers
+Batch = dict[str, Any]
 
 # how far ahead of the shuffled order a bin may look for an example that fits its rest: further
 # gains little, since a handful of short examples among them is enough
@@ -283,7 +287,7 @@ class MicroBatchSampler(Sampler[BatchItem]):
         )
 
 
-class PackedDataset(Dataset[dict[str, torch.Tensor | int]]):
+class PackedDataset(Dataset[Batch]):
     """Draws the micro-batch a sampler's item describes; holds no state but the corpus.
 
     Args:
@@ -295,7 +299,7 @@ class PackedDataset(Dataset[dict[str, torch.Tensor | int]]):
         self.corpus = corpus
         self.settings = settings
 
-    def __getitem__(self, index: BatchItem) -> dict[str, torch.Tensor | int]:
+    def __getitem__(self, index: BatchItem) -> Batch:
         """Draw one micro-batch.
 
         Args:
@@ -305,10 +309,9 @@ class PackedDataset(Dataset[dict[str, torch.Tensor | int]]):
             The arrays of `draw_batch` as tensors, and `epoch`, `step`, `slot` as integers.
         """
         epoch, step, slot, plan = index
-        batch: dict[str, torch.Tensor | int] = {"epoch": epoch, "step": step, "slot": slot}
-        for name, array in draw_batch(self.corpus, plan, self.settings).items():
-            batch[name] = torch.from_numpy(array)
-        return batch
+        arrays = draw_batch(self.corpus, plan, self.settings)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {**tensors, "epoch": epoch, "step": step, "slot": slot}
 
 
 def make_loader(
@@ -316,7 +319,6 @@ def make_loader(
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
-    start_method: str | None = None,
 ) -> DataLoader:
     """Make the endless loader of one rank; its batches do not depend on the number of workers.
 
@@ -324,14 +326,13 @@ def make_loader(
         sampler: The stream to draw.
         num_workers: Processes that draw batches, 0 for this one.
         pin_memory: Whether batches land in page-locked memory, for copies to a GPU.
-        start_method: How workers start; None forks where the system can, as forked workers share
-            the corpus arrays of this process.
 
     Returns:
         Loader of the dictionaries of `PackedDataset`.
     """
-    if start_method is None and "fork" in multiprocessing.get_all_start_methods():
-        start_method = "fork"
+    # forked workers share the corpus arrays of this process, elsewhere each unpickles its own. A
+    # spawned worker that is stopped while it sends a batch may also abort in its own shutdown
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
     return DataLoader(
         PackedDataset(sampler.corpus, sampler.settings),
         batch_size=None,
@@ -339,7 +340,7 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        multiprocessing_context=start_method if num_workers else None,
+        multiprocessing_context="fork" if num_workers and can_fork else None,
         # the loader draws a seed for its workers: not from the generator that dropout uses, or a
         # resumed run would draw other numbers than an uninterrupted one
         generator=torch.Generator(),
@@ -354,7 +355,7 @@ def evaluation_batches(
     seed: int,
     micro_batch_tokens: int,
     max_batches: int,
-) -> list[dict[str, torch.Tensor | int]]:
+) -> list[Batch]:
     """Draw the fixed set of micro-batches a run is evaluated on.
 
     The same examples with the same masks at every evaluation, spread over all documents. With

@@ -13,7 +13,7 @@ or resumed run it is drawn. Quirks of the published builder that are not reprodu
 chunk paired with itself, and one length drawn for a whole window of 1000 lines.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from typing import Protocol
@@ -171,13 +171,16 @@ class ExamplePlan:
         Returns:
             The sub-plan of `N` examples; its counts of dropped and replaced tokens are 0.
         """
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
         return ExamplePlan(
-            **{
-                name: column[indices]
-                for name, column in columns.items()
-                if isinstance(column, np.ndarray)
-            }
+            key=self.key[indices],
+            start=self.start[indices],
+            end=self.end[indices],
+            a_start=self.a_start[indices],
+            a_end=self.a_end[indices],
+            b_start=self.b_start[indices],
+            b_end=self.b_end[indices],
+            label=self.label[indices],
+            length=self.length[indices],
         )
 
 
@@ -190,9 +193,11 @@ def plan_epoch(
     that `seq_len` allows, or with `short_sequence_probability` a uniform smaller length. A first
     sentence longer than the target is taken whole if it fits into `seq_len`, otherwise in pieces:
     the next example goes on in the middle of the sentence, so no text is lost. A and B meet at a
-    uniformly drawn sentence boundary, within a single sentence at a uniform token boundary. Where
-    B is replaced by another document's text, the original B counts as consumed, as in the
-    published builder; another epoch cuts and labels otherwise and shows it.
+    uniformly drawn sentence boundary, within a single sentence at a uniform token boundary.
+
+    A B from another document is as many whole sentences as fit into the original B's length (at
+    least one, cut only by `seq_len`): a ragged end alone would tell the label. The original B
+    counts as consumed, as in the published builder; another epoch cuts and labels otherwise.
 
     Args:
         corpus: The flat token arrays.
@@ -226,9 +231,10 @@ def plan_epoch(
     if settings.num_labels:
         foreign = np.flatnonzero(label == settings.num_labels - 1)
         wanted = (end - split)[foreign]
+        room = (settings.max_text_tokens - (split - start))[foreign]
         num_replaced = int(wanted.sum())
         b_start[foreign], b_end[foreign] = _foreign_ranges(
-            corpus, documents, owner[foreign], wanted, key[foreign]
+            corpus, documents, owner[foreign], wanted, room, key[foreign]
         )
     return ExamplePlan(
         key=key,
@@ -409,15 +415,18 @@ def _foreign_ranges(
     documents: np.ndarray,
     owner: np.ndarray,
     wanted: np.ndarray,
+    room: np.ndarray,
     key: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw text of another document that begins at a sentence.
+    """Draw sentences of another document, a part of one only where even that leaves no room.
 
     Args:
         corpus: The flat token arrays.
         documents: Documents to draw from, `int64` `[num_used]`.
         owner: Index into `documents` of the example's own document, `int64` `[N]`.
-        wanted: Number of tokens, `int64` `[N]`; shorter documents give what they have.
+        wanted: Length of the B to replace, `int64` `[N]`. Text begins where at least as many
+            tokens follow, in shorter documents at their beginning.
+        room: Most tokens, `int64` `[N]`, for a first sentence that is longer than wanted.
         key: State of the examples' random streams, `uint64` `[N]`.
 
     Returns:
@@ -434,7 +443,10 @@ def _foreign_ranges(
     # too near the end of the document: move back to the last sentence with enough text after it
     enough = np.searchsorted(sentences, stop - wanted, side="right") - 1
     start = sentences[np.maximum(np.minimum(drawn, enough), first)]
-    return start, np.minimum(start + wanted, stop)
+    # whole sentences: text that stops in the middle of one would give the label away
+    whole = sentences[np.searchsorted(sentences, np.minimum(start + wanted, stop), "right") - 1]
+    first_end = sentences[np.searchsorted(sentences, start, side="right")]
+    return start, np.where(whole > start, whole, np.minimum(first_end, start + room))
 
 
 def _inner_boundaries(

@@ -27,7 +27,7 @@ _SKIPPED_STEMS = ("license", "licence", "copying", "notice", "authors", "test_",
 
 _MIN_STRING = 100
 _MIN_DOCUMENT = 400
-_OWN_DOCUMENT = 2000
+_OWN_DOCUMENT = 1000
 
 # a run of string literals (implicit concatenation makes one string of them), or a comment; the
 # alternatives consume whatever could hold a quote, so a match never starts inside one of them;
@@ -54,7 +54,9 @@ _GOOGLE_SECTION = re.compile(
 _KEPT_DIRECTIVE = re.compile(
     r"\.\. (?:note|warning|tip|important|hint|caution|attention|admonition|topic)::\s*"
 )
-_FIELD = re.compile(r"[:@]\w[^:]*:(\s|$)|\w+(, \*{0,2}\w+)* ?: |-{1,2}\w+[ =,]")
+_FIELD = re.compile(
+    r"[:@]\w[^:]*:(\s|$)|\w+(, \*{0,2}\w+)* ?: |-{1,2}\w+[ =,]|\*{0,2}\w+ \(.{1,120}?\)\s*:"
+)
 _BULLET = re.compile(r"(?:[-*+\u2022]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
 _CODE_LINE = re.compile(r">>>|\.\.\. |\$ |In \[|Out\[|%\s")
 _TABLE_LINE = re.compile(r"[|+].*[|+]$|.*\|.*\|.*\||.* {3,}\S.* {3,}\S")
@@ -251,10 +253,7 @@ class _MarkupReader:
         elif _CODE_LINE.match(stripped):
             self.flush()
             self.skip_to_blank = True
-        elif _GOOGLE_SECTION.match(stripped) or _FIELD.match(stripped):
-            self.flush()
-            self.skip_below = indent
-        elif stripped.startswith(".. ") and not _KEPT_DIRECTIVE.match(stripped):
+        elif _GOOGLE_SECTION.match(stripped) or _FIELD.match(stripped) or _is_directive(stripped):
             self.flush()
             self.skip_below = indent
         elif _TABLE_LINE.match(stripped) or stripped.startswith("#"):
@@ -277,6 +276,11 @@ class _MarkupReader:
             self.indent = indent
         if stripped:
             self.lines.append(stripped)
+
+
+def _is_directive(stripped: str) -> bool:
+    """Whether a line begins a directive or comment whose text is not prose."""
+    return stripped.startswith(".. ") and not _KEPT_DIRECTIVE.match(stripped)
 
 
 def plain_text(markup: str) -> str:

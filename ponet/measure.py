@@ -1,0 +1,83 @@
+"""Time, memory and arithmetic of a run."""
+
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ponet.config import PoNetConfig
+
+_MIB = 2**20
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, so that a clock read afterwards covers its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far in MiB: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / _MIB if sys.platform == "darwin" else peak / 2**10
+
+
+def training_flops(config: PoNetConfig, tokens: int, labelled: int) -> float:
+    """Floating-point operations executed in a PoNet training step, by formula.
+
+    Two per multiply-add, backward counted as twice forward. Per token and layer: output, segment,
+    local and dense projections 4 C^2, feed-forward 2 C F, global aggregation 2 H C; per labelled
+    token: C^2 + C V. Element-wise work, and the projections of one vector a sequence, are left out.
+
+    Args:
+        config: the model.
+        tokens: tokens in the step.
+        labelled: masked tokens in the step.
+    """
+    c, f = config.hidden_size, config.intermediate_size
+    projections = 2 + config.use_segment + config.use_local
+    mixing = 2 * config.num_attention_heads * c if config.use_global_second_stage else 0
+    layer = projections * c * c + 2 * c * f + mixing * config.use_global
+    head = c * c + c * config.vocab_size
+    return 6.0 * (tokens * config.num_hidden_layers * layer + labelled * head)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of a square matrix product of random numbers, the practical peak of the device.
+
+    Args:
+        device: where to measure.
+        dtype: element type.
+        size: width of the matrices; 1024 on a CPU and 8192 on a GPU when None.
+    """
+    n = size or (8192 if device.type == "cuda" else 1024)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def source_commit() -> str:
+    """The commit of the checkout this package runs from, "-dirty" with changes, or "unknown"."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return run.stdout.strip()

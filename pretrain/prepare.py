@@ -1,0 +1,122 @@
+"""From the settings to a tokenizer and a tokenised corpus, made once and shared by all ranks."""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tokenizers import Tokenizer
+
+from ponet.cli import UsageError
+from pretrain.corpus import Corpus, build_corpus
+from pretrain.launch import Launch
+from pretrain.objectives import ExampleSettings
+from pretrain.settings import PretrainConfig
+from pretrain.sources import SourceReport, content_key, iter_documents
+from pretrain.vocabulary import (
+    SpecialTokens,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(config: PretrainConfig, launch: Launch, run: Path | None) -> tuple[Tokenizer, Corpus]:
+    """Tokenizer and corpus of a run; the first process of each machine makes them.
+
+    Args:
+        config: the settings.
+        launch: this process.
+        run: folder of a run to resume, whose tokenizer is taken; None for a new one.
+
+    Raises:
+        DataError: a source cannot be read.
+        ValueError: the vocabulary or the text is unusable.
+    """
+    if launch.local_rank == 0:
+        result = _prepare(config, run)
+        dist.barrier(launch.patient_group)
+        return result
+    dist.barrier(launch.patient_group)
+    return _prepare(config, run)
+
+
+def _prepare(config: PretrainConfig, run: Path | None) -> tuple[Tokenizer, Corpus]:
+    text = content_key(config.data, config.text_field, max_characters=config.max_characters)
+    cache = Path(config.cache_dir).expanduser()
+    tokenizer = load_tokenizer(run) if run else _tokenizer(config, cache, text)
+    report = SourceReport()
+    documents = iter_documents(
+        config.data, config.text_field, max_characters=config.max_characters, report=report
+    )
+    workers = config.preprocessing_workers
+    corpus = build_corpus(
+        documents,
+        tokenizer,
+        cache_dir=cache / "corpora",
+        key_parts={"text": text},
+        num_workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+        progress=True,
+        report=report,
+    )
+    logger.info(
+        "corpus %s: %s documents, %s sentences, %s tokens",
+        corpus.folder,
+        *(f"{n - 1:,}" for n in (len(corpus.document_offsets), len(corpus.sentence_offsets))),
+        f"{len(corpus.tokens):,}",
+    )
+    return tokenizer, corpus
+
+
+def _tokenizer(config: PretrainConfig, cache: Path, text: str) -> Tokenizer:
+    if config.vocab is not None:
+        return load_tokenizer(config.vocab)
+    key = hashlib.sha256(json.dumps([text, config.vocab_size]).encode()).hexdigest()[:32]
+    folder = cache / "tokenizers" / key
+    if not folder.is_dir():
+        logger.info("training a vocabulary of %d word pieces", config.vocab_size)
+        documents = iter_documents(
+            config.data, config.text_field, max_characters=config.max_characters
+        )
+        save_tokenizer(train_tokenizer(documents, config.vocab_size), folder)
+    return load_tokenizer(folder)
+
+
+def check_unchanged(corpus: Corpus, saved: dict[str, Any], run: Path) -> None:
+    """Refuse to resume on other text than the run began with.
+
+    Raises:
+        UsageError: the corpus has another fingerprint.
+    """
+    if corpus.folder.name != saved["corpus"]:
+        raise UsageError(
+            f"--resume {run}: the text changed since the run began (fingerprint "
+            f"{saved['corpus'][:12]}, found {corpus.folder.name[:12]})"
+        )
+
+
+def describe(tokenizer: Tokenizer, corpus: Corpus) -> dict[str, str]:
+    """What `check_unchanged` compares, for the run's record."""
+    return {"corpus": corpus.folder.name, "tokenizer": tokenizer_fingerprint(tokenizer)}
+
+
+def example_settings(config: PretrainConfig, tokenizer: Tokenizer) -> ExampleSettings:
+    """How examples are drawn for a tokenizer."""
+    special = SpecialTokens.from_tokenizer(tokenizer)
+    return ExampleSettings(
+        seq_len=config.seq_len,
+        objective=config.objective,
+        mask_probability=config.mask_probability,
+        short_sequence_probability=config.short_sequence_probability,
+        vocab_size=tokenizer.get_vocab_size(),
+        cls_id=special.cls,
+        sep_id=special.sep,
+        mask_id=special.mask,
+        special_ids=special.as_tuple(),
+    )

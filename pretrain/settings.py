@@ -1,0 +1,215 @@
+"""All that a pre-training run is told: fields, presets, and what contradicts what."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ponet.cli import UsageError, parse_arguments, preset_path, read_yaml
+from ponet.config import PoNetConfig
+
+PRESETS = Path(__file__).with_name("configs")
+_DEEPSPEED_FILE = Path(__file__).with_name("deepspeed.json")
+
+# what a resumed run may change: nothing that alters examples, weights or their order
+_FREE_ON_RESUME = {"resume", "num_workers", "log_every", "keep_checkpoints", "steps"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Settings of a pre-training run; the defaults are those of no preset in particular.
+
+    Raises:
+        UsageError: values contradict each other.
+    """
+
+    data: tuple[str, ...] = ("builtin",)
+    """Where text comes from: files or folders (.txt .jsonl .parquet, also .gz .xz), data sets of
+    the hub (wikitext, wikipedia, org/name:config), or builtin, the documentation in Python."""
+    text_field: str = "text"
+    """Field of JSONL records or column of parquet files that holds the text."""
+    max_characters: int | None = None
+    """Stop reading after this many characters; None: read all."""
+    validation_fraction: float = 0.02
+    """Share of the documents held out for evaluation."""
+    vocab: str | None = None
+    """A tokenizer.json, a BERT vocab.txt, or a folder with one; None: train one on the data."""
+    vocab_size: int = 8192
+    """Entries of a trained vocabulary."""
+    cache_dir: str = "~/.cache/ponet"
+    """Folder of tokenised data."""
+    preprocessing_workers: int | None = None
+    """Processes that tokenise; None: one a core."""
+    mixer: str = "ponet"
+    """Token mixer."""
+    hidden_size: int = 256
+    """Width of the hidden states."""
+    num_hidden_layers: int = 4
+    """Encoder layers."""
+    num_attention_heads: int = 4
+    """Heads of global aggregation."""
+    intermediate_size: int = 1024
+    """Width inside the feed-forward sub-layer."""
+    dropout: float = 0.1
+    """Dropout probability."""
+    use_global: bool = True
+    """Global aggregation (GA)."""
+    use_global_second_stage: bool = True
+    """Second stage of GA."""
+    use_segment: bool = True
+    """Segment max-pooling (SMP)."""
+    use_local: bool = True
+    """Local max-pooling (LMP)."""
+    seq_len: int = 512
+    """Longest example in tokens, special tokens included."""
+    objective: Literal["mlm+sso", "mlm+nsp", "mlm"] = "mlm+sso"
+    """Masked LM with sentence structure (3 classes), with next sentence (2 classes), or alone."""
+    mask_probability: float = 0.15
+    """Share of the tokens to predict."""
+    short_sequence_probability: float = 0.1
+    """Share of the examples with a random shorter length."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_tokens: int = 8192
+    """Tokens of a global batch: what all processes see in one optimizer step."""
+    micro_batch_tokens: int = 8192
+    """Tokens that a process computes at once; divides batch_tokens."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """After the warm-up: linear decay to zero at the last step, or constant."""
+    weight_decay: float = 0.01
+    """AdamW's decay of weight matrices; biases and LayerNorm are not decayed."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the variance."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0: never."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic: fp32, bf16 autocast with fp32 weights, or fp16 with loss scaling (GPU only)."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage, 0 to 2."""
+    deepspeed_config: str = str(_DEEPSPEED_FILE)
+    """DeepSpeed's JSON: what the engine alone owns, such as bucket sizes."""
+    output_dir: str | None = None
+    """Folder of the run, new or empty; None: runs/<preset>-<time>."""
+    resume: str | None = None
+    """Folder of a run to continue from its newest undamaged checkpoint, with its settings."""
+    seed: int = 0
+    """Seed of weights, examples and dropout."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+    eval_every: int = 200
+    """Steps between evaluations, each followed by a checkpoint."""
+    eval_tokens: int = 100_000
+    """Tokens of held-out text in an evaluation."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; the one with the lowest evaluation loss stays too."""
+    num_workers: int = 0
+    """Processes that draw examples, in each rank; 0: the rank itself."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "micro_batch_tokens", "log_every", "eval_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("warmup_steps", "num_workers", "max_grad_norm", "weight_decay"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(
+            self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1"
+        )
+        _require(0 <= self.zero_stage <= 2, "zero_stage", self.zero_stage, "0, 1 or 2")
+        _require(
+            0 < self.validation_fraction < 1,
+            "validation_fraction",
+            self.validation_fraction,
+            "between 0 and 1",
+        )
+        if self.batch_tokens % self.micro_batch_tokens:
+            raise UsageError(
+                f"--batch-tokens {self.batch_tokens} is not a multiple of "
+                f"--micro-batch-tokens {self.micro_batch_tokens}"
+            )
+        if self.micro_batch_tokens < self.seq_len:
+            raise UsageError(
+                f"--micro-batch-tokens {self.micro_batch_tokens} holds no example of "
+                f"--seq-len {self.seq_len}"
+            )
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of a global batch, over all processes and accumulation steps."""
+        return self.batch_tokens // self.micro_batch_tokens
+
+    def model_config(self, vocab_size: int, pad: int, cls: int, sep: int) -> PoNetConfig:
+        """The model for a vocabulary with these special tokens."""
+        return PoNetConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=self.intermediate_size,
+            hidden_dropout_prob=self.dropout,
+            max_position_embeddings=self.seq_len,
+            pad_token_id=pad,
+            cls_token_id=cls,
+            sep_token_id=sep,
+            mixer=self.mixer,
+            use_global=self.use_global,
+            use_global_second_stage=self.use_global_second_stage,
+            use_segment=self.use_segment,
+            use_local=self.use_local,
+            num_sentence_labels={"mlm+sso": 3, "mlm+nsp": 2, "mlm": 0}[self.objective],
+        )
+
+
+def _require(holds: bool, name: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise UsageError(f"--{name.replace('_', '-')} must be {expected}, found {value}")
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[PretrainConfig, str]:
+    """Settings of the command line.
+
+    Returns:
+        The settings, and the name of the preset for naming the run.
+
+    Raises:
+        UsageError: a file, key, flag or value is wrong.
+    """
+    preset, flags = parse_arguments(
+        PretrainConfig,
+        argv,
+        description="Pre-train an encoder with masked LM and sentence structure.",
+        default_preset="demo",
+    )
+    if flags.get("resume"):
+        return _resumed(Path(flags["resume"]), flags), preset
+    values = read_yaml(preset_path(preset, PRESETS), PretrainConfig) | flags
+    return PretrainConfig(**values), Path(preset).stem
+
+
+def _resumed(folder: Path, flags: dict[str, Any]) -> PretrainConfig:
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        raise UsageError(f"--resume: {folder} holds no config.yaml, expected the folder of a run")
+    values = read_yaml(saved, PretrainConfig)
+    for name, value in flags.items():
+        if name not in _FREE_ON_RESUME and value != values.get(name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} cannot change on --resume: the run has "
+                f"{values.get(name)!r}, found {value!r}"
+            )
+    return PretrainConfig(**(values | flags))
+
+
+def as_yaml(config: PretrainConfig) -> dict[str, Any]:
+    """The settings as plain values, without those that belong to one start of the run."""
+    values = dataclasses.asdict(config)
+    values["data"] = list(values["data"])
+    del values["resume"]
+    return values

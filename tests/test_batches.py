@@ -1,0 +1,239 @@
+"""Packing and the stream of micro-batches: budgets, coverage, ranks, workers and resuming."""
+
+import pickle
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.batches import (
+    LOOK_AHEAD,
+    EpochBatches,
+    MicroBatchSampler,
+    PackedDataset,
+    evaluation_batches,
+    make_loader,
+    pack_bins,
+)
+from pretrain.objectives import ExampleSettings, plan_epoch
+
+SETTINGS = ExampleSettings(
+    seq_len=64, vocab_size=1000, cls_id=1, sep_id=2, mask_id=3, special_ids=(0, 1, 2, 3)
+)
+
+
+def make_corpus(num_documents: int, sentences: int = 40, seed: int = 0) -> Any:
+    """Random tokens in sentences of 26 tokens on average, as English text has."""
+    rng = np.random.default_rng(seed)
+    lengths = 1 + rng.gamma(3.0, 25 / 3, size=num_documents * sentences).astype(int)
+    return SimpleNamespace(
+        tokens=rng.integers(4, 1000, size=lengths.sum()).astype(np.uint16),
+        sentence_offsets=np.cumsum([0, *lengths]),
+        document_offsets=np.arange(num_documents + 1) * sentences,
+    )
+
+
+CORPUS = make_corpus(20)
+DOCUMENTS = np.arange(20)
+
+
+def make_sampler(**changes) -> MicroBatchSampler:
+    values = {"seed": 3, "micro_batch_tokens": 512, "micro_batches_per_step": 4} | changes
+    return MicroBatchSampler(CORPUS, DOCUMENTS, SETTINGS, **values)
+
+
+def stream(count: int, **changes) -> list[tuple]:
+    """First items of a sampler, the sub-plan as the keys of its examples."""
+    items = islice(make_sampler(**changes), count)
+    return [(epoch, step, slot, plan.key.tolist()) for epoch, step, slot, plan in items]
+
+
+def loaded(count: int, num_workers: int, **changes) -> list[dict]:
+    return list(islice(make_loader(make_sampler(**changes), num_workers=num_workers), count))
+
+
+def assert_same_batches(first: list[dict], second: list[dict]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, other[name]), name
+            else:
+                assert value == other[name], name
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), max_size=400), budget=st.integers(50, 300))
+def test_bins_hold_every_example_once_within_the_budget(lengths, budget) -> None:
+    sizes = np.array(lengths, dtype=np.int64)
+    order = np.random.default_rng(0).permutation(len(sizes))
+    bins = pack_bins(sizes, budget, order)
+    assert sorted(bins.members.tolist()) == list(range(len(sizes)))
+    assert all(0 < sizes[bins[i]].sum() <= budget for i in range(len(bins)))
+    # near the shuffled order: an example waits or hurries by less than the look-ahead
+    place = np.empty(len(sizes), dtype=np.int64)
+    place[order] = np.arange(len(sizes))
+    assert (np.abs(place[bins.members] - np.arange(len(sizes))) < LOOK_AHEAD).all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "expected"),
+    [
+        # in order while even the longest fits, then the longest that fits the rest
+        pytest.param([5, 6, 3, 1, 2, 6], 10, [[0, 2, 4], [1, 3], [5]], id="fill"),
+        pytest.param([2, 1, 3, 3, 3], 8, [[0, 1, 2], [3, 4]], id="order-first"),
+        # the short one fits beside each, but the first bin does not look so far ahead
+        pytest.param(
+            [6] * (LOOK_AHEAD + 1) + [4],
+            10,
+            [[0], [1, LOOK_AHEAD + 1], *([i] for i in range(2, LOOK_AHEAD + 1))],
+            id="look-ahead",
+        ),
+    ],
+)
+def test_bins_are_what_a_hand_packs(lengths, budget, expected) -> None:
+    bins = pack_bins(np.array(lengths), budget, np.arange(len(lengths)))
+    assert [bins[i].tolist() for i in range(len(bins))] == expected
+    with pytest.raises(IndexError):
+        bins[len(expected)]
+
+
+def test_no_examples_make_no_bins() -> None:
+    assert len(pack_bins(np.array([], dtype=int), 10, np.array([], dtype=int))) == 0
+
+
+def test_example_over_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="11 tokens does not fit a budget of 10"):
+        pack_bins(np.array([11]), 10, np.array([0]))
+
+
+@pytest.mark.parametrize(("seq_len", "budget"), [(512, 16384), (128, 4096), (512, 4096)])
+def test_packing_efficiency_on_realistic_lengths(seq_len, budget) -> None:
+    corpus = make_corpus(400, 150)
+    config = ExampleSettings(
+        seq_len=seq_len, vocab_size=1000, cls_id=1, sep_id=2, mask_id=3, special_ids=(1, 2, 3)
+    )
+    batches = EpochBatches(
+        corpus, np.arange(400), config, seed=0, epoch=0, micro_batch_tokens=budget
+    )
+    assert batches.packing_efficiency >= 0.98
+    assert batches.packing_efficiency == pytest.approx(
+        batches.plan.length.sum() / len(batches.bins) / budget
+    )
+
+
+def test_epoch_shows_every_example_once_but_the_dropped_ones() -> None:
+    options = {"seed": 0, "epoch": 5, "micro_batch_tokens": 512}
+    num_bins = len(EpochBatches(CORPUS, DOCUMENTS, SETTINGS, **options).bins)
+    # two global batches do not fit
+    size = num_bins // 2 + 1
+    batches = EpochBatches(CORPUS, DOCUMENTS, SETTINGS, **options, micro_batches_per_step=size)
+    assert (batches.num_steps, batches.num_dropped_bins) == (1, num_bins - size)
+    items = [batches.item(0, slot) for slot in range(size)]
+    assert {item[0] for item in items} == {5}
+    keys = np.concatenate([item[3].key for item in items])
+    assert len(np.unique(keys)) == len(keys)
+    assert len(keys) + batches.num_dropped_examples == len(batches.plan)
+    expected = plan_epoch(CORPUS, DOCUMENTS, SETTINGS, 0, 5)
+    assert set(keys.tolist()) <= set(expected.key.tolist())
+
+
+def test_epochs_are_shuffled_differently() -> None:
+    batches = [
+        EpochBatches(CORPUS, DOCUMENTS, SETTINGS, seed=0, epoch=e, micro_batch_tokens=512)
+        for e in (0, 1)
+    ]
+    starts = [b.plan.start[b.bins.members] for b in batches]
+    assert all((np.diff(s) < 0).mean() > 0.3 for s in starts)
+    assert starts[0][:20].tolist() != starts[1][:20].tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_world_size_does_not_change_the_global_batches(world_size) -> None:
+    num_steps = make_sampler().first_epoch.num_steps + 2
+    whole = stream(num_steps * 4)
+    ranks = [
+        stream(num_steps * 4 // world_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert sorted(item for rank in ranks for item in rank) == whole
+    assert all(item[2] % world_size == rank for rank in range(world_size) for item in ranks[rank])
+
+
+def test_stream_counts_steps_within_epochs() -> None:
+    num_steps = make_sampler().first_epoch.num_steps
+    positions = [item[:3] for item in stream((num_steps + 1) * 4)]
+    expected = [(0, step, slot) for step in range(num_steps) for slot in range(4)]
+    assert positions == expected + [(1, 0, slot) for slot in range(4)]
+
+
+@pytest.mark.parametrize("position", ["middle", "end of epoch", "next epoch"])
+def test_resuming_gives_the_tail_of_the_stream(position) -> None:
+    num_steps = make_sampler().first_epoch.num_steps
+    epoch, step, done = {
+        "middle": (0, 3, 3),
+        "end of epoch": (0, num_steps, num_steps),
+        "next epoch": (1, 2, num_steps + 2),
+    }[position]
+    whole = stream((num_steps + 8) * 4)
+    tail = whole[done * 4 :]
+    assert stream(len(tail), start_epoch=epoch, start_step=step) == tail
+
+
+def test_workers_give_the_same_batches() -> None:
+    assert_same_batches(loaded(12, 0, start_step=2), loaded(12, 2, start_step=2))
+
+
+def test_dataset_and_items_survive_pickling_as_spawned_workers_need() -> None:
+    dataset = pickle.loads(pickle.dumps(PackedDataset(CORPUS, SETTINGS)))
+    items = pickle.loads(pickle.dumps(list(islice(make_sampler(), 3))))
+    assert_same_batches(loaded(3, 0), [dataset[item] for item in items])
+
+
+def test_loader_leaves_the_default_generator_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    loaded(2, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_batch_fits_its_budget_and_names_its_place() -> None:
+    for number, batch in enumerate(loaded(9, 0)):
+        assert (batch["epoch"], batch["step"], batch["slot"]) == (0, number // 4, number % 4)
+        assert batch["cu_seqlens"][-1] == len(batch["input_ids"]) <= 512
+        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+def test_evaluation_set_is_fixed() -> None:
+    options = {"seed": 9, "micro_batch_tokens": 512}
+    first = evaluation_batches(CORPUS, DOCUMENTS[:4], SETTINGS, max_batches=3, **options)
+    again = evaluation_batches(CORPUS, DOCUMENTS[:4], SETTINGS, max_batches=3, **options)
+    assert len(first) == 3
+    assert_same_batches(first, again)
+    everything = evaluation_batches(CORPUS, DOCUMENTS[:4], SETTINGS, max_batches=9999, **options)
+    assert_same_batches(first, everything[:3])
+    examples = sum(len(batch["sso_labels"]) for batch in everything)
+    assert examples == len(plan_epoch(CORPUS, DOCUMENTS[:4], SETTINGS, 9, 0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 3}, "micro_batches_per_step 4 .* world_size 3"),
+        ({"world_size": 2, "rank": 2}, "rank 2"),
+        ({"start_step": 10**6}, "cannot start at step 1000000"),
+        ({"micro_batch_tokens": 63}, "cannot hold an example of seq_len 64"),
+        ({"micro_batches_per_step": 0}, "must be positive"),
+        ({"micro_batches_per_step": 4000}, "takes 4000 .*lower --batch-tokens or --micro-batch"),
+    ],
+)
+def test_unusable_batch_settings_are_refused(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_sampler(**changes)

@@ -1,0 +1,492 @@
+"""MLM + SSO examples: hand-written ids, invariants on random corpora, measured rates."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.objectives import (
+    ExamplePlan,
+    ExampleSettings,
+    concatenate_ranges,
+    draw_batch,
+    plan_epoch,
+)
+
+CLS, SEP, MASK = 1, 2, 3
+FIRST_ID = 10
+
+
+def make_corpus(documents: list[list[int]]) -> Any:
+    """Corpus of given sentence lengths in which token `i` has the id `FIRST_ID + i`."""
+    lengths = [length for document in documents for length in document]
+    return SimpleNamespace(
+        tokens=np.arange(sum(lengths), dtype=np.uint32) + FIRST_ID,
+        sentence_offsets=np.cumsum([0, *lengths]),
+        document_offsets=np.cumsum([0, *map(len, documents)]),
+    )
+
+
+def make_settings(corpus: Any, seq_len: int = 16, **changes) -> ExampleSettings:
+    values = {
+        "seq_len": seq_len,
+        "vocab_size": FIRST_ID + len(corpus.tokens),
+        "cls_id": CLS,
+        "sep_id": SEP,
+        "mask_id": MASK,
+        "special_ids": (0, CLS, SEP, MASK, 4),
+        "short_sequence_probability": 0.0,
+    }
+    return ExampleSettings(**{**values, **changes})
+
+
+def all_documents(corpus: Any) -> np.ndarray:
+    return np.arange(len(corpus.document_offsets) - 1)
+
+
+def make_plan(
+    a: tuple[int, int], b: tuple[int, int], label: int, num_special: int = 3
+) -> ExamplePlan:
+    """Plan of one example; `draw_batch` does not read where its text was consumed."""
+    return ExamplePlan(
+        key=np.array([7], dtype=np.uint64),
+        start=np.array([0]),
+        end=np.array([0]),
+        a_start=np.array([a[0]]),
+        a_end=np.array([a[1]]),
+        b_start=np.array([b[0]]),
+        b_end=np.array([b[1]]),
+        label=np.array([label]),
+        length=np.array([a[1] - a[0] + b[1] - b[0] + num_special]),
+    )
+
+
+def realistic_corpus(num_documents: int = 60, sentences: int = 100) -> Any:
+    rng = np.random.default_rng(0)
+    lengths = 1 + rng.gamma(3.0, 25 / 3, size=(num_documents, sentences)).astype(int)
+    return make_corpus(lengths.tolist())
+
+
+# sentences 0..6 begin at tokens 0 3 5 9 | 10 14 16, the corpus ends at 22
+TINY = [[3, 2, 4, 1], [4, 2, 6]]
+NEVER = 1e-15
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "label", "ids", "segments"),
+    [
+        pytest.param(
+            (0, 5),
+            (5, 10),
+            0,
+            [CLS, 10, 11, 12, 13, 14, SEP, 15, 16, 17, 18, 19, SEP],
+            [0, 1, 1, 1, 2, 2, 3, 4, 4, 4, 4, 5, 6],
+            id="kept",
+        ),
+        pytest.param(
+            (5, 10),
+            (0, 5),
+            1,
+            [CLS, 15, 16, 17, 18, 19, SEP, 10, 11, 12, 13, 14, SEP],
+            [0, 1, 1, 1, 1, 2, 3, 4, 4, 4, 5, 5, 6],
+            id="swapped",
+        ),
+        pytest.param(
+            (0, 5),
+            (10, 15),
+            2,
+            [CLS, 10, 11, 12, 13, 14, SEP, 20, 21, 22, 23, 24, SEP],
+            [0, 1, 1, 1, 2, 2, 3, 4, 4, 4, 4, 5, 6],
+            id="replaced",
+        ),
+        pytest.param(
+            (17, 19),
+            (19, 22),
+            0,
+            [CLS, 27, 28, SEP, 29, 30, 31, SEP],
+            [0, 1, 1, 2, 3, 3, 3, 4],
+            id="pieces-of-one-sentence",
+        ),
+    ],
+)
+def test_batch_is_what_a_hand_writes(a, b, label, ids, segments) -> None:
+    corpus = make_corpus(TINY)
+    batch = draw_batch(
+        corpus, make_plan(a, b, label), make_settings(corpus, mask_probability=NEVER)
+    )
+    assert batch["input_ids"].tolist() == ids
+    assert batch["segment_ids"].tolist() == segments
+    num_a = a[1] - a[0] + 2
+    assert batch["token_type_ids"].tolist() == [0] * num_a + [1] * (len(ids) - num_a)
+    assert batch["position_ids"].tolist() == list(range(len(ids)))
+    assert batch["cu_seqlens"].tolist() == [0, len(ids)]
+    assert batch["sso_labels"].tolist() == [label]
+    assert batch["labels"].tolist() == [-100] * len(ids)
+
+
+def test_mlm_only_batch_is_what_a_hand_writes() -> None:
+    corpus = make_corpus(TINY)
+    batch = draw_batch(
+        corpus,
+        make_plan((9, 16), (16, 16), -100, num_special=2),
+        make_settings(corpus, objective="mlm", mask_probability=NEVER),
+    )
+    assert batch["input_ids"].tolist() == [CLS, 19, 20, 21, 22, 23, 24, 25, SEP]
+    assert batch["segment_ids"].tolist() == [0, 1, 2, 2, 2, 2, 3, 3, 4]
+    assert batch["token_type_ids"].tolist() == [0] * 9
+    assert batch["sso_labels"].tolist() == [-100]
+
+
+def test_two_examples_follow_each_other() -> None:
+    corpus = make_corpus(TINY)
+    plan = plan_epoch(corpus, all_documents(corpus), make_settings(corpus, 13), 0, 0)
+    batch = draw_batch(corpus, plan, make_settings(corpus, 13, mask_probability=NEVER))
+    assert batch["input_ids"].dtype == batch["labels"].dtype == np.int64
+    assert batch["segment_ids"].dtype == batch["cu_seqlens"].dtype == np.int32
+    assert batch["cu_seqlens"].tolist() == [0, *np.cumsum(plan.length)]
+    starts = batch["cu_seqlens"][:-1]
+    assert (batch["input_ids"][starts] == CLS).all()
+    assert (batch["segment_ids"][starts] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("documents", "spans", "dropped"),
+    [
+        # 7 tokens of text fit: whole sentences; 4 + 2 + 6 passes it
+        pytest.param(TINY, [(0, 5), (5, 10), (10, 16), (16, 22)], 0, id="whole-sentences"),
+        # a sentence of 16 in pieces, the rest of the last piece joined by the next sentence
+        pytest.param([[16, 3], [7]], [(0, 7), (7, 14), (14, 19), (19, 26)], 0, id="pieces"),
+        # a one-token sentence cannot fill two parts, so the next sentence is cut into
+        pytest.param([[1, 9], [2, 2]], [(0, 7), (7, 10), (10, 14)], 0, id="one-token-sentence"),
+        pytest.param([[8], [1], [3]], [(0, 7), (9, 12)], 2, id="one-token-rests"),
+    ],
+)
+def test_plan_cuts_documents_as_a_hand_does(documents, spans, dropped) -> None:
+    corpus = make_corpus(documents)
+    plan = plan_epoch(corpus, all_documents(corpus), make_settings(corpus, 10), seed=5, epoch=1)
+    assert list(zip(plan.start.tolist(), plan.end.tolist(), strict=True)) == spans
+    assert plan.num_dropped_tokens == dropped
+
+
+corpora = st.lists(
+    st.lists(st.one_of(st.just(1), st.integers(1, 9), st.integers(10, 70)), min_size=1, max_size=8),
+    min_size=2,
+    max_size=6,
+).map(make_corpus)
+objectives = st.sampled_from(["mlm+sso", "mlm+nsp", "mlm"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    corpus=corpora,
+    seq_len=st.integers(5, 40),
+    short=st.sampled_from([0.0, 0.1, 1.0]),
+    objective=objectives,
+    seed=st.integers(0, 2**40),
+)
+def test_plan_invariants(corpus, seq_len, short, objective, seed) -> None:
+    config = make_settings(corpus, seq_len, short_sequence_probability=short, objective=objective)
+    plan = plan_epoch(corpus, all_documents(corpus), config, seed, epoch=2)
+    assert (plan.length <= seq_len).all()
+    assert (np.diff(plan.start) > 0).all()
+    text = (plan.a_end - plan.a_start) + (plan.b_end - plan.b_start)
+    assert (plan.length == text + config.num_special_tokens).all()
+    assert (plan.a_start < plan.a_end).all()
+
+    # each token once, except the reported rests
+    covered = concatenate_ranges(plan.start, plan.end)
+    assert len(np.unique(covered)) == len(covered)
+    assert len(covered) + plan.num_dropped_tokens == len(corpus.tokens)
+
+    owner = document_of(corpus, plan.start)
+    assert (owner == document_of(corpus, plan.end - 1)).all()
+    check_cuts(corpus, plan, config)
+    if objective == "mlm":
+        assert (plan.label == -100).all()
+        assert (plan.b_start == plan.b_end).all()
+        assert (plan.a_start == plan.start).all()
+        assert (plan.a_end == plan.end).all()
+    else:
+        check_pairs(corpus, plan, config, owner)
+
+
+def document_of(corpus: Any, token: np.ndarray) -> np.ndarray:
+    starts = corpus.sentence_offsets[corpus.document_offsets]
+    return np.searchsorted(starts, token, side="right") - 1
+
+
+def check_cuts(corpus: Any, plan: ExamplePlan, config: ExampleSettings) -> None:
+    """An example ends at a sentence, or is as long as it may be without one fitting."""
+    boundaries = set(corpus.sentence_offsets.tolist())
+    document_ends = set(corpus.sentence_offsets[corpus.document_offsets].tolist())
+    for start, end in zip(plan.start.tolist(), plan.end.tolist(), strict=True):
+        if end not in boundaries:
+            assert end - start == config.max_text_tokens
+            inner = [b for b in range(start + config.min_text_tokens, end) if b in boundaries]
+            assert not inner
+        elif end not in document_ends and config.short_sequence_probability == 0:
+            following = min(b for b in boundaries if b > end)
+            assert following - start > config.max_text_tokens
+
+
+def check_pairs(corpus: Any, plan: ExamplePlan, config: ExampleSettings, owner: np.ndarray) -> None:
+    boundaries = corpus.sentence_offsets
+    replaced_label = config.num_labels - 1
+    num_replaced = 0
+    for i in range(len(plan)):
+        a, b = (plan.a_start[i], plan.a_end[i]), (plan.b_start[i], plan.b_end[i])
+        start, end, label = plan.start[i], plan.end[i], plan.label[i]
+        assert b[0] < b[1]
+        if label == 0:
+            assert (a[0], a[1], b[1]) == (start, b[0], end)
+            split = a[1]
+        elif label == replaced_label:
+            assert a[0] == start < a[1] < end
+            split = a[1]
+            other = int(document_of(corpus, b[0]))
+            assert other != owner[i]
+            assert document_of(corpus, b[1] - 1) == other
+            assert b[0] in boundaries
+            room = config.max_text_tokens - (split - start)
+            check_foreign(corpus, b, end - split, room, other)
+            num_replaced += end - split
+        else:
+            assert (b[0], b[1], a[1]) == (start, a[0], end)
+            split = a[0]
+        inner = boundaries[(boundaries > start) & (boundaries < end)]
+        assert len(inner) == 0 or split in inner
+    assert plan.num_replaced_tokens == num_replaced
+
+
+def check_foreign(corpus: Any, b: tuple[int, int], wanted: int, room: int, document: int) -> None:
+    """As many whole sentences as fit, from where the document still has enough text."""
+    first, last = corpus.sentence_offsets[corpus.document_offsets[document : document + 2]]
+    assert last - b[0] >= min(wanted, last - first)
+    inner = corpus.sentence_offsets[corpus.sentence_offsets > b[0]]
+    fitting = inner[inner <= min(b[0] + wanted, last)]
+    assert b[1] == (fitting[-1] if len(fitting) else min(inner[0], b[0] + room))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    corpus=corpora,
+    seq_len=st.integers(5, 40),
+    objective=objectives,
+    seed=st.integers(0, 2**40),
+    data=st.data(),
+)
+def test_batch_invariants(corpus, seq_len, objective, seed, data) -> None:
+    config = make_settings(corpus, seq_len, objective=objective, mask_probability=0.3)
+    plan = plan_epoch(corpus, all_documents(corpus), config, seed, epoch=0)
+    if len(plan) == 0:
+        return
+    rows = data.draw(st.lists(st.integers(0, len(plan) - 1), min_size=1, max_size=6))
+    plan = plan.take(np.array(rows))
+    batch = draw_batch(corpus, plan, config)
+    ids, labels = batch["input_ids"], batch["labels"]
+    original = np.where(labels == -100, ids, labels)
+    assert set(ids.tolist()) <= set(range(config.vocab_size))
+    for i in range(len(plan)):
+        part = slice(batch["cu_seqlens"][i], batch["cu_seqlens"][i + 1])
+        a = list(range(plan.a_start[i] + FIRST_ID, plan.a_end[i] + FIRST_ID))
+        b = list(range(plan.b_start[i] + FIRST_ID, plan.b_end[i] + FIRST_ID))
+        expected = [CLS, *a, SEP, *b, SEP] if objective != "mlm" else [CLS, *a, SEP]
+        assert original[part].tolist() == expected
+        assert batch["position_ids"][part].tolist() == list(range(len(expected)))
+        assert batch["token_type_ids"][part].sum() == (len(b) + 1 if b else 0)
+        assert (np.diff(batch["token_type_ids"][part]) >= 0).all()
+        segments = expected_segments(corpus, expected)
+        assert batch["segment_ids"][part].tolist() == segments
+    assert (labels[np.isin(original, [CLS, SEP])] == -100).all()
+
+
+def expected_segments(corpus: Any, ids: list[int]) -> list[int]:
+    """Count up at every special token and after it, and at every sentence."""
+    starts = set((corpus.sentence_offsets + FIRST_ID).tolist())
+    segments = [0]
+    for before, current in pairwise(ids):
+        special = before in (CLS, SEP) or current in (CLS, SEP)
+        segments.append(segments[-1] + int(special or current in starts))
+    return segments
+
+
+def test_example_is_the_same_in_any_batch() -> None:
+    corpus = realistic_corpus(8, 30)
+    config = make_settings(corpus, 64)
+    plan = plan_epoch(corpus, all_documents(corpus), config, seed=3, epoch=1)
+    together = draw_batch(corpus, plan, config)
+    for i in np.random.default_rng(0).permutation(len(plan))[:20]:
+        alone = draw_batch(corpus, plan.take(np.array([i])), config)
+        part = slice(together["cu_seqlens"][i], together["cu_seqlens"][i + 1])
+        for name in ("input_ids", "labels", "segment_ids", "token_type_ids", "position_ids"):
+            np.testing.assert_array_equal(alone[name], together[name][part], err_msg=name)
+
+
+def test_example_does_not_depend_on_other_documents_unless_it_shows_them() -> None:
+    corpus = realistic_corpus(8, 30)
+    config = make_settings(corpus, 64)
+    everything = plan_epoch(corpus, np.arange(8), config, seed=3, epoch=1)
+    some = plan_epoch(corpus, np.array([6, 2, 4]), config, seed=3, epoch=1)
+    rows = np.searchsorted(everything.start, some.start)
+    for name in ("key", "start", "end", "a_start", "label"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(everything, name)[rows])
+
+
+def test_memory_mapped_arrays_give_the_same(tmp_path) -> None:
+    corpus = realistic_corpus(8, 30)
+    config = make_settings(corpus, 64)
+    mapped: Any = SimpleNamespace()
+    for name, array in vars(corpus).items():
+        np.save(tmp_path / f"{name}.npy", array)
+        setattr(mapped, name, np.load(tmp_path / f"{name}.npy", mmap_mode="r"))
+    batches = []
+    for source in (corpus, mapped):
+        plan = plan_epoch(source, all_documents(source), config, 0, 0)
+        batches.append(draw_batch(source, plan, config))
+    for name in batches[0]:
+        assert type(batches[1][name]) is np.ndarray
+        np.testing.assert_array_equal(batches[0][name], batches[1][name])
+
+
+def within_binomial(count: int, trials: int, probability: float) -> bool:
+    """Whether a count is within 4.5 standard deviations; the seeds are fixed."""
+    sigma = (trials * probability * (1 - probability)) ** 0.5
+    return abs(count - trials * probability) < 4.5 * sigma
+
+
+@pytest.mark.parametrize(("objective", "num_labels"), [("mlm+sso", 3), ("mlm+nsp", 2)])
+def test_labels_are_equally_frequent(objective, num_labels) -> None:
+    corpus = realistic_corpus(100, 200)
+    config = make_settings(corpus, 64, objective=objective)
+    plan = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=0)
+    counts = np.bincount(plan.label, minlength=num_labels)
+    assert len(counts) == num_labels
+    assert all(within_binomial(count, len(plan), 1 / num_labels) for count in counts)
+
+
+@pytest.mark.parametrize("probability", [0.15, 0.4])
+def test_masking_rates(probability) -> None:
+    corpus = realistic_corpus(100, 200)
+    config = make_settings(corpus, 128, mask_probability=probability)
+    plan = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=0)
+    batch = draw_batch(corpus, plan, config)
+    ids, labels = batch["input_ids"], batch["labels"]
+    num_text = int(plan.length.sum()) - 3 * len(plan)
+    selected = labels != -100
+    num_selected = int(selected.sum())
+    assert within_binomial(num_selected, num_text, probability)
+    masked = int((ids[selected] == MASK).sum())
+    kept = int((ids[selected] == labels[selected]).sum())
+    assert within_binomial(masked, num_selected, 0.8)
+    assert within_binomial(kept, num_selected, 0.1)
+    assert within_binomial(num_selected - masked - kept, num_selected, 0.1)
+    # neighbours and epochs are independent
+    pairs = int((selected[1:] & selected[:-1]).sum())
+    assert pairs == pytest.approx(probability**2 * num_text, rel=0.05)
+    other = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=1)
+    again = draw_batch(corpus, other, config)["labels"] != -100
+    size = min(len(again), len(selected))
+    both = int((selected[:size] & again[:size]).sum())
+    assert both == pytest.approx(probability**2 * num_text, rel=0.05)
+
+
+def test_replacements_are_uniform_over_ordinary_ids_only() -> None:
+    corpus = make_corpus([[20] * 400, [20] * 400])
+    corpus.tokens = np.full(16000, 9, dtype=np.uint16)
+    config = make_settings(
+        corpus, 64, vocab_size=12, special_ids=(0, CLS, SEP, MASK, 7), mask_probability=1.0
+    )
+    plan = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=0)
+    batch = draw_batch(corpus, plan, config)
+    text = ~np.isin(batch["input_ids"], [CLS, SEP])
+    counts = np.bincount(batch["input_ids"][text & (batch["input_ids"] != MASK)], minlength=12)
+    ordinary = [4, 5, 6, 8, 10, 11]
+    assert all(counts[i] == 0 for i in (0, 7))
+    assert all(within_binomial(counts[i], int(text.sum()), 0.1 / 7) for i in ordinary)
+
+
+def test_special_ids_in_text_are_not_selected() -> None:
+    corpus = make_corpus([[20] * 10, [20] * 10])
+    corpus.tokens[::2] = 4
+    config = make_settings(corpus, 64, mask_probability=1.0)
+    plan = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=0)
+    batch = draw_batch(corpus, plan, config)
+    assert 4 not in batch["labels"]
+    # the other half of the text, each token of it
+    ordinary = (batch["labels"] != -100).sum()
+    assert ordinary + (batch["input_ids"] == 4).sum() == plan.length.sum() - 3 * len(plan)
+
+
+def test_short_targets_are_uniform_and_drawn_per_example() -> None:
+    corpus = make_corpus([[1] * 30000, [1] * 30000])
+    config = make_settings(corpus, 67, short_sequence_probability=1.0)
+    plan = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=0)
+    sizes = plan.end - plan.start
+    assert (sizes.min(), sizes.max()) == (2, 64)
+    assert sizes.mean() == pytest.approx(33, rel=0.04)
+    some = plan_epoch(corpus, all_documents(corpus), make_settings(corpus, 67), seed=1, epoch=0)
+    assert set((some.end - some.start)[:-1].tolist()) <= {64, 30000 % 64}
+
+
+def test_epochs_and_seeds_differ() -> None:
+    corpus = realistic_corpus(8, 30)
+    config = make_settings(corpus, 64, short_sequence_probability=0.1)
+    plans = [
+        plan_epoch(corpus, all_documents(corpus), config, seed, epoch)
+        for seed, epoch in [(0, 0), (0, 1), (1, 0), (-1, 0)]
+    ]
+    ids = [draw_batch(corpus, plan, config)["labels"].tolist() for plan in plans]
+    assert all(ids[i] != ids[j] for i in range(4) for j in range(i))
+    again = plan_epoch(corpus, all_documents(corpus), config, 0, 0)
+    assert draw_batch(corpus, again, config)["labels"].tolist() == ids[0]
+
+
+def test_concatenate_ranges() -> None:
+    starts, ends = np.array([3, 7, 7, 0]), np.array([5, 7, 8, 2])
+    assert concatenate_ranges(starts, ends).tolist() == [3, 4, 7, 0, 1]
+    assert concatenate_ranges(starts[:0], ends[:0]).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 4}, "seq_len"),
+        ({"objective": "clm"}, "objective"),
+        ({"mask_probability": 0.0}, "mask_probability"),
+        ({"short_sequence_probability": 1.5}, "short_sequence_probability"),
+        ({"mask_id": CLS}, "must differ"),
+        ({"special_ids": (0, CLS, SEP)}, "among special_ids"),
+        ({"special_ids": (CLS, SEP, MASK, 999)}, "outside vocab_size"),
+        ({"vocab_size": 4, "special_ids": (0, 1, 2, 3)}, "no ordinary token"),
+    ],
+)
+def test_contradictory_settings_are_refused(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_settings(make_corpus(TINY), **changes)
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [([0], "at least two documents"), ([0, 0], "repeat"), ([0, 2], "outside a corpus of 2")],
+)
+def test_unusable_documents_are_refused(documents, message) -> None:
+    corpus = make_corpus(TINY)
+    with pytest.raises(ValueError, match=message):
+        plan_epoch(corpus, np.array(documents), make_settings(corpus), seed=0, epoch=0)
+
+
+def test_one_document_is_enough_for_mlm_only() -> None:
+    corpus = make_corpus(TINY)
+    config = make_settings(corpus, objective="mlm")
+    assert len(plan_epoch(corpus, np.array([0]), config, seed=0, epoch=0)) == 1
+
+
+def test_empty_batch_is_refused() -> None:
+    corpus = make_corpus(TINY)
+    plan = plan_epoch(corpus, all_documents(corpus), make_settings(corpus), seed=0, epoch=0)
+    with pytest.raises(ValueError, match="empty plan"):
+        draw_batch(corpus, plan.take(np.array([], dtype=int)), make_settings(corpus))
