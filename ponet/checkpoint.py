@@ -132,7 +132,8 @@ class PreTrainedModel(nn.Module):
         Args:
             folder: made when missing; each file appears whole or not at all.
         """
-        entries = {name: p.detach().contiguous().cpu() for name, p in self._published().items()}
+        parameters = self.published_parameters().items()
+        entries = {name: p.detach().contiguous().cpu() for name, p in parameters}
         content = save(entries, metadata={"format": "pt"})
         folder = Path(folder)
         write_atomically(folder / WEIGHTS, lambda temporary: _write_bytes(temporary, content))
@@ -150,7 +151,7 @@ class PreTrainedModel(nn.Module):
         Raises:
             CheckpointError: entries are missing or have another shape, each named.
         """
-        parameters = self._published()
+        parameters = self.published_parameters()
         missing = [name for name in parameters if name not in entries]
         fresh = [name for name in missing if self.new_weights and name.startswith(self.new_weights)]
         wrong = [
@@ -169,7 +170,8 @@ class PreTrainedModel(nn.Module):
         for name in parameters.keys() - set(fresh):
             parameters[name].copy_(entries[name])
 
-    def _published(self) -> dict[str, nn.Parameter]:
+    def published_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters by their published names."""
         named = dict(self.named_parameters())
         prefix = "" if any(name.startswith("ponet.") for name in named) else "ponet."
         return {published_name(prefix + name): p for name, p in named.items()}

@@ -100,7 +100,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         elif typing.get_origin(inner) is tuple:
             options |= {"nargs": "+", "metavar": "ITEM"}
         else:
-            options["metavar"] = "|".join(map(str, typing.get_args(inner))) or inner.__name__.upper()
+            choices = "|".join(map(str, typing.get_args(inner)))
+            options["metavar"] = choices or inner.__name__.upper()
         parser.add_argument(_flag(field.name), **options)
 
 

@@ -1,0 +1,488 @@
+"""The encoder and its heads: published values, invariances, losses, loading and saving."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ponet import (
+    CheckpointError,
+    ConfigError,
+    PoNetConfig,
+    PoNetForMaskedLM,
+    PoNetForPreTraining,
+    PoNetForSequenceClassification,
+    PoNetForTokenClassification,
+    PoNetModel,
+)
+from ponet.packing import layout_of, stream_of_rows
+from ponet_kernels import global_aggregation, local_max, pooling_fusion, segment_max, use_backend
+from ponet_kernels.testing import assert_close
+
+CLS, SEP = 101, 102
+SMALL = PoNetConfig(
+    vocab_size=120,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=40,
+    max_position_embeddings=64,
+    hidden_dropout_prob=0.0,
+)
+
+
+def build(cls=PoNetModel, config: PoNetConfig = SMALL, seed: int = 0, **arguments):
+    torch.manual_seed(seed)
+    model = cls(config, **arguments).double().eval()
+    # BERT's small initial weights would hide errors behind the residual path
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10 if parameter.ndim > 1 else 1).add_(0.01 * torch.randn_like(parameter))
+    return model
+
+
+def pair(a: int, b: int, seed: int) -> tuple[list[int], list[int]]:
+    """Ids and token types of [CLS] A [SEP] B [SEP]."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(10, 100, (a + b,), generator=generator).tolist()
+    ids = [CLS, *words[:a], SEP, *words[a:], SEP]
+    return ids, [0] * (a + 2) + [1] * (b + 1)
+
+
+def rows(sequences: list[list[int]], length: int, fill: int = 0) -> Tensor:
+    return torch.tensor([s + [fill] * (length - len(s)) for s in sequences])
+
+
+@pytest.mark.parametrize("mixer", ["ponet", "ponet_eager"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("case", ["segment_ids", "no_segment_ids"])
+def test_published_values_and_gradients(ponet_oracle, mixer, backend, case):
+    """Hidden states, logits, losses and every gradient of the published code, within 1e-9."""
+    oracle = load_file(ponet_oracle)
+    with safe_open(ponet_oracle, "pt") as file:
+        sizes = json.loads(file.metadata()["config"])
+    del sizes["mask_token_id"]
+    config = PoNetConfig(hidden_dropout_prob=0.0, mixer=mixer, **sizes)
+    model = PoNetForPreTraining(config).double()
+    weights = {k.removeprefix("model."): v for k, v in oracle.items() if k.startswith("model.")}
+    model.load_published(weights, "oracle")
+    inputs = {k.removeprefix("input."): v for k, v in oracle.items() if k.startswith("input.")}
+    if case == "no_segment_ids":
+        del inputs["segment_ids"]
+    real = inputs["attention_mask"].bool()
+
+    with use_backend(backend):
+        out = model(**inputs, output_hidden_states=True)
+        out.loss.backward()
+        unlabelled = {k: v for k, v in inputs.items() if k not in ("labels", "sso_labels")}
+        free = model(**unlabelled)
+
+    for name in ("loss", "mlm_loss", "sso_loss"):
+        assert_close(getattr(out, name).view(1), oracle[f"{case}.{name}"], 1e-9, name)
+    assert_close(out.sso_logits, oracle[f"{case}.sso_logits"], 1e-9, "sso_logits")
+    assert_close(free.mlm_logits[real], oracle[f"{case}.mlm_logits"][real], 1e-9, "mlm_logits")
+    labelled = inputs["labels"] != -100
+    assert_close(out.mlm_logits, oracle[f"{case}.mlm_logits"][labelled], 1e-9, "labelled logits")
+    for depth, state in enumerate(out.hidden_states):
+        assert_close(state[real], oracle[f"{case}.hidden.{depth}"][real], 1e-9, f"hidden {depth}")
+    prefix = f"{case}.grad."
+    gradients = {k.removeprefix(prefix): v for k, v in oracle.items() if k.startswith(prefix)}
+    parameters = model.published_parameters()
+    assert set(gradients) == set(parameters)
+    for name, expected in gradients.items():
+        assert_close(parameters[name].grad, expected, 1e-9, name)
+
+
+@pytest.mark.parametrize("case", ["masked", "unmasked"])
+def test_published_mixing_of_equal_chunks(lra_oracle, case):
+    """The fast operators on given projections, equal chunks, with and without padding."""
+    oracle = load_file(lra_oracle)
+    names = ("q", "k", "o", "local", "segment")
+    inputs = {n: oracle[f"input.{n}"].requires_grad_() for n in names}
+    mask = oracle["input.mask"] if case == "masked" else None
+    batch, length, width = inputs["q"].shape
+    stream = stream_of_rows(torch.zeros(batch, length, dtype=torch.long), mask)
+    special = torch.zeros(len(stream.positions), dtype=torch.bool)
+    layout = layout_of(stream, special, num_segments=5)
+    expected_ids = stream.pack(oracle["input.segment_index"])
+    starts = layout.cu_segments[:-1].long()
+    assert torch.equal(expected_ids[starts][layout.token_segments], expected_ids)
+
+    packed = {n: stream.pack(t) for n, t in inputs.items()}
+    # weights that pick q or k out of both side by side make the operator see given projections
+    both = torch.cat([packed["q"], packed["k"]], dim=1)
+    pick = torch.eye(2 * width, dtype=torch.float64)
+    zero = torch.zeros(width, dtype=torch.float64)
+    g = global_aggregation(both, pick[:width], zero, pick[width:], zero, 4, layout.cu_seqlens)
+    mixed = pooling_fusion(
+        g,
+        segment_max(packed["segment"], layout.cu_segments, layout.token_segments),
+        packed["o"],
+        local_max(packed["local"], layout.cu_runs),
+        layout.token_segments,
+        layout.segment_sequences,
+    )
+    out = stream.unpack(mixed)
+    real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
+    assert_close(out[real], oracle[f"{case}.output"][real], 1e-9, "output")
+    out.backward(oracle[f"{case}.grad_output"])
+    for name, tensor in inputs.items():
+        assert tensor.grad is not None
+        assert_close(tensor.grad[real], oracle[f"{case}.grad.{name}"][real], 1e-9, name)
+
+
+def test_parameter_counts_of_base():
+    config = PoNetConfig()
+    with torch.device("meta"):
+        counts = [
+            sum(p.numel() for p in model.parameters())
+            for model in (
+                PoNetModel(config, add_pooler=False),
+                PoNetModel(config),
+                PoNetForPreTraining(config),
+                PoNetForPreTraining(config.replace(tie_word_embeddings=False)),
+            )
+        ]
+    assert counts == [123_065_856, 123_656_448, 124_281_405, 147_722_301]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4),
+    padding=st.integers(0, 5),
+    left=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_padding_and_neighbours_change_nothing(sizes, padding, left, seed):
+    """Alone, in a batch with padding on either side, and packed: the same states."""
+    model = build(seed=seed)
+    sequences = [pair(a, b, seed + i) for i, (a, b) in enumerate(sizes)]
+    alone = [model(torch.tensor([i]), token_type_ids=torch.tensor([t])) for i, t in sequences]
+    longest = max(len(ids) for ids, _ in sequences) + padding
+    batch = [rows([s[k] for s in sequences], longest, fill=k * 7) for k in (0, 1)]
+    mask = rows([[1] * len(ids) for ids, _ in sequences], longest)
+    if left:
+        shifts = [longest - len(ids) for ids, _ in sequences]
+        batch = [torch.stack([r.roll(n) for r, n in zip(x, shifts, strict=True)]) for x in batch]
+        mask = torch.stack([r.roll(n) for r, n in zip(mask, shifts, strict=True)])
+    # padding ids are real words here: nothing may read them
+    batched = model(batch[0].clamp(min=9), attention_mask=mask, token_type_ids=batch[1] % 2)
+    stream = torch.tensor([token for ids, _ in sequences for token in ids])
+    types = torch.tensor([t for _, ts in sequences for t in ts])
+    ends = torch.tensor([len(ids) for ids, _ in sequences]).cumsum(0)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), ends]).int()
+    packed = model(stream, token_type_ids=types, cu_seqlens=cu_seqlens)
+    expected = torch.cat([out.last_hidden_state[0] for out in alone])
+    assert_close(batched.last_hidden_state[mask.bool()], expected, 1e-12, "batched")
+    assert_close(packed.last_hidden_state, expected, 1e-12, "packed")
+    assert not batched.last_hidden_state[~mask.bool()].any()
+    poolers = torch.cat([out.pooler_output for out in alone])
+    assert_close(batched.pooler_output, poolers, 1e-12, "pooled")
+    assert_close(packed.pooler_output, poolers, 1e-12, "pooled, packed")
+
+
+@pytest.mark.parametrize("use_global", [True, False])
+def test_sentence_b_reaches_sentence_a_through_global_aggregation_only(use_global):
+    model = build(config=SMALL.replace(use_global=use_global))
+    ids, types = pair(6, 7, seed=1)
+    changed = ids[:8] + [(token + 1 - 10) % 90 + 10 for token in ids[8:-1]] + ids[-1:]
+    states = [
+        model(torch.tensor([x]), token_type_ids=torch.tensor([types])).last_hidden_state[0]
+        for x in (ids, changed)
+    ]
+    same = torch.equal(states[0][:8], states[1][:8])
+    assert same is not use_global
+    assert not torch.allclose(states[0][8:-1], states[1][8:-1])
+
+
+def test_without_global_aggregation_special_tokens_receive_nothing():
+    """At [CLS] and [SEP] only g' * O remains; without g' the mixed state is zero."""
+    model = build(config=SMALL.replace(use_global=False))
+    mixer = model.encoder.layers[0].mixer
+    seen = {}
+    mixer.dense.register_forward_pre_hook(lambda _, inputs: seen.update(mixed=inputs[0]))
+    ids = torch.tensor([pair(3, 4, seed=0)[0]])
+    model(ids)
+    special = (ids[0] == CLS) | (ids[0] == SEP)
+    assert not seen["mixed"][special].any()
+    assert seen["mixed"][~special].all()
+
+
+@pytest.mark.parametrize(
+    "switch", ["use_global", "use_global_second_stage", "use_segment", "use_local"]
+)
+def test_ablations_agree_with_the_eager_form(switch):
+    config = SMALL.replace(**{switch: False})
+    model, eager = build(config=config), build(config=config.replace(mixer="ponet_eager"))
+    full = build()
+    sequences = [pair(4, 5, seed=0), pair(1, 0, seed=1)]
+    ids = rows([s[0] for s in sequences], 14)
+    mask = (ids != 0).long()
+    out = model(ids, attention_mask=mask).last_hidden_state
+    assert_close(out, eager(ids, attention_mask=mask).last_hidden_state, 1e-12)
+    assert not torch.allclose(out, full(ids, attention_mask=mask).last_hidden_state)
+
+
+def test_segments_of_special_tokens_and_given_ids():
+    ids = torch.tensor([[CLS, 7, 7, SEP, 8, 8, SEP, 0, 0]])
+    stream = stream_of_rows(ids, ids != 0)
+    special = (stream.pack(ids) == CLS) | (stream.pack(ids) == SEP)
+    derived = layout_of(stream, special)
+    assert derived.token_segments.tolist() == [0, 1, 1, 2, 3, 3, 4]
+    given_ids = torch.tensor([[0, 1, 2, 3, 4, 4, 5, 6, 6]])
+    given_layout = layout_of(stream, special, stream.pack(given_ids))
+    assert given_layout.token_segments.tolist() == [0, 1, 2, 3, 4, 4, 5]
+    # the published rule cuts rows of 37 into chunks of 37 // 5 + 1 = 8
+    rows37 = stream_of_rows(torch.zeros(1, 37, dtype=torch.long), None)
+    chunks = layout_of(rows37, torch.zeros(37, dtype=torch.bool), num_segments=5)
+    assert chunks.cu_segments.tolist() == [0, 8, 16, 24, 32, 37]
+    with pytest.raises(ValueError, match="sequence 0 has id 1 after 4"):
+        layout_of(stream, special, torch.tensor([0, 4, 1, 3, 4, 4, 5]))
+
+
+def test_masked_tokens_inside_a_row_are_absent_and_windows_do_not_cross_them():
+    config = SMALL.replace(use_global=False, use_segment=False, separate_special_tokens=False)
+    model = build(config=config.replace(num_hidden_layers=1))
+    ids = torch.tensor([[11, 12, 13, 14, 15]])
+    mask = torch.tensor([[1, 1, 0, 1, 1]])
+    out = model(ids, attention_mask=mask).last_hidden_state[0]
+    left = model(ids[:, :2]).last_hidden_state[0]
+    right = model(ids[:, 3:], position_ids=torch.tensor([[3, 4]])).last_hidden_state[0]
+    assert_close(out[:2], left, 1e-12)
+    assert_close(out[3:], right, 1e-12)
+    with pytest.raises(ValueError, match="ponet_eager: attention_mask has padding between"):
+        build(config=config.replace(mixer="ponet_eager"))(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pytest.param([[CLS]], id="one-token"),
+        pytest.param([[CLS, SEP]], id="only-specials"),
+        pytest.param([[7] * 64], id="one-segment-maximum-length"),
+        pytest.param([[0, 0, 0], [CLS, 9, SEP]], id="a-row-of-padding-only"),
+        pytest.param([[0, 0]], id="padding-only"),
+    ],
+)
+def test_edge_cases_are_finite_and_differentiable(ids):
+    model = build(PoNetForPreTraining).train()
+    tensor = torch.tensor(ids)
+    mask = (tensor != 0).long()
+    labels = torch.where(mask.bool(), tensor, -100)
+    out = model(
+        tensor,
+        attention_mask=mask,
+        labels=labels,
+        sso_labels=torch.zeros(len(ids), dtype=torch.long),
+    )
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_batch_without_masked_tokens_has_zero_loss_not_nan():
+    model = build(PoNetForPreTraining)
+    ids = torch.tensor([[CLS, 9, SEP]])
+    out = model(ids, labels=torch.full_like(ids, -100))
+    assert out.mlm_loss == 0
+    assert out.mlm_logits.shape == (0, 120)
+
+
+def test_pre_layer_norm_leaves_the_last_state_normalised():
+    model = build(config=SMALL.replace(norm_position="pre", layer_norm_eps=1e-12))
+    with torch.no_grad():
+        model.encoder.final_norm.weight.fill_(1)
+        model.encoder.final_norm.bias.zero_()
+    out = model(torch.tensor([pair(5, 6, seed=0)[0]])).last_hidden_state.detach()
+    assert float(out.mean(dim=-1).abs().max()) < 1e-12
+    assert float((out.var(dim=-1, unbiased=False) - 1).abs().max()) < 1e-9
+
+
+def test_classifiers_train():
+    ids = torch.tensor([pair(3, 4, seed=0)[0], pair(4, 3, seed=1)[0]])
+    torch.manual_seed(0)
+    sequence = PoNetForSequenceClassification(SMALL.replace(num_labels=3))
+    token = PoNetForTokenClassification(SMALL.replace(num_labels=4))
+    regression = PoNetForSequenceClassification(SMALL.replace(num_labels=1))
+    cases = [
+        (sequence, torch.tensor([2, 0])),
+        (token, ids % 4),
+        (regression, torch.tensor([0.5, -1.0])),
+    ]
+    for model, labels in cases:
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(80):
+            loss = model(ids, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss))
+        assert losses[-1] < 0.2 * losses[0]
+
+
+def test_save_and_load_every_class(tmp_path):
+    ids = torch.tensor([pair(3, 4, seed=0)[0]])
+    for cls in (
+        PoNetModel,
+        PoNetForPreTraining,
+        PoNetForMaskedLM,
+        PoNetForSequenceClassification,
+        PoNetForTokenClassification,
+    ):
+        model = build(cls).float()
+        folder = tmp_path / cls.__name__
+        model.save_pretrained(folder)
+        again = cls.from_pretrained(folder)
+        assert again.config == model.config
+        before, after = model(ids), again(ids)
+        name = {"PoNetModel": "last_hidden_state", "PoNetForPreTraining": "mlm_logits"}
+        field = name.get(cls.__name__, "logits")
+        assert torch.equal(getattr(before, field), getattr(after, field))
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def published_base_entries() -> dict[str, Tensor]:
+    """The 257 entries of a published pre-training checkpoint, at the small size."""
+    model = PoNetForPreTraining(SMALL.replace(num_hidden_layers=12))
+    entries = {k: v.detach().clone() for k, v in model.published_parameters().items()}
+    entries["ponet.embeddings.position_ids"] = torch.arange(64).unsqueeze(0)
+    entries["cls.predictions.decoder.weight"] = entries[
+        "ponet.embeddings.word_embeddings.weight"
+    ].clone()
+    entries["cls.predictions.decoder.bias"] = entries["cls.predictions.bias"].clone()
+    return entries
+
+
+@pytest.mark.parametrize("model_type", ["ponet", "bert"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("pickled", [True, False])
+def test_published_folder_loads(tmp_path, model_type, tied, pickled):
+    entries = published_base_entries()
+    assert len(entries) == 257
+    if not tied:
+        entries["cls.predictions.decoder.weight"] += 1
+    content = SMALL.replace(num_hidden_layers=12).to_dict() | {
+        "model_type": model_type,
+        "transformers_version": "4.7.0",
+        "clsgsepg": True,
+    }
+    del content["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    if pickled:
+        torch.save(entries, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(entries, tmp_path / "model.safetensors")
+    model = PoNetForPreTraining.from_pretrained(tmp_path)
+    assert (model.mlm_head.decoder.weight is model.ponet.embeddings.word.weight) is tied
+    assert torch.equal(model.mlm_head.decoder.weight, entries["cls.predictions.decoder.weight"])
+    classifier = PoNetForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    assert classifier.classifier.out_features == 5
+    word = classifier.ponet.embeddings.word.weight
+    assert torch.equal(word, entries["ponet.embeddings.word_embeddings.weight"])
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path):
+    model = PoNetForPreTraining(SMALL)
+    model.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole, settings_text = weights.read_bytes(), config.read_text()
+
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
+        PoNetForPreTraining.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="found neither"):
+        PoNetForPreTraining.from_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: damaged"):
+        PoNetForPreTraining.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+
+    def change(**fields):
+        config.write_text(json.dumps(json.loads(settings_text) | fields))
+
+    change(hidden_size=48)
+    with pytest.raises(
+        CheckpointError, match=r"word_embeddings.weight: expected \(120, 48\), found \(120, 24\)"
+    ):
+        PoNetForPreTraining.from_pretrained(tmp_path)
+    change(num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"encoder\.layer\.2.*: missing"):
+        PoNetForPreTraining.from_pretrained(tmp_path)
+    change(model_type="roberta")
+    with pytest.raises(ConfigError, match="model_type is 'roberta'"):
+        PoNetForPreTraining.from_pretrained(tmp_path)
+    config.write_text("{")
+    with pytest.raises(ConfigError, match="not a JSON document"):
+        PoNetForPreTraining.from_pretrained(tmp_path)
+    config.unlink()
+    with pytest.raises(ConfigError, match="no such file"):
+        PoNetForPreTraining.from_pretrained(tmp_path)
+
+
+class Exploit:
+    """Runs code when unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("unpickled",))
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    PoNetForPreTraining(SMALL).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"x": Exploit()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
+        PoNetForPreTraining.from_pretrained(tmp_path)
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    model = PoNetForPreTraining(SMALL)
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full_disk(path, content):
+        path.write_bytes(content[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ponet.checkpoint._write_bytes", full_disk)
+    with torch.no_grad():
+        model.sso_head.bias.add_(1)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 10}, "hidden_size 10 is not a multiple of num_attention_heads 12"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, found 0"),
+        ({"norm_position": "sandwich"}, "norm_position must be post or pre, found 'sandwich'"),
+        ({"use_global": False, "use_segment": False, "use_local": False}, "nothing mixes"),
+        ({"num_segments": 0}, "num_segments must be at least 1"),
+    ],
+)
+def test_contradictory_configurations(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        PoNetConfig(**fields)
+
+
+def test_wrong_inputs_are_named():
+    model = build()
+    with pytest.raises(ValueError, match="input_ids hold 5 to 120, vocab_size is 120"):
+        model(torch.tensor([[5, 120]]))
+    with pytest.raises(ValueError, match="position 64, max_position_embeddings is 64"):
+        model(torch.full((1, 65), 7))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 2\), input_ids \(1, 3\)"):
+        model(torch.full((1, 3), 7), attention_mask=torch.ones(1, 2))
+    with pytest.raises(ValueError, match="ascend from 0 to 4"):
+        model(torch.full((4,), 7), cu_seqlens=torch.tensor([0, 3], dtype=torch.int32))
+    with pytest.raises(ConfigError, match="mixer must be one of"):
+        PoNetModel(SMALL.replace(mixer="conv"))
