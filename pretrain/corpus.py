@@ -19,10 +19,11 @@ import shutil
 import tempfile
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from pretrain.sources import SourceReport
-from pretrain.vocabulary import SentenceEncoder, tokenizer_fingerprint
+from pretrain.vocabulary import SentenceEncoder, token_dtype, tokenizer_fingerprint
 
 FORMAT_VERSION = 1
 """Part of every cache key: raise it when the same documents give other files."""
@@ -46,6 +47,10 @@ _LANGUAGE = "en"
 # and far less would be spent on handing over
 _BATCH_CHARACTERS = 2**20
 _CHECKSUM_BLOCK = 2**24
+# worker processes need seconds to start (they import torch with the caller's main module) and
+# have each to meet the words of the language: with less text than this they cost more than they
+# save
+_BATCHES_WITHOUT_WORKERS = 48
 
 _log = logging.getLogger(__name__)
 
@@ -170,9 +175,9 @@ def build_corpus(
         cache_dir: made if missing; each corpus gets a folder of its own in it.
         key_parts: JSON values that decide what `documents` holds, above all `content_key`. The
             tokenizer, the sentence splitter and the format are added here.
-        num_workers: processes that split and tokenise; 0 works in this one, which is fast enough
-            unless the text is many GB. As ever with processes, the caller's main module must be
-            safe to import.
+        num_workers: processes that split and tokenise; 0 works in this one. They start only when
+            the text is longer than 48 MiB. As ever with processes, the caller's main module must
+            be safe to import.
         progress: show a bar on stderr if it is a terminal.
         report: counts to store with the corpus after `documents` are read.
 
@@ -195,8 +200,10 @@ def build_corpus(
         # left by a process that was killed while it held the lock
         for stale in cache_dir.glob(f".{folder.name}-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        batches = _tokenise(documents, tokenizer, num_workers)
-        with tqdm(desc="tokenising", unit="tok", unit_scale=True, disable=_hide(progress)) as bar:
+        with (
+            closing(_tokenise(documents, tokenizer, num_workers)) as batches,
+            tqdm(desc="tokenising", unit="tok", unit_scale=True, disable=_hide(progress)) as bar,
+        ):
             _write_folder(folder, batches, bar, tokenizer, settings, report)
         # just written and checksummed on the way
         return load_corpus(folder, verify=False)
@@ -286,13 +293,23 @@ class _Batch:
     num_skipped: int
 
 
-def _tokenise(documents: Iterable[str], tokenizer: Tokenizer, num_workers: int) -> Iterator[_Batch]:
+def _tokenise(
+    documents: Iterable[str], tokenizer: Tokenizer, num_workers: int
+) -> Generator[_Batch, None, None]:
     """Tokenised batches in the order of the documents, made here or by worker processes."""
     batches = _batched(documents)
-    if num_workers == 0:
-        encoder = SentenceEncoder(tokenizer)
-        yield from (_tokenise_batch(encoder, batch) for batch in batches)
-        return
+    encoder = SentenceEncoder(tokenizer)
+    for batch in batches if num_workers == 0 else islice(batches, _BATCHES_WITHOUT_WORKERS):
+        yield _tokenise_batch(encoder, batch)
+    first = next(batches, None)
+    if first is not None:
+        yield from _tokenise_in_pool(chain([first], batches), tokenizer, num_workers)
+
+
+def _tokenise_in_pool(
+    batches: Iterable[list[str]], tokenizer: Tokenizer, num_workers: int
+) -> Iterator[_Batch]:
+    """Tokenised batches from worker processes, in order."""
     # fork is unsafe beside the threads of torch and tokenizers
     pool = ProcessPoolExecutor(
         num_workers, get_context("spawn"), _start_worker, (tokenizer.to_str(),)
@@ -357,30 +374,43 @@ def _tokenise_batch(encoder: SentenceEncoder, documents: list[str]) -> _Batch:
 
 
 class _OutputFile:
-    """A growing file with its size and checksum."""
+    """A growing file with its size and checksum; a full disk is reported with the file's name."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("wb")
         self.num_bytes = 0
         self.checksum = 0
 
     def write(self, array: np.ndarray) -> None:
         """Append an array's bytes."""
-        data = np.ascontiguousarray(array).data.cast("B")
-        self._file.write(data)
+        data = np.ascontiguousarray(array).view(np.uint8).data
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise self._named(error) from error
         self.num_bytes += len(data)
         self.checksum = zlib.crc32(data, self.checksum)
 
     def close(self) -> None:
         """Bring everything to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._named(error) from error
+
+    def _named(self, error: OSError) -> OSError:
+        """The same error with the place and the free space; errors of `write` name no file."""
+        free = shutil.disk_usage(self._path.parent).free
+        message = f"cannot write the corpus: {error.strerror} ({free:,} bytes free)"
+        return OSError(error.errno, message, str(self._path))
 
 
 def _write_folder(
     folder: Path,
-    batches: Iterator[_Batch],
+    batches: Iterable[_Batch],
     bar: "tqdm[Any]",
     tokenizer: Tokenizer,
     settings: dict[str, Any],
@@ -393,34 +423,31 @@ def _write_folder(
         manifest = {
             "format_version": FORMAT_VERSION,
             "vocab_size": tokenizer.get_vocab_size(),
-            "dtype": SentenceEncoder(tokenizer).dtype.__name__,
+            "dtype": token_dtype(tokenizer).__name__,
             "counts": counts,
             "sources": report.as_dict() if report else None,
             "settings": settings,
             "files": files,
         }
-        text = json.dumps(manifest, indent=2) + "\n"
-        (unfinished / _MANIFEST).write_text(text, encoding="utf-8")
+        output = _OutputFile(unfinished / _MANIFEST)
+        output.write(np.frombuffer(json.dumps(manifest, indent=2).encode() + b"\n", np.uint8))
+        output.close()
         # a folder made by mkdtemp is private; the cache is not
         umask = os.umask(0)
         os.umask(umask)
         unfinished.chmod(0o777 & ~umask)
         if folder.exists():
             # damaged, or it would have been used; moved first, so that no half of it is ever seen
-            folder.rename(Path(tempfile.mkdtemp(dir=unfinished)) / "old")
-            shutil.rmtree(next(unfinished.glob("tmp*")))
+            damaged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+            folder.rename(damaged / folder.name)
+            shutil.rmtree(damaged)
         unfinished.rename(folder)
-    except OSError as error:
-        free = shutil.disk_usage(folder.parent).free
-        raise OSError(
-            error.errno, f"cannot write the corpus ({error.strerror}; {free:,} bytes free)", folder
-        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_arrays(
-    folder: Path, batches: Iterator[_Batch], bar: "tqdm[Any]"
+    folder: Path, batches: Iterable[_Batch], bar: "tqdm[Any]"
 ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """Append batch after batch.
 

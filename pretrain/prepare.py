@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +54,12 @@ def _prepare(config: PretrainConfig, run: Path | None) -> tuple[Tokenizer, Corpu
     documents = iter_documents(
         config.data, config.text_field, max_characters=config.max_characters, report=report
     )
-    workers = config.preprocessing_workers
     corpus = build_corpus(
         documents,
         tokenizer,
         cache_dir=cache / "corpora",
         key_parts={"text": text},
-        num_workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+        num_workers=config.preprocessing_workers,
         progress=True,
         report=report,
     )
@@ -79,7 +77,7 @@ def _tokenizer(config: PretrainConfig, cache: Path, text: str) -> Tokenizer:
         return load_tokenizer(config.vocab)
     key = hashlib.sha256(json.dumps([text, config.vocab_size]).encode()).hexdigest()[:32]
     folder = cache / "tokenizers" / key
-    if not folder.is_dir():
+    if not (folder / "tokenizer_config.json").is_file():
         logger.info("training a vocabulary of %d word pieces", config.vocab_size)
         documents = iter_documents(
             config.data, config.text_field, max_characters=config.max_characters

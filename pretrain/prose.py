@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from inspect import cleandoc
 from pathlib import Path
 
-PROSE_VERSION = 1
+PROSE_VERSION = 2
 """Part of every cache key: raise it when other text comes out of the same files."""
 
 _SUFFIXES = (".py", ".rst", ".md", ".txt")
@@ -59,6 +59,7 @@ _FIELD = re.compile(
 )
 _BULLET = re.compile(r"(?:[-*+\u2022]|\(?\d{1,2}[.)]|\(?[a-z]\))\s+")
 _CODE_LINE = re.compile(r">>>|\.\.\. |\$ |In \[|Out\[|%\s")
+_TABLE_BORDER = re.compile(r"[=-]{2,}( +[=-]{2,})+$")
 _TABLE_LINE = re.compile(r"[|+].*[|+]$|.*\|.*\|.*\||.* {3,}\S.* {3,}\S")
 
 _MARKUP = [
@@ -201,6 +202,8 @@ class _MarkupReader:
         self.paragraphs: list[str] = []
         self.lines: list[str] = []
         self.indent = 0
+        # where the bullet or directive stands whose first line was the last one read
+        self.item_indent: int | None = None
         self.previous = ""
         # lines indented deeper than this belong to a dropped block
         self.skip_below: int | None = None
@@ -232,6 +235,7 @@ class _MarkupReader:
         if text:
             self.paragraphs.append(plain_text(text))
         self.lines = []
+        self.item_indent = None
 
     def _is_skipped(self, stripped: str, indent: int) -> bool:
         """Whether the line lies within a block that is being dropped."""
@@ -250,7 +254,7 @@ class _MarkupReader:
             # the line above was a heading, not the end of a paragraph
             self.lines = []
             self.skip_section = self.previous.lower() in _NUMPY_SECTIONS
-        elif _CODE_LINE.match(stripped):
+        elif _CODE_LINE.match(stripped) or _TABLE_BORDER.match(stripped):
             self.flush()
             self.skip_to_blank = True
         elif _GOOGLE_SECTION.match(stripped) or _FIELD.match(stripped) or _is_directive(stripped):
@@ -265,9 +269,14 @@ class _MarkupReader:
     def _append(self, stripped: str, indent: int) -> None:
         """Continue the paragraph, or start the next at a bullet or a change of indentation."""
         marker = _BULLET.match(stripped) or _KEPT_DIRECTIVE.match(stripped)
-        if marker or (self.lines and indent != self.indent):
+        if not marker and self.item_indent is not None and indent > self.item_indent:
+            # the second line of an item shows how far the item is indented
+            self.indent = indent
+            self.item_indent = None
+        elif marker or (self.lines and indent != self.indent):
             self.flush()
         if marker:
+            self.item_indent = indent
             stripped = stripped[marker.end() :]
             indent += marker.end()
         if not self.lines:

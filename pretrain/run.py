@@ -179,8 +179,9 @@ def baselines(corpus: Corpus, batches: list[dict[str, Any]]) -> dict[str, float]
     labels = torch.cat([batch["labels"] for batch in batches])
     labels = labels[labels != -100]
     shares = {"mlm_baseline": float((labels == commonest).double().mean())}
-    if "sso_labels" in batches[0]:
-        classes = torch.cat([batch["sso_labels"] for batch in batches])
+    classes = torch.cat([batch["sso_labels"] for batch in batches])
+    # "mlm" labels no sentences
+    if (classes >= 0).all():
         shares["sso_baseline"] = float(classes.bincount().max() / len(classes))
     return shares
 

@@ -39,8 +39,8 @@ class PretrainConfig:
     """Entries of a trained vocabulary."""
     cache_dir: str = "~/.cache/ponet"
     """Folder of tokenised data."""
-    preprocessing_workers: int | None = None
-    """Processes that tokenise; None: one a core."""
+    preprocessing_workers: int = 0
+    """Processes that tokenise besides this one; they pay for themselves on gigabytes of text."""
     mixer: str = "ponet"
     """Token mixer."""
     hidden_size: int = 256
@@ -53,6 +53,9 @@ class PretrainConfig:
     """Width inside the feed-forward sub-layer."""
     dropout: float = 0.1
     """Dropout probability."""
+    initializer_range: float = 0.02
+    """Standard deviation of initial weights; BERT's 0.02 suits a width of 768, narrow models learn
+    sooner with about 1 / sqrt(width)."""
     use_global: bool = True
     """Global aggregation (GA)."""
     use_global_second_stage: bool = True
@@ -154,6 +157,7 @@ class PretrainConfig:
             num_attention_heads=self.num_attention_heads,
             intermediate_size=self.intermediate_size,
             hidden_dropout_prob=self.dropout,
+            initializer_range=self.initializer_range,
             max_position_embeddings=self.seq_len,
             pad_token_id=pad,
             cls_token_id=cls,

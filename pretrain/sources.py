@@ -51,7 +51,7 @@ _FORMATS = (".txt", ".md", ".jsonl", ".json", ".parquet")
 _COMPRESSIONS = (".gz", ".xz")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?$")
 _TITLE = re.compile(r"\s*= [^=\s](?:[^=]*[^=\s])? =\s*$")
-_HEADING = re.compile(r"\s*=( =)* [^=].* (= )*=\s*$")
+_HEADING = re.compile(r"\s*= = .* = =\s*$")
 _SENTENCE_END = re.compile(r"[.!?:;][\"')\]]*$")
 _WRAPPED_LINE = 50
 _WHOLE_FILE = 2**20

@@ -30,7 +30,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PREFIX = "##"
 _NO_LENGTH_LIMIT = int(1e30)
 # words kept for reuse by `SentenceEncoder`; a word takes about 200 bytes with its ids
-_MAX_CACHED_WORDS = 2_000_000
+_MAX_CACHED_WORDS = 1_000_000
 _WORD_GROUP = 256
 
 
@@ -271,6 +271,11 @@ class _WordTable(dict[str, int]):
         return index
 
 
+def token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
+    """Smallest type that holds every id: `uint16` up to 65,536 tokens, `uint32` beyond."""
+    return np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+
+
 class SentenceEncoder:
     """Encodes many sentences to one flat array, several times as fast as `encode_batch`.
 
@@ -285,7 +290,7 @@ class SentenceEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+        self.dtype = token_dtype(tokenizer)
         self._words_stand_alone = _words_stand_alone(tokenizer)
         self._reset()
 

@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ class TestContent:
 
     def test_token_counts_and_frequencies(self, build, tokenizer: Tokenizer) -> None:
         corpus = build()
-        ids = [sum(document, []) for document in sentences_of(corpus, tokenizer)]
+        ids = [list(chain.from_iterable(document)) for document in sentences_of(corpus, tokenizer)]
         assert corpus.token_counts(np.array([3, 1])).tolist() == [len(ids[3]), len(ids[1])]
         frequencies = corpus.token_frequencies(np.array([0, 2]))
         assert (

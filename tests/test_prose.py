@@ -153,6 +153,6 @@ def test_builtin_text_is_there_and_reads_like_english() -> None:
     assert not any("test" in path.parent.name.split("_") for path in files)
     topics = next(path for path in files if path.name == "topics.py")
     paragraphs = [text for document in documents_of_file(topics) for text in document]
-    assert any(text.startswith("Assignment statements are used to") for text in paragraphs)
+    assert any(text.startswith("An assignment statement evaluates") for text in paragraphs)
     letters = sum(char.isalpha() or char in " .," for text in paragraphs for char in text)
     assert letters > 0.93 * sum(map(len, paragraphs))

@@ -210,7 +210,7 @@ class TestComplaints:
 
     def test_invalid_utf8(self, tmp_path: Path) -> None:
         file = tmp_path / "a.txt"
-        file.write_bytes("Één.\n".encode() + b"caf\xe9.\n")
+        file.write_bytes("\u00c9\u00e9n.\n".encode() + b"caf\xe9.\n")
         message = complaint(file)
         # seven bytes of the first line, then the fourth of the second, counted from 0
         assert f"{file}, line 2, byte 10" in message

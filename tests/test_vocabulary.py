@@ -77,13 +77,13 @@ class TestLoad:
     def test_complaints(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no such file"):
             load_tokenizer(tmp_path / "missing.json")
-        with pytest.raises(ValueError, match="no tokenizer.json and no vocab.txt"):
+        with pytest.raises(ValueError, match=r"no tokenizer\.json and no vocab\.txt"):
             load_tokenizer(tmp_path)
         (tmp_path / "bad.json").write_text('{"model": 1}', "utf-8")
-        with pytest.raises(ValueError, match="bad.json: not a tokenizer file"):
+        with pytest.raises(ValueError, match=r"bad\.json: not a tokenizer file"):
             load_tokenizer(tmp_path / "bad.json")
         (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-        with pytest.raises(ValueError, match="latin.txt: expected UTF-8"):
+        with pytest.raises(ValueError, match=r"latin\.txt: expected UTF-8"):
             load_tokenizer(tmp_path / "latin.txt")
         with pytest.raises(ValueError, match=r"lacks \[SEP\], \[MASK\]"):
             load_tokenizer(vocab_txt(tmp_path / "few.txt", "a", *SPECIAL_TOKENS[:3]))
