@@ -75,15 +75,21 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
             return tuple(items)
         raise UsageError(f"{where}: expected a list of strings, found {value!r}")
     # YAML reads 1e-4 as a string, and true is an int to Python
-    if inner in (int, float) and not isinstance(value, bool):
-        try:
-            if inner is float or float(value) == int(float(value)):
-                return inner(float(value))
-        except (TypeError, ValueError, OverflowError):
-            pass
-    elif isinstance(value, inner):
+    number = _number(value) if inner in (int, float) else None
+    if number is not None and (inner is float or number.is_integer()):
+        return inner(number)
+    if inner in (bool, str) and isinstance(value, inner):
         return value
     raise UsageError(f"{where}: expected {inner.__name__}, found {value!r}")
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:

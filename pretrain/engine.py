@@ -15,6 +15,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ponet import PoNetForPreTraining
 from ponet.cli import UsageError
 from pretrain.settings import PretrainConfig
 
@@ -150,15 +151,27 @@ def build_engine(config: PretrainConfig, model: nn.Module, world_size: int) -> E
         eps=config.adam_epsilon,
         fused=device.type == "cuda" or None,
     )
+    schedule: Any = LambdaLR(optimizer, learning_rate_factor(config))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        lr_scheduler=LambdaLR(optimizer, learning_rate_factor(config)),
+        lr_scheduler=schedule,
         config=engine_config(config, world_size),
         dist_init_required=False,
     )
     engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
     return engine
+
+
+def model_of(engine: Engine) -> PoNetForPreTraining:
+    """The model inside an engine."""
+    assert isinstance(engine.module, PoNetForPreTraining)
+    return engine.module
+
+
+def device_of(engine: Engine) -> torch.device:
+    """Where an engine computes."""
+    return next(model_of(engine).parameters()).device
 
 
 def gradient_norm(engine: Engine) -> float:
@@ -167,7 +180,7 @@ def gradient_norm(engine: Engine) -> float:
     ZeRO knows it only after the step, so there it is the norm of the step before.
     """
     if engine.zero_optimization_stage() == 0 and not engine.fp16_enabled():
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in model_of(engine).parameters() if p.grad is not None]
         return float(nn.utils.get_total_norm(gradients))
     norm = engine.get_global_grad_norm()
     return math.nan if norm is None else float(norm)

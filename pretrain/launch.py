@@ -67,12 +67,14 @@ def start() -> Launch:
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    assert isinstance(patient_group, dist.ProcessGroup)
     return Launch(
         rank=rank,
         local_rank=local_rank,
         world_size=world_size,
         device=device,
-        patient_group=dist.new_group(backend="gloo", timeout=timedelta(days=2)),
+        patient_group=patient_group,
     )
 
 

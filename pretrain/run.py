@@ -34,7 +34,14 @@ from ponet.measure import (
 from pretrain.batches import MicroBatchSampler, evaluation_batches, make_loader
 from pretrain.checkpoints import CheckpointStore, Progress
 from pretrain.corpus import Corpus
-from pretrain.engine import VERSION, Engine, build_engine, engine_config
+from pretrain.engine import (
+    VERSION,
+    Engine,
+    build_engine,
+    device_of,
+    engine_config,
+    model_of,
+)
 from pretrain.launch import Launch, finish, print_last, start
 from pretrain.prepare import check_unchanged, describe, example_settings, prepare
 from pretrain.settings import PretrainConfig, as_yaml, parse
@@ -199,11 +206,12 @@ class Reporter:
     ) -> None:
         self._config = config
         self._engine = engine
+        self._device = device_of(engine)
         self._writer = writer
         self._peak_rate = peak_rate * world_size
         self._seconds = 0.0
         self._steps = 0
-        self._total = torch.zeros(7, dtype=torch.float64, device=engine.device)
+        self._total = torch.zeros(7, dtype=torch.float64, device=device_of(engine))
 
     def start(self, seconds: float) -> None:
         """Begin an interval at this reading of the stopwatch."""
@@ -217,14 +225,14 @@ class Reporter:
 
     def report(self, step: int, result: StepResult, stopwatch: Stopwatch) -> None:
         """Log the interval, on all ranks because they add up their sums, then begin another."""
-        synchronise(self._engine.device)
+        synchronise(self._device)
         now = stopwatch.seconds()
         sums = add_ranks(self._total)
         values = sums.metrics() | {
             "learning_rate": self._engine.get_lr()[0],
             "grad_norm": result.grad_norm,
             **self._speed(sums, now - self._seconds),
-            "peak_memory_mib": peak_memory_mib(self._engine.device),
+            "peak_memory_mib": peak_memory_mib(self._device),
         }
         self._writer.write("train", step, values)
         remaining = (self._config.steps - step) * (now - self._seconds) / self._steps
@@ -245,7 +253,7 @@ class Reporter:
         self.start(now)
 
     def _speed(self, sums: Sums, seconds: float) -> dict[str, float]:
-        flops = training_flops(self._engine.module.config, int(sums.tokens), int(sums.masked))
+        flops = training_flops(model_of(self._engine).config, int(sums.tokens), int(sums.masked))
         return {
             "step_ms": seconds / self._steps * 1e3,
             "tokens_per_second": sums.tokens / seconds,
@@ -299,7 +307,7 @@ def train(
         disable=launch.rank != 0 or not sys.stderr.isatty(),
         dynamic_ncols=True,
     )
-    trained = torch.zeros(7, dtype=torch.float64, device=engine.device)
+    trained = torch.zeros(7, dtype=torch.float64, device=device_of(engine))
     for step in range(progress.step + 1, config.steps + 1):
         logs = step % config.log_every == 0 or step == config.steps
         result = train_step(engine, loader, seed=config.seed, want_norm=logs)
@@ -349,7 +357,7 @@ def export(
 ) -> Path:
     """Write the model folder that `from_pretrained` loads."""
     target = folder / "model"
-    engine.module.save_pretrained(target)
+    model_of(engine).save_pretrained(target)
     save_tokenizer(tokenizer, target, max_length=config.seq_len)
     return target
 

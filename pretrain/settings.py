@@ -54,8 +54,8 @@ class PretrainConfig:
     dropout: float = 0.1
     """Dropout probability."""
     initializer_range: float = 0.02
-    """Standard deviation of initial weights; BERT's 0.02 suits a width of 768, narrow models learn
-    sooner with about 1 / sqrt(width)."""
+    """Standard deviation of initial weights. BERT's 0.02 belongs to a width of 768; what a layer
+    adds to the residual stays the same at other widths with 0.02 * sqrt(768 / width)."""
     use_global: bool = True
     """Global aggregation (GA)."""
     use_global_second_stage: bool = True

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ponet.model import PreTrainingOutput
-from pretrain.engine import Engine, gradient_norm
+from pretrain.engine import Engine, device_of, gradient_norm
 
 _INPUTS = (
     "input_ids",
@@ -122,19 +122,20 @@ def train_step(
     Raises:
         TrainingError: a loss is not a finite number.
     """
-    total = torch.zeros(len(fields(Sums)), dtype=torch.float64, device=engine.device)
+    total = torch.zeros(len(fields(Sums)), dtype=torch.float64, device=device_of(engine))
     norm = None
-    micro_batches = engine.gradient_accumulation_steps()
-    for place, batch in enumerate(islice(batches, micro_batches), start=1):
+    parts = list(islice(batches, engine.gradient_accumulation_steps()))
+    for batch in parts:
         total += _backward(engine, batch, seed)
-        if want_norm and place == micro_batches:
+        if want_norm and batch is parts[-1]:
             norm = gradient_norm(engine)
         engine.step()
-    return StepResult(sums=total, grad_norm=norm, epoch=batch["epoch"], epoch_step=batch["step"])
+    last = parts[-1]
+    return StepResult(sums=total, grad_norm=norm, epoch=last["epoch"], epoch_step=last["step"])
 
 
 def _backward(engine: Engine, batch: dict[str, Any], seed: int) -> Tensor:
-    inputs = _inputs(batch, engine.device)
+    inputs = _inputs(batch, device_of(engine))
     torch.manual_seed(dropout_seed(seed, batch))
     output = engine(**inputs)
     if not math.isfinite(float(output.loss.detach())):
@@ -151,10 +152,10 @@ def _backward(engine: Engine, batch: dict[str, Any], seed: int) -> Tensor:
 @torch.no_grad()
 def evaluate(engine: Engine, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Losses and accuracies over the evaluation batches of all ranks."""
-    total = torch.zeros(len(fields(Sums)), dtype=torch.float64, device=engine.device)
+    total = torch.zeros(len(fields(Sums)), dtype=torch.float64, device=device_of(engine))
     engine.eval()
     for batch in batches:
-        inputs = _inputs(batch, engine.device)
+        inputs = _inputs(batch, device_of(engine))
         total += _measure(engine(**inputs), inputs)
     engine.train()
     return add_ranks(total).metrics()

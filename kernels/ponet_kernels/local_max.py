@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ponet_kernels.dispatch import active_backend
 from ponet_kernels.reference import local_max_ref
 
-_WINDOW = {"kernel_size": (3, 1), "stride": (1, 1), "padding": (1, 0)}
+_WINDOW, _STRIDE, _PADDING = (3, 1), (1, 1), (1, 0)
 
 
 def _as_image(x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class LocalMaxFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cu_runs: Tensor) -> Tensor:
         x = x.contiguous()
-        image, places = F.max_pool2d_with_indices(_as_image(x), **_WINDOW)
+        image, places = F.max_pool2d_with_indices(_as_image(x), _WINDOW, _STRIDE, _PADDING)
         out, winners = _as_stream(image), _as_stream(places)
         _pool_run_ends(x, cu_runs, out, winners)
         ctx.save_for_backward(x, winners)
@@ -59,7 +59,9 @@ class LocalMaxFunction(torch.autograd.Function):
         image = torch.ops.aten.max_pool2d_with_indices_backward(
             _as_image(grad.contiguous()),
             _as_image(x),
-            **_WINDOW,
+            _WINDOW,
+            _STRIDE,
+            _PADDING,
             dilation=(1, 1),
             ceil_mode=False,
             indices=_as_image(winners),

@@ -1,0 +1,70 @@
+"""The tree as a whole: names that would shadow others, imports, the README's commands."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ponet.cli import add_flags
+from pretrain.settings import PRESETS, PretrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [
+    path
+    for folder in ("ponet", "kernels/ponet_kernels", "pretrain", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+def test_nothing_of_ours_answers_to_the_name_kernels():
+    """It is Hugging Face's; with a package of that name `transformers` fails to import."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = (
+        "import importlib.util as u; s = u.find_spec('kernels');"
+        "assert s is None or s.origin is None or 'site-packages' in s.origin, s.origin"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_script_folders_shadow_no_library(path):
+    taken = {"datasets", "tokenizers", "evaluate", "deepspeed", "torch", "triton", "einops"}
+    assert path.stem not in taken | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("package", ["ponet", "ponet_kernels", "pretrain"])
+def test_every_module_imports(package):
+    folder = ROOT / ("kernels/ponet_kernels" if package == "ponet_kernels" else package)
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if parts != ("__init__",):
+            importlib.import_module(".".join((package, *parts)))
+
+
+def test_imports_run_one_way():
+    """Kernels know nothing of the rest, the library nothing of the programs."""
+    forbidden = {"kernels": ("ponet", "pretrain"), "ponet": ("pretrain", "benchmarks")}
+    for path in SOURCES:
+        top = path.relative_to(ROOT).parts[0]
+        for name in forbidden.get(top, ()):
+            assert not re.search(rf"^(from|import) {name}\b", path.read_text(), re.M), path
+
+
+def test_readme_commands_use_flags_and_presets_that_exist():
+    import argparse
+
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^(?:deepspeed|python|torchrun) .*pretrain/run\.py(.*)$", text, re.M)
+    assert commands
+    parser = argparse.ArgumentParser()
+    add_flags(parser, PretrainConfig)
+    known = {flag for action in parser._actions for flag in action.option_strings} | {"--config"}
+    for command in commands:
+        assert set(re.findall(r"--[a-z-]+", command)) <= known
+        for preset in re.findall(r"--config (\w+)", command):
+            assert (PRESETS / f"{preset}.yaml").is_file()
+    for script in re.findall(r"python (benchmarks/\w+\.py)", text):
+        assert (ROOT / script).is_file()

@@ -1,0 +1,349 @@
+"""The pre-training program end to end on small real text: results, resuming, failing."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ponet import PoNetForMaskedLM, PoNetForPreTraining
+from ponet.cli import UsageError
+from pretrain.engine import engine_config, learning_rate_factor, read_engine_file
+from pretrain.settings import PRESETS, PretrainConfig, parse
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / "pretrain" / "run.py"
+TINY = [
+    "--config=debug",
+    "--vocab-size=400",
+    "--hidden-size=32",
+    "--intermediate-size=64",
+    "--seq-len=48",
+    "--batch-tokens=768",
+    "--micro-batch-tokens=384",
+    "--eval-tokens=1500",
+    "--validation-fraction=0.1",
+    "--steps=12",
+    "--eval-every=4",
+    "--log-every=1",
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with real text, the topics of Python's own manual, and a token cache."""
+    from pydoc_data.topics import topics
+
+    folder = tmp_path_factory.mktemp("pretrain")
+    documents = [" ".join(text.split()) for text in topics.values() if len(text) > 800]
+    lines = [json.dumps({"text": document}) for document in documents]
+    (folder / "topics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def command(workplace: Path, *flags: str) -> list[str]:
+    return [
+        sys.executable,
+        str(RUN),
+        *TINY,
+        f"--data={workplace / 'topics.jsonl'}",
+        f"--cache-dir={workplace / 'cache'}",
+        *flags,
+    ]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    source = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return os.environ | {"PATH": path, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
+
+
+def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        arguments, env=environment(), capture_output=True, text=True, timeout=240, **options
+    )
+
+
+def result_of(done: subprocess.CompletedProcess) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def metrics_of(folder: Path) -> dict[tuple[str, int], float]:
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {(e["kind"], e["step"]): e["loss"] for e in entries}
+
+
+@pytest.fixture(scope="module")
+def whole_run(workplace) -> tuple[Path, subprocess.CompletedProcess]:
+    """An uninterrupted run, which others are compared with."""
+    folder = workplace / "whole"
+    return folder, run(command(workplace, f"--output-dir={folder}"))
+
+
+def test_results_model_and_records(whole_run):
+    folder, done = whole_run
+    result = result_of(done)
+    assert done.stdout.count("\n") == 1, "stdout holds the result alone"
+    for name in ("mlm_accuracy", "mlm_baseline", "sso_accuracy", "sso_baseline"):
+        assert 0 <= result[name] <= 1
+    assert result["steps"] == 12
+    # packing fills the batches: 12 steps of 768 tokens
+    assert 0.95 * 12 * 768 <= result["tokens"] <= 12 * 768
+    assert result["tokens_per_second"] > 0
+    assert result["seconds"] > 0
+    assert result["mlm_loss"] < 0.95 * torch.tensor(400.0).log()
+    checkpoint = Path(result["checkpoint"])
+    model = PoNetForPreTraining.from_pretrained(checkpoint)
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+    out = PoNetForMaskedLM.from_pretrained(checkpoint)(torch.tensor([[2, 50, 4, 60, 3]]))
+    assert out.logits.isfinite().all()
+    assert (checkpoint / "tokenizer.json").is_file()
+    kinds = [kind for kind, _ in metrics_of(folder)]
+    assert (kinds.count("train"), kinds.count("eval")) == (12, 3)
+    assert list((folder / "tensorboard").glob("events.out.*"))
+    assert json.loads((folder / "run.json").read_text())["processes"] == 1
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names[-2:] == ["step-00000008", "step-00000012"]
+    assert len(names) <= 3
+
+
+def test_resume_after_kill_is_bit_for_bit(workplace, whole_run):
+    folder = workplace / "killed"
+    log = workplace / "killed.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command(workplace, f"--output-dir={folder}", "--num-workers=2"),
+            env=environment(),
+            stderr=stream,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while "step 6/12" not in log.read_text() and time.monotonic() < deadline:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (folder / "model").exists()
+    result_of(run([*command(workplace)[:2], f"--resume={folder}"]))
+    assert metrics_of(folder) == metrics_of(whole_run[0])
+    expected = load_file(whole_run[0] / "model" / "model.safetensors")
+    for name, tensor in load_file(folder / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_two_processes_under_the_deepspeed_launcher(workplace, whole_run):
+    """The same examples in the same global batches: losses differ by summation order alone."""
+    folder = workplace / "two"
+    launcher = ["deepspeed", "--num_gpus=2", "--master_port=0", *command(workplace)[1:]]
+    with_port = [f"--master_port={free_port()}" if "port" in a else a for a in launcher]
+    done = run([*with_port, f"--output-dir={folder}"])
+    result = result_of(done)
+    expected = metrics_of(whole_run[0])
+    losses = metrics_of(folder)
+    assert losses.keys() == expected.keys()
+    assert all(abs(losses[key] - expected[key]) < 1e-4 for key in losses)
+    assert result["tokens"] == result_of(whole_run[1])["tokens"]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("flags", [["--zero-stage=2", "--precision=bf16"], ["--objective=mlm"]])
+def test_variants_run_and_resume(workplace, flags):
+    folder = workplace / f"variant{flags[0]}"
+    short = ["--steps=4", "--eval-every=2", f"--output-dir={folder}"]
+    first = result_of(run(command(workplace, *flags, *short)))
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    again = result_of(run([*command(workplace)[:2], f"--resume={folder}"]))
+    assert again["loss"] == first["loss"]
+    assert ("sso_accuracy" in first) is ("--objective=mlm" not in flags)
+
+
+def test_damaged_checkpoints(workplace, whole_run):
+    folder = workplace / "damaged"
+    shutil.copytree(whole_run[0], folder)
+    newest = folder / "checkpoints" / "step-00000012" / "mp_rank_00_model_states.pt"
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-100])
+    done = run([*command(workplace)[:2], f"--resume={folder}"])
+    assert "step-00000012/mp_rank_00_model_states.pt: damaged checkpoint" in done.stderr
+    assert "resuming from" in done.stderr
+    assert result_of(done)["loss"] == result_of(whole_run[1])["loss"]
+    for path in folder.glob("checkpoints/step-*/manifest.json"):
+        path.write_text("{")
+    done = run([*command(workplace)[:2], f"--resume={folder}"])
+    assert done.returncode == 1
+    assert "pretrain: error:" in done.stderr
+    assert "damaged checkpoint" in done.stderr
+
+
+def test_full_disk_names_the_folder_and_leaves_nothing_half_written(workplace):
+    """A limit on the size of files stands in for the full disk."""
+    folder = workplace / "full"
+    arguments = command(workplace, f"--output-dir={folder}", "--hidden-size=64")
+
+    def limit():
+        # sessions of the shell that started pytest have no part in this: it is set in the child
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+    done = run(arguments, preexec_fn=limit)
+    assert done.returncode == 1
+    assert "pretrain: error:" in done.stderr
+    assert "cannot be written" in done.stderr
+    assert str(folder / "checkpoints" / "step-00000004") in done.stderr
+    assert not list((folder / "checkpoints").iterdir())
+    assert not (folder / "model").exists()
+
+
+def test_diverging_run_stops_with_the_step(workplace):
+    done = run(command(workplace, f"--output-dir={workplace / 'nan'}", "--learning-rate=1e30"))
+    assert done.returncode == 1
+    assert "loss is nan in step" in done.stderr
+    assert "--learning-rate" in done.stderr
+
+
+def with_text(name: str, content: bytes):
+    return lambda folder: (folder / name, (folder / name).write_bytes(content))[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "message"),
+    [
+        pytest.param(with_text("empty.txt", b""), [], "empty.txt", id="empty"),
+        pytest.param(with_text("b.txt", b"a\0b"), [], "b.txt", id="binary"),
+        pytest.param(with_text("u.txt", b"ab\xff"), [], "u.txt", id="not-utf-8"),
+        pytest.param(with_text("n.jsonl", b'{"body": "x"}\n'), [], "'text'", id="no-field"),
+        pytest.param(with_text("one.txt", b"One sentence."), [], "vocab", id="tiny-for-vocabulary"),
+        pytest.param(
+            with_text("one2.txt", b"One sentence."),
+            ["--vocab={vocab}"],
+            "documents",
+            id="one-sentence",
+        ),
+        pytest.param(
+            lambda folder: folder / "topics.jsonl",
+            ["--batch-tokens=3840000"],
+            "fills no global batch",
+            id="smaller-than-a-batch",
+        ),
+        pytest.param(lambda folder: folder / "nothing.txt", [], "nothing.txt", id="missing"),
+    ],
+)
+def test_bad_text(workplace, whole_run, source, flags, message):
+    path = source(workplace)
+    target = workplace / f"bad-{path.name}{len(flags)}"
+    vocab = whole_run[0] / "tokenizer.json"
+    given = [flag.format(vocab=vocab) for flag in flags]
+    arguments = command(workplace, *given, f"--output-dir={target}")
+    done = run([a if not a.startswith("--data=") else f"--data={path}" for a in arguments])
+    assert done.returncode != 0
+    assert done.stdout == ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("pretrain: error:")
+    assert message in last
+    assert not (target / "model").exists()
+
+
+def test_occupied_output_folder(workplace, whole_run):
+    done = run(command(workplace, f"--output-dir={whole_run[0]}"))
+    assert done.returncode == 2
+    assert "is not an empty folder" in done.stderr
+
+
+def test_settings_of_a_run_cannot_change_on_resume(whole_run):
+    folder = whole_run[0]
+    with pytest.raises(
+        UsageError, match=r"--hidden-size cannot change on --resume: the run has 32"
+    ):
+        parse([f"--resume={folder}", "--hidden-size=64"])
+    config, _ = parse([f"--resume={folder}", "--num-workers=3"])
+    assert (config.num_workers, config.hidden_size) == (3, 32)
+    with pytest.raises(UsageError, match="holds no config"):
+        parse([f"--resume={folder.parent}"])
+
+
+def test_presets_parse_and_base_is_as_published():
+    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    assert names == ["base", "debug", "demo", "small"]
+    configs = {name: parse([f"--config={name}"])[0] for name in names}
+    base = configs["base"]
+    assert (base.steps, base.batch_tokens, base.warmup_steps) == (340_000, 192 * 512, 5000)
+    model = base.model_config(30522, 0, 101, 102)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in PoNetForPreTraining(model).parameters())
+    assert count == 124_281_405
+    assert parse([])[1] == "demo"
+
+
+def test_unknown_flags_presets_and_values(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(["--stepz=3"])
+    assert error.value.code == 2
+    assert "--stepz" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no preset or file 'huge'; the presets are base, debug"):
+        parse(["--config=huge"])
+    with pytest.raises(UsageError, match="--steps: expected int, found 'many'"):
+        parse(["--steps=many"])
+    with pytest.raises(UsageError, match="--precision: expected one of fp32, bf16, fp16"):
+        parse(["--precision=fp8"])
+    with pytest.raises(UsageError, match="--batch-tokens 1000 is not a multiple"):
+        parse(["--batch-tokens=1000", "--micro-batch-tokens=600"])
+    file = tmp_path / "own.yaml"
+    file.write_text("learning_rat: 1e-4\n")
+    with pytest.raises(
+        UsageError, match="unknown key 'learning_rat', did you mean 'learning_rate'"
+    ):
+        parse([f"--config={file}"])
+    file.write_text("learning_rate: 1e-4\nsteps: 3\n")
+    config, name = parse([f"--config={file}", "--steps=5"])
+    assert (config.learning_rate, config.steps, name) == (1e-4, 5, "own")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"zero_optimisation": {}}', "unknown key zero_optimisation, did you mean zero_opt"),
+        ('{"gradient_clipping": 1.0}', "gradient_clipping is set by --max-grad-norm"),
+        ('{"communication_data_type": "auto"}', 'communication_data_type is "auto"'),
+        ('{"zero_optimization": {"stage": 2}}', "stage is set by --zero-stage"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_deepspeed_file_is_checked(tmp_path, content, message):
+    file = tmp_path / "engine.json"
+    file.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_engine_file(file)
+
+
+def test_engine_configuration():
+    config = PretrainConfig(batch_tokens=8192, micro_batch_tokens=1024, max_grad_norm=0.5)
+    content = engine_config(config, world_size=4)
+    assert content["gradient_accumulation_steps"] == 2
+    assert content["gradient_clipping"] == 0.5
+    with pytest.raises(UsageError, match="8 micro-batches of 1024, which 3 processes cannot share"):
+        engine_config(config, world_size=3)
+
+
+def test_learning_rate_schedule():
+    config = PretrainConfig(steps=100, warmup_steps=10)
+    factor = learning_rate_factor(config)
+    assert [factor(0), factor(9), factor(10), factor(55), factor(100)] == [0.1, 1.0, 1.0, 0.5, 0.0]
+    constant = learning_rate_factor(PretrainConfig(steps=100, schedule="constant"))
+    assert constant(99) == 1.0
