@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from ponet_kernels.testing import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,6 +30,7 @@ from ponet.measure import source_commit
 from ponet.mixers import MIXERS
 from ponet.mixers.pooling import PoNetMixer
 from ponet.packing import PackedLayout, layout_of, stream_of_packed
+from ponet_kernels.testing import relative_error
 
 CLS, SEP = 101, 102
 # outputs of the forms may differ by float32 rounding, added up over the layers

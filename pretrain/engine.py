@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,8 @@ import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -21,6 +22,9 @@ from pretrain.settings import PretrainConfig
 
 Engine = deepspeed.DeepSpeedEngine
 VERSION: str = deepspeed.__version__
+
+# the plain records that DeepSpeed puts beside the tensors of ZeRO's shards
+_RECORDS: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 # DeepSpeed accepts unknown keys in silence, so the file may hold only what is known to matter
 _ENGINE_KEYS = {
@@ -125,11 +129,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
-    """Loads tensors and plain values only, never pickled code."""
+    """Loads tensors, plain values and `_RECORDS` only, never pickled code."""
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Load a file of a DeepSpeed checkpoint."""
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler]):
+        with torch.serialization.safe_globals(_RECORDS):
             return torch.load(path, map_location=map_location, weights_only=True)
 
 
@@ -174,13 +178,13 @@ def device_of(engine: Engine) -> torch.device:
     return next(model_of(engine).parameters()).device
 
 
-def gradient_norm(engine: Engine) -> float:
+def gradient_norm(engine: Engine) -> float | None:
     """Norm of the gradients of this step before clipping; call between backward and step.
 
-    ZeRO knows it only after the step, so there it is the norm of the step before.
+    ZeRO knows it only after the step, so there it is that of the step before, or None.
     """
     if engine.zero_optimization_stage() == 0 and not engine.fp16_enabled():
         gradients = [p.grad for p in model_of(engine).parameters() if p.grad is not None]
         return float(nn.utils.get_total_norm(gradients))
     norm = engine.get_global_grad_norm()
-    return math.nan if norm is None else float(norm)
+    return None if norm is None else float(norm)

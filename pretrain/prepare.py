@@ -63,11 +63,13 @@ def _prepare(config: PretrainConfig, run: Path | None) -> tuple[Tokenizer, Corpu
         progress=True,
         report=report,
     )
+    if report.documents:
+        logger.info("read %s", report)
+    counts = (corpus.num_documents, corpus.num_sentences, corpus.num_tokens)
     logger.info(
         "corpus %s: %s documents, %s sentences, %s tokens",
         corpus.folder,
-        *(f"{n - 1:,}" for n in (len(corpus.document_offsets), len(corpus.sentence_offsets))),
-        f"{len(corpus.tokens):,}",
+        *(f"{count:,}" for count in counts),
     )
     return tokenizer, corpus
 

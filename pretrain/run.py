@@ -13,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -52,6 +51,7 @@ from pretrain.trainer import (
     TrainingError,
     add_ranks,
     evaluate,
+    no_sums,
     train_step,
 )
 from pretrain.vocabulary import SpecialTokens, save_tokenizer
@@ -60,7 +60,7 @@ logger = logging.getLogger("pretrain")
 
 
 def run_folder(config: PretrainConfig, preset: str, launch: Launch) -> Path:
-    """The folder of the run, the same on all ranks; made by rank 0.
+    """The folder of the run, the same on all ranks; it is made when there is something to write.
 
     Raises:
         UsageError: the folder is not empty.
@@ -77,8 +77,6 @@ def run_folder(config: PretrainConfig, preset: str, launch: Launch) -> Path:
             f"--output-dir {folder} is not an empty folder; choose another, or continue its run "
             f"with --resume {folder}"
         )
-    if launch.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -182,7 +180,7 @@ def baselines(corpus: Corpus, batches: list[dict[str, Any]]) -> dict[str, float]
         `mlm_baseline`: share of masked tokens that are the commonest token of the corpus;
         `sso_baseline`: share of the commonest class, absent without a sentence objective.
     """
-    commonest = int(np.bincount(corpus.tokens).argmax())
+    commonest = int(corpus.token_frequencies().argmax())
     labels = torch.cat([batch["labels"] for batch in batches])
     labels = labels[labels != -100]
     shares = {"mlm_baseline": float((labels == commonest).double().mean())}
@@ -211,7 +209,7 @@ class Reporter:
         self._peak_rate = peak_rate * world_size
         self._seconds = 0.0
         self._steps = 0
-        self._total = torch.zeros(7, dtype=torch.float64, device=device_of(engine))
+        self._total = no_sums(self._device)
 
     def start(self, seconds: float) -> None:
         """Begin an interval at this reading of the stopwatch."""
@@ -230,7 +228,7 @@ class Reporter:
         sums = add_ranks(self._total)
         values = sums.metrics() | {
             "learning_rate": self._engine.get_lr()[0],
-            "grad_norm": result.grad_norm,
+            **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
             **self._speed(sums, now - self._seconds),
             "peak_memory_mib": peak_memory_mib(self._device),
         }
@@ -290,24 +288,13 @@ def train(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     peak_rate = matmul_rate(launch.device, dtype[config.precision])
     reporter = Reporter(config, engine, writer, peak_rate, launch.world_size)
-    loader = iter(
-        make_loader(
-            data.train,
-            num_workers=config.num_workers,
-            pin_memory=launch.device.type == "cuda",
-        )
-    )
+    on_gpu = launch.device.type == "cuda"
+    loader = iter(make_loader(data.train, num_workers=config.num_workers, pin_memory=on_gpu))
     evaluation: dict[str, float] = {}
     stopwatch = Stopwatch(progress.seconds)
     reporter.start(progress.seconds)
-    bar = tqdm(
-        initial=progress.step,
-        total=config.steps,
-        unit="step",
-        disable=launch.rank != 0 or not sys.stderr.isatty(),
-        dynamic_ncols=True,
-    )
-    trained = torch.zeros(7, dtype=torch.float64, device=device_of(engine))
+    trained = no_sums(launch.device)
+    bar = progress_bar(progress.step, config.steps, shown=launch.rank == 0)
     for step in range(progress.step + 1, config.steps + 1):
         logs = step % config.log_every == 0 or step == config.steps
         result = train_step(engine, loader, seed=config.seed, want_norm=logs)
@@ -331,11 +318,16 @@ def train(
         trained.zero_()
         store.save(engine, progress, evaluation["loss"])
         stopwatch.resume()
-        reporter.start(stopwatch.seconds())
     bar.close()
     if not evaluation:
         evaluation = evaluate(engine, data.evaluation)
     return Outcome(progress=progress, evaluation=evaluation)
+
+
+def progress_bar(step: int, steps: int, *, shown: bool) -> tqdm:
+    """A bar where a person watches a terminal."""
+    hidden = not shown or not sys.stderr.isatty()
+    return tqdm(initial=step, total=steps, unit="step", disable=hidden, dynamic_ncols=True)
 
 
 def report_evaluation(
@@ -375,8 +367,6 @@ def pretrain(config: PretrainConfig, preset: str, launch: Launch, began: float) 
     tokenizer, corpus = prepare(config, launch, resumed)
     if resumed:
         check_unchanged(corpus, json.loads((folder / "run.json").read_text()), folder)
-    elif launch.rank == 0:
-        record_run(folder, config, tokenizer, corpus, launch)
     model = build_model(config, tokenizer).to(launch.device)
     engine = build_engine(config, model, launch.world_size)
     store = CheckpointStore(
@@ -387,6 +377,8 @@ def pretrain(config: PretrainConfig, preset: str, launch: Launch, began: float) 
     )
     progress = store.restore(engine) if resumed else Progress()
     data = build_data(config, tokenizer, corpus, launch, progress)
+    if launch.rank == 0 and not resumed:
+        record_run(folder, config, tokenizer, corpus, launch)
     with MetricsWriter(folder, rank=launch.rank, resume_step=progress.step) as writer:
         outcome = train(config, engine, data, store, writer, progress, launch)
     result = {

@@ -65,6 +65,11 @@ class Sums:
         return {"loss": means["mlm_loss"] + means.get("sso_loss", 0.0), **means}
 
 
+def no_sums(device: torch.device) -> Tensor:
+    """Sums of nothing: `[7]` float64, in the order of `Sums`."""
+    return torch.zeros(len(fields(Sums)), dtype=torch.float64, device=device)
+
+
 @torch.no_grad()
 def _measure(output: PreTrainingOutput, inputs: dict[str, Tensor]) -> Tensor:
     labels = inputs["labels"]
@@ -122,7 +127,7 @@ def train_step(
     Raises:
         TrainingError: a loss is not a finite number.
     """
-    total = torch.zeros(len(fields(Sums)), dtype=torch.float64, device=device_of(engine))
+    total = no_sums(device_of(engine))
     norm = None
     parts = list(islice(batches, engine.gradient_accumulation_steps()))
     for batch in parts:
@@ -152,7 +157,7 @@ def _backward(engine: Engine, batch: dict[str, Any], seed: int) -> Tensor:
 @torch.no_grad()
 def evaluate(engine: Engine, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Losses and accuracies over the evaluation batches of all ranks."""
-    total = torch.zeros(len(fields(Sums)), dtype=torch.float64, device=device_of(engine))
+    total = no_sums(device_of(engine))
     engine.eval()
     for batch in batches:
         inputs = _inputs(batch, device_of(engine))

@@ -1,6 +1,7 @@
 """The pre-training program end to end on small real text: results, resuming, failing."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -101,7 +102,7 @@ def test_results_model_and_records(whole_run):
     assert 0.95 * 12 * 768 <= result["tokens"] <= 12 * 768
     assert result["tokens_per_second"] > 0
     assert result["seconds"] > 0
-    assert result["mlm_loss"] < 0.95 * torch.tensor(400.0).log()
+    assert result["mlm_loss"] < math.log(400) - 0.1, "no better than guessing among 400 tokens"
     checkpoint = Path(result["checkpoint"])
     model = PoNetForPreTraining.from_pretrained(checkpoint)
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
@@ -229,13 +230,7 @@ def with_text(name: str, content: bytes):
         pytest.param(with_text("b.txt", b"a\0b"), [], "b.txt", id="binary"),
         pytest.param(with_text("u.txt", b"ab\xff"), [], "u.txt", id="not-utf-8"),
         pytest.param(with_text("n.jsonl", b'{"body": "x"}\n'), [], "'text'", id="no-field"),
-        pytest.param(with_text("one.txt", b"One sentence."), [], "vocab", id="tiny-for-vocabulary"),
-        pytest.param(
-            with_text("one2.txt", b"One sentence."),
-            ["--vocab={vocab}"],
-            "documents",
-            id="one-sentence",
-        ),
+        pytest.param(with_text("one.txt", b"One sentence."), [], "documents", id="one-sentence"),
         pytest.param(
             lambda folder: folder / "topics.jsonl",
             ["--batch-tokens=3840000"],
@@ -245,19 +240,17 @@ def with_text(name: str, content: bytes):
         pytest.param(lambda folder: folder / "nothing.txt", [], "nothing.txt", id="missing"),
     ],
 )
-def test_bad_text(workplace, whole_run, source, flags, message):
+def test_bad_text(workplace, source, flags, message):
     path = source(workplace)
-    target = workplace / f"bad-{path.name}{len(flags)}"
-    vocab = whole_run[0] / "tokenizer.json"
-    given = [flag.format(vocab=vocab) for flag in flags]
-    arguments = command(workplace, *given, f"--output-dir={target}")
+    target = workplace / f"bad-{path.name}"
+    arguments = command(workplace, *flags, f"--output-dir={target}")
     done = run([a if not a.startswith("--data=") else f"--data={path}" for a in arguments])
     assert done.returncode != 0
     assert done.stdout == ""
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("pretrain: error:")
     assert message in last
-    assert not (target / "model").exists()
+    assert not target.exists(), "a corrected command must be able to use the folder"
 
 
 def test_occupied_output_folder(workplace, whole_run):
