@@ -99,14 +99,16 @@ def finish() -> None:
     dist.destroy_process_group()
 
 
-def _deepspeed_launcher() -> int | None:
-    """Process id of the DeepSpeed launcher that started this process, if one did."""
+def _watch_launcher() -> int | None:
+    """A descriptor that becomes readable when DeepSpeed's launcher ends, if one started us."""
     parent = os.getppid()
     try:
-        command = psutil.Process(parent).cmdline()
-    except psutil.Error:
-        return None
-    return parent if "deepspeed.launcher.launch" in command else None
+        if "deepspeed.launcher.launch" in psutil.Process(parent).cmdline():
+            return os.pidfd_open(parent)
+    # no such process any more, or a system without these descriptors
+    except (psutil.Error, AttributeError, OSError):
+        pass
+    return None
 
 
 def print_last(line: str) -> None:
@@ -115,12 +117,11 @@ def print_last(line: str) -> None:
     DeepSpeed's launcher logs to stdout after its processes have ended. A forked child that waits
     for the launcher to be gone prints after it; the launcher's caller still waits then.
     """
-    launcher = _deepspeed_launcher()
     sys.stdout.flush()
-    if launcher is None or not hasattr(os, "pidfd_open"):
+    gone = _watch_launcher()
+    if gone is None:
         print(line, flush=True)
         return
-    gone = os.pidfd_open(launcher)
     if os.fork():
         os.close(gone)
         return
