@@ -178,7 +178,7 @@ def card(config: PoNetConfig) -> dict:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="the encoder beside its five-projection forms")
     parser.add_argument("--seq-len", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--layers", type=int, default=12, help="layers of the encoder")
     parser.add_argument("--repeats", type=int, default=5)
