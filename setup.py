@@ -38,6 +38,7 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.14",
             "pyright[nodejs]>=1.1.400",
+            "transformers>=5.0",
         ],
     },
 )

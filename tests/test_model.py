@@ -322,7 +322,7 @@ def test_classifiers_train():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
         assert losses[-1] < 0.2 * losses[0]
 
 
