@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -44,13 +45,19 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         # mkstemp makes files private; a model folder is shared like any other file
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~current_umask())
         temporary.replace(path)
+    except OSError as error:
+        # errors of writing name no file
+        free = shutil.disk_usage(path.parent).free // 2**20
+        message = f"cannot be written ({free} MiB free): {error.strerror}"
+        raise OSError(error.errno, message, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def current_umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -34,6 +34,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from ponet.checkpoint import current_umask
 from pretrain.sources import SourceReport
 from pretrain.vocabulary import SentenceEncoder, token_dtype, tokenizer_fingerprint
 
@@ -433,9 +434,7 @@ def _write_folder(
         output.write(np.frombuffer(json.dumps(manifest, indent=2).encode() + b"\n", np.uint8))
         output.close()
         # a folder made by mkdtemp is private; the cache is not
-        umask = os.umask(0)
-        os.umask(umask)
-        unfinished.chmod(0o777 & ~umask)
+        unfinished.chmod(0o777 & ~current_umask())
         if folder.exists():
             # damaged, or it would have been used; moved first, so that no half of it is ever seen
             damaged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

@@ -19,7 +19,7 @@ import yaml
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ponet import CheckpointError, ConfigError, PoNetForPreTraining
+from ponet import PoNetForPreTraining
 from ponet.checkpoint import write_json, write_text
 from ponet.cli import UsageError
 from ponet.log import MetricsWriter, set_up_logging
@@ -30,6 +30,7 @@ from ponet.measure import (
     synchronise,
     training_flops,
 )
+from ponet.model import IGNORED_LABEL
 from pretrain.batches import MicroBatchSampler, evaluation_batches, make_loader
 from pretrain.checkpoints import CheckpointStore, Progress
 from pretrain.corpus import Corpus
@@ -182,7 +183,7 @@ def baselines(corpus: Corpus, batches: list[dict[str, Any]]) -> dict[str, float]
     """
     commonest = int(corpus.token_frequencies().argmax())
     labels = torch.cat([batch["labels"] for batch in batches])
-    labels = labels[labels != -100]
+    labels = labels[labels != IGNORED_LABEL]
     shares = {"mlm_baseline": float((labels == commonest).double().mean())}
     classes = torch.cat([batch["sso_labels"] for batch in batches])
     # "mlm" labels no sentences
@@ -201,20 +202,19 @@ class Reporter:
         writer: MetricsWriter,
         peak_rate: float,
         world_size: int,
+        seconds: float,
     ) -> None:
         self._config = config
         self._engine = engine
         self._device = device_of(engine)
         self._writer = writer
         self._peak_rate = peak_rate * world_size
-        self._seconds = 0.0
-        self._steps = 0
-        self._total = no_sums(self._device)
+        self._begin(seconds)
 
-    def start(self, seconds: float) -> None:
+    def _begin(self, seconds: float) -> None:
         """Begin an interval at this reading of the stopwatch."""
         self._seconds, self._steps = seconds, 0
-        self._total.zero_()
+        self._total = no_sums(self._device)
 
     def add(self, sums: torch.Tensor) -> None:
         """Take the sums of one step."""
@@ -248,7 +248,7 @@ class Reporter:
             f"{values['peak_memory_mib']:,.0f}",
             f"{remaining / 60:.0f}m" if remaining >= 60 else f"{remaining:.0f}s",
         )
-        self.start(now)
+        self._begin(now)
 
     def _speed(self, sums: Sums, seconds: float) -> dict[str, float]:
         flops = training_flops(model_of(self._engine).config, int(sums.tokens), int(sums.masked))
@@ -287,12 +287,11 @@ def train(
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     peak_rate = matmul_rate(launch.device, dtype[config.precision])
-    reporter = Reporter(config, engine, writer, peak_rate, launch.world_size)
+    reporter = Reporter(config, engine, writer, peak_rate, launch.world_size, progress.seconds)
     on_gpu = launch.device.type == "cuda"
     loader = iter(make_loader(data.train, num_workers=config.num_workers, pin_memory=on_gpu))
     evaluation: dict[str, float] = {}
     stopwatch = Stopwatch(progress.seconds)
-    reporter.start(progress.seconds)
     trained = no_sums(launch.device)
     bar = progress_bar(progress.step, config.steps, shown=launch.rank == 0)
     for step in range(progress.step + 1, config.steps + 1):
@@ -417,7 +416,8 @@ def main() -> None:
         launch = start()
         set_up_logging(launch.rank)
         result = pretrain(config, preset, launch, began)
-    except (UsageError, ConfigError, CheckpointError, TrainingError, ValueError) as error:
+    # usage, configuration, data and checkpoint errors are ValueErrors; a full disk is an OSError
+    except (ValueError, TrainingError, OSError) as error:
         fail(error)
         return
     finish()

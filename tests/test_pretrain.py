@@ -212,6 +212,24 @@ def test_full_disk_names_the_folder_and_leaves_nothing_half_written(workplace):
     assert not (folder / "model").exists()
 
 
+@pytest.mark.parametrize(("limit", "name"), [(8_000, "tokenizer.json"), (30_000, "tokens.bin")])
+def test_full_disk_while_preparing_names_the_file(workplace, limit, name):
+    cache = workplace / f"small-cache-{limit}"
+    folder = workplace / f"full-{limit}"
+    arguments = command(workplace, f"--output-dir={folder}", f"--cache-dir={cache}")
+    done = run(
+        arguments,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("pretrain: error:")
+    assert "free" in last
+    assert name in last
+    assert not folder.exists()
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.name == name]
+
+
 def test_diverging_run_stops_with_the_step(workplace):
     done = run(command(workplace, f"--output-dir={workplace / 'nan'}", "--learning-rate=1e30"))
     assert done.returncode == 1
@@ -304,6 +322,7 @@ def test_unknown_flags_presets_and_values(tmp_path, capsys):
     ):
         parse([f"--config={file}"])
     file.write_text("learning_rate: 1e-4\nsteps: 3\n")
+    assert parse(["--seed=12345678901234567"])[0].seed == 12345678901234567
     config, name = parse([f"--config={file}", "--steps=5"])
     assert (config.learning_rate, config.steps, name) == (1e-4, 5, "own")
 
