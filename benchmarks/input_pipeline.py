@@ -28,10 +28,10 @@ import torch
 from tokenizers import Tokenizer
 
 from ponet.measure import source_commit
+from ponet.model import IGNORED_LABEL
 from pretrain.batches import EpochBatches, MicroBatchSampler, make_loader, pack_bins
 from pretrain.corpus import build_corpus, load_corpus, split_sentences
 from pretrain.objectives import (
-    IGNORED_LABEL,
     ExampleSettings,
     TokenCorpus,
     draw_batch,

@@ -76,20 +76,25 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         raise UsageError(f"{where}: expected a list of strings, found {value!r}")
     # YAML reads 1e-4 as a string, and true is an int to Python
     number = _number(value) if inner in (int, float) else None
-    if number is not None and (inner is float or number.is_integer()):
+    if number is not None and (inner is float or float(number).is_integer()):
         return inner(number)
     if inner in (bool, str) and isinstance(value, inner):
         return value
     raise UsageError(f"{where}: expected {inner.__name__}, found {value!r}")
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Any) -> int | float | None:
     if isinstance(value, bool):
         return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
+    if isinstance(value, int):
+        return value
+    # a float would round a long integer, a seed for example
+    for kind in (int, float) if isinstance(value, str) else (float,):
+        try:
+            return kind(value)
+        except (TypeError, ValueError):
+            pass
+    return None
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:

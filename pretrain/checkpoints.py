@@ -64,12 +64,7 @@ class CheckpointStore:
             partial.mkdir(parents=True)
         dist.barrier()
         try:
-            engine.save_checkpoint(
-                str(partial),
-                tag=name,
-                client_state={"progress": asdict(progress)},
-                save_latest=False,
-            )
+            engine.save_checkpoint(str(partial), tag=name, save_latest=False)
             dist.barrier()
             if self._rank == 0:
                 self._complete(partial / name, progress, evaluation_loss, engine)
@@ -147,11 +142,11 @@ class CheckpointStore:
             return Progress()
         folder, manifest = chosen[0]
         self._check_shards(folder, manifest, engine.zero_optimization_stage())
-        path, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None or state is None:
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load it")
         logger.info("resuming from %s", folder)
-        return Progress(**state["progress"])
+        return Progress(**manifest["progress"])
 
     def _newest_whole(self) -> tuple[Path, dict[str, Any]] | CheckpointError | None:
         error = None

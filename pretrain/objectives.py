@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-IGNORED_LABEL = -100
+from ponet.model import IGNORED_LABEL
 
 # number of label classes of the sentence objective; "mlm" has none
 OBJECTIVES = {"mlm+sso": 3, "mlm+nsp": 2, "mlm": 0}

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ponet.model import PreTrainingOutput
+from ponet.model import IGNORED_LABEL, PreTrainingOutput
 from pretrain.engine import Engine, device_of, gradient_norm
 
 _INPUTS = (
@@ -73,7 +73,7 @@ def no_sums(device: torch.device) -> Tensor:
 @torch.no_grad()
 def _measure(output: PreTrainingOutput, inputs: dict[str, Tensor]) -> Tensor:
     labels = inputs["labels"]
-    targets = labels[labels != -100]
+    targets = labels[labels != IGNORED_LABEL]
     assert output.mlm_loss is not None
     correct = (output.mlm_logits.argmax(dim=-1) == targets).sum()
     sums = [output.mlm_loss.detach() * len(targets), correct, targets.new_tensor(len(targets))]
@@ -143,9 +143,11 @@ def _backward(engine: Engine, batch: dict[str, Any], seed: int) -> Tensor:
     inputs = _inputs(batch, device_of(engine))
     torch.manual_seed(dropout_seed(seed, batch))
     output = engine(**inputs)
-    if not math.isfinite(float(output.loss.detach())):
+    # read once: it waits for the device
+    loss = float(output.loss.detach())
+    if not math.isfinite(loss):
         raise TrainingError(
-            f"loss is {float(output.loss.detach())} in step {batch['step']} of epoch "
+            f"loss is {loss} in step {batch['step']} of epoch "
             f"{batch['epoch']}, micro-batch {batch['slot']} (mlm "
             f"{float(output.mlm_loss.detach()):.4g}); lower --learning-rate or --max-grad-norm, or "
             "raise --warmup-steps, and --resume from the last checkpoint"
