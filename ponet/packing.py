@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ponet.segments import starts_around, starts_of_chunks, starts_of_given
+from ponet_kernels import token_marks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,10 @@ class PackedLayout:
     """`[S]` int64, the sequence of each segment."""
     special_tokens: Tensor
     """`[X]` int64, tokens that receive global aggregation only."""
-    special_segments: Tensor
-    """`[X]` int64, their segments."""
+    token_marks: Tensor
+    """`[T]` uint8, which neighbours a local window sees, and special tokens."""
+    max_seqlen: int
+    """No sequence has more tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +179,14 @@ def layout_of(
     gaps[1:] = stream.positions[1:] != stream.positions[:-1] + 1
     token_segments = starts.long().cumsum(0) - 1
     special_tokens = special.nonzero().squeeze(1)
+    cu_runs = _offsets_of_starts(apart | gaps)
     return PackedLayout(
         cu_seqlens=stream.cu_seqlens,
         cu_segments=_offsets_of_starts(starts),
-        cu_runs=_offsets_of_starts(apart | gaps),
+        cu_runs=cu_runs,
         token_segments=token_segments,
         segment_sequences=stream.sequences[starts],
         special_tokens=special_tokens,
-        special_segments=token_segments.index_select(0, special_tokens),
+        token_marks=token_marks(cu_runs, len(special), special_tokens),
+        max_seqlen=stream.row_length,
     )

@@ -1,22 +1,143 @@
 """Which implementation of an operator answers: the one place that decides.
 
 Backends:
-    torch: vectorised PyTorch with hand-written backward passes; fast on CPU, runs on any device.
+    triton: the kernels of `ponet_kernels.triton_kernels`; the choice on a GPU. With
+        `TRITON_INTERPRET=1` they run on a CPU too, slowly, for tests.
+    torch: `ponet_kernels.vectorised`, PyTorch operations with hand-written backward passes; the
+        choice on a CPU and where Triton is not installed. Needs no compiler.
     reference: the formulas of `ponet_kernels.reference`, one segment or sequence at a time, with
         PyTorch's own differentiation; slow, readable, the ground truth of the tests.
 
 The environment variable `PONET_KERNELS` sets the backend of a process, `use_backend` that of a
-block of code.
+block of code. A backward pass runs on the backend of its forward pass.
 """
 
+import importlib
+import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from typing import Protocol, cast
 
-BACKENDS = ("torch", "reference")
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "torch", "reference")
 
 _override: ContextVar[str | None] = ContextVar("ponet_kernels_backend", default=None)
+_log = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """Arithmetic of the operators on plain tensors: no autograd, no validation, no autocast.
+
+    T tokens, C channels, S segments, B sequences, H rows a sequence. "acc" is float32 for
+    half-precision input and the dtype of the input otherwise. Tensors may be non-contiguous.
+    Offsets and ids partition the tokens; segments and sequences may be empty, T, S or B zero.
+    """
+
+    def segment_max_fwd(
+        self,
+        x: Tensor,
+        cu_segments: Tensor,
+        token_segments: Tensor,
+        place_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Maxima `[S, C]` (-inf where empty), places of the first maximal tokens `[S, C]`.
+
+        Places count from the first token of the segment; None when `place_dtype` is None.
+        """
+        ...
+
+    def segment_max_bwd(
+        self,
+        grad: Tensor,
+        places: Tensor,
+        cu_segments: Tensor,
+        token_segments: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """`[T, C]` of `dtype`: `grad` `[S, C]` at the places, zero elsewhere."""
+        ...
+
+    def local_max_fwd(self, x: Tensor, token_marks: Tensor) -> Tensor:
+        """`[T, C]`: maximum over each token and the neighbours that it sees."""
+        ...
+
+    def local_max_bwd(self, grad: Tensor, x: Tensor, token_marks: Tensor) -> Tensor:
+        """`[T, C]`: each gradient goes to the first maximal token of its window."""
+        ...
+
+    def fusion_fwd(
+        self,
+        global_vectors: Tensor | None,
+        segment_vectors: Tensor | None,
+        output: Tensor,
+        local: Tensor | None,
+        token_segments: Tensor,
+        segment_sequences: Tensor,
+        token_marks: Tensor | None,
+    ) -> Tensor:
+        """`[T, C]`, dtype of `output`: (g'_{b(t)} + S_{j(t)}) * O_t + L_t, None terms left out.
+
+        Without `token_marks`, `local` is L. With them it holds the values that L pools over the
+        local windows, and S and L count as zero at `SPECIAL` tokens.
+        """
+        ...
+
+    def fusion_bwd(
+        self,
+        grad: Tensor,
+        global_vectors: Tensor | None,
+        segment_vectors: Tensor | None,
+        output: Tensor,
+        local: Tensor | None,
+        cu_segments: Tensor,
+        token_segments: Tensor,
+        segment_sequences: Tensor,
+        token_marks: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """Gradients of global vectors `[B, C]` and segment vectors `[S, C]` in acc, output, local.
+
+        None for a term that is None. Without `token_marks` the gradient of L is `grad` itself and
+        None is returned for it. The gradient of S is zero for the segments of `SPECIAL` tokens.
+        """
+        ...
+
+    def sequence_means(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """`[B, C]` acc: mean over the tokens of each sequence, zero where empty."""
+        ...
+
+    def token_scores(self, x: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """`[T, H]` acc: rows_{b(t), h} . x_t; `rows` `[B, H, C]` acc."""
+        ...
+
+    def sequence_softmax(self, scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """`[T, H]`: softmax of `scores` `[T, H]` over the tokens of each sequence."""
+        ...
+
+    def sequence_sums(
+        self, weights: Tensor, x: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        """`[B, H, C]` acc: sum over tokens of weights_{t, h} x_t; `weights` `[T, H]` acc."""
+        ...
+
+    def spread_rows(
+        self,
+        weights: Tensor,
+        rows: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """`[T, C]` of `dtype`: sum over h of weights_{t, h} rows_{b(t), h}.
+
+        `weights` `[T, H]` acc, `rows` `[B, H, C]` acc.
+        """
+        ...
 
 
 def _check(name: str, origin: str) -> str:
@@ -25,13 +146,36 @@ def _check(name: str, origin: str) -> str:
     return name
 
 
-def active_backend() -> str:
-    """Name of the backend that operators called now will use.
+@cache
+def _triton_is_installed() -> bool:
+    found = importlib.util.find_spec("triton") is not None
+    if not found and torch.cuda.is_available():
+        _log.warning("triton is not installed: the PoNet operators run as PyTorch operations")
+    return found
+
+
+# under torch.compile the choice is made while tracing and stays with the compiled code
+@torch.compiler.assume_constant_result
+def active_backend(device: torch.device | str = "cpu") -> str:
+    """Name of the backend that operators called now on tensors of `device` will use.
 
     Raises:
         ValueError: `PONET_KERNELS` names no backend.
     """
-    return _override.get() or _check(os.environ.get("PONET_KERNELS", "torch"), "PONET_KERNELS")
+    chosen = _override.get() or os.environ.get("PONET_KERNELS")
+    if chosen:
+        return _check(chosen, "PONET_KERNELS")
+    return "triton" if torch.device(device).type == "cuda" and _triton_is_installed() else "torch"
+
+
+def backend_named(name: str) -> Backend:
+    """The functions of the backend "triton" or "torch", imported when first asked for.
+
+    Raises:
+        ModuleNotFoundError: "triton" is asked for and not installed.
+    """
+    module = "triton_kernels" if name == "triton" else "vectorised"
+    return cast(Backend, importlib.import_module(f"ponet_kernels.{module}"))
 
 
 @contextmanager

@@ -9,64 +9,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ponet_kernels.dispatch import active_backend
+from ponet_kernels.dispatch import active_backend, backend_named
+from ponet_kernels.marks import token_marks
 from ponet_kernels.reference import local_max_ref
 
-_WINDOW, _STRIDE, _PADDING = (3, 1), (1, 1), (1, 0)
+
+@torch.library.custom_op("ponet::local_max", mutates_args=())
+def _local_max(x: Tensor, marks: Tensor, backend: str) -> Tensor:
+    return backend_named(backend).local_max_fwd(x, marks)
 
 
-def _as_image(x: Tensor) -> Tensor:
-    # the channels-last view of [T, C]; PyTorch pools this layout without a copy
-    return x.view(1, x.shape[0], 1, x.shape[1]).permute(0, 3, 1, 2)
+@_local_max.register_fake
+def _(x: Tensor, marks: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-def _as_stream(image: Tensor) -> Tensor:
-    return image.permute(0, 2, 3, 1).reshape(image.shape[2], image.shape[1])
+@torch.library.custom_op("ponet::local_max_backward", mutates_args=())
+def _local_max_backward(grad: Tensor, x: Tensor, marks: Tensor, backend: str) -> Tensor:
+    return backend_named(backend).local_max_bwd(grad, x, marks)
 
 
-def _pool_run_ends(x: Tensor, cu_runs: Tensor, out: Tensor, winners: Tensor) -> None:
-    """Redo the first and last token of each run, whose plain windows look into other runs."""
-    bounds = cu_runs.long()
-    starts, ends = bounds[:-1], bounds[1:] - 1
-    starts, ends = starts[starts <= ends], ends[starts <= ends]
-    rows = torch.cat([starts, ends])
-    left = torch.cat([starts, torch.maximum(ends - 1, starts)])
-    right = torch.cat([torch.minimum(starts + 1, ends), ends])
-    left_values, right_values = x.index_select(0, left), x.index_select(0, right)
-    right_wins = right_values > left_values
-    out[rows] = torch.where(right_wins, right_values, left_values)
-    winners[rows] = torch.where(right_wins, right.unsqueeze(1), left.unsqueeze(1))
+@_local_max_backward.register_fake
+def _(grad: Tensor, x: Tensor, marks: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-class LocalMaxFunction(torch.autograd.Function):
-    """PyTorch's pooling over the whole stream, with the few windows at run ends redone."""
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, marks, ctx.backend = inputs
+    ctx.save_for_backward(x, marks)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cu_runs: Tensor) -> Tensor:
-        x = x.contiguous()
-        image, places = F.max_pool2d_with_indices(_as_image(x), _WINDOW, _STRIDE, _PADDING)
-        out, winners = _as_stream(image), _as_stream(places)
-        _pool_run_ends(x, cu_runs, out, winners)
-        ctx.save_for_backward(x, winners)
-        return out
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, winners = ctx.saved_tensors
-        image = torch.ops.aten.max_pool2d_with_indices_backward(
-            _as_image(grad.contiguous()),
-            _as_image(x),
-            _WINDOW,
-            _STRIDE,
-            _PADDING,
-            dilation=(1, 1),
-            ceil_mode=False,
-            indices=_as_image(winners),
-        )
-        return _as_stream(image), None
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    grad_x = torch.ops.ponet.local_max_backward(grad, *ctx.saved_tensors, ctx.backend)
+    return grad_x, None, None
+
+
+_local_max.register_autograd(_differentiate, setup_context=_save)
 
 
 def local_max(x: Tensor, cu_runs: Tensor) -> Tensor:
@@ -84,8 +63,7 @@ def local_max(x: Tensor, cu_runs: Tensor) -> Tensor:
     """
     if x.ndim != 2:
         raise ValueError(f"local_max: expected x [T, C], found {tuple(x.shape)}")
-    if active_backend() == "reference":
+    backend = active_backend(x.device)
+    if backend == "reference":
         return local_max_ref(x, cu_runs)
-    if not len(x):
-        return x
-    return LocalMaxFunction.apply(x, cu_runs)
+    return torch.ops.ponet.local_max(x, token_marks(cu_runs, x.shape[0]), backend)

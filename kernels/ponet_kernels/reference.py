@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ponet_kernels.marks import SEES_LEFT, SPECIAL
+
 
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:
     bounds = offsets.tolist()
@@ -91,3 +93,28 @@ def pooling_fusion_ref(
         row = row * output[t]
         rows.append(row if local is None else row + local[t])
     return torch.stack(rows) if rows else torch.empty_like(output)
+
+
+def fused_pooling_ref(
+    global_vectors: Tensor | None,
+    segment_values: Tensor | None,
+    output: Tensor,
+    local_values: Tensor | None,
+    cu_segments: Tensor,
+    token_segments: Tensor,
+    segment_sequences: Tensor,
+    token_marks: Tensor,
+) -> Tensor:
+    """Both max-poolings and the fusion, with S and L zero at special tokens."""
+    special = ((token_marks & SPECIAL) != 0).nonzero().squeeze(1)
+    maxima, local = None, None
+    if segment_values is not None:
+        maxima = segment_max_ref(segment_values, cu_segments, token_segments)
+        maxima = maxima.index_fill(0, token_segments[special], 0.0)
+    if local_values is not None:
+        starts = ((token_marks & SEES_LEFT) == 0).nonzero().squeeze(1)
+        cu_runs = torch.cat([starts, starts.new_tensor([len(output)])])
+        local = local_max_ref(local_values, cu_runs).index_fill(0, special, 0.0)
+    return pooling_fusion_ref(
+        global_vectors, maxima, output, local, token_segments, segment_sequences
+    )

@@ -8,48 +8,82 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ponet_kernels.dispatch import active_backend
+from ponet_kernels.dispatch import active_backend, backend_named
+from ponet_kernels.dtypes import place_dtype
 from ponet_kernels.reference import segment_max_ref
 
 
-def _first_winners(winners: Tensor, cu_segments: Tensor, token_segments: Tensor) -> Tensor:
-    """Keep the first true token of each segment and channel of `winners` `[T, C]`."""
-    num_tokens, num_channels = winners.shape
-    starts = cu_segments.long().index_select(0, token_segments)
-    # float32 because only floating types take the fast scatter path on CPU; exact below 2**24
-    places = (torch.arange(num_tokens, device=winners.device) - starts).float().unsqueeze(1)
-    ranked = torch.where(winners, places, float("inf"))
-    first = ranked.new_full((len(cu_segments) - 1, num_channels), float("inf"))
-    index = token_segments.unsqueeze(1).expand_as(ranked)
-    first.scatter_reduce_(0, index, ranked, "amin")
-    return winners & (places == first.index_select(0, token_segments))
+@torch.library.custom_op("ponet::segment_max", mutates_args=())
+def _segment_max(
+    x: Tensor,
+    cu_segments: Tensor,
+    token_segments: Tensor,
+    longest: int,
+    with_places: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = place_dtype(longest) if with_places else None
+    maxima, places = backend_named(backend).segment_max_fwd(x, cu_segments, token_segments, dtype)
+    return maxima, x.new_empty(0, dtype=torch.uint8) if places is None else places
 
 
-class SegmentMaxFunction(torch.autograd.Function):
-    """Scatter along tokens forward; compare with the maximum backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cu_segments: Tensor, token_segments: Tensor) -> Tensor:
-        # reducing along dim 0 with an index expanded over channels is the layout that PyTorch's
-        # CPU scatter does row by row, 28 times faster than along dim 1
-        out = x.new_full((len(cu_segments) - 1, x.shape[1]), float("-inf"))
-        out.scatter_reduce_(0, token_segments.unsqueeze(1).expand_as(x), x, "amax")
-        ctx.save_for_backward(x, out, cu_segments, token_segments)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, out, cu_segments, token_segments = ctx.saved_tensors
-        winners = x == out.index_select(0, token_segments)
-        non_empty = (cu_segments[1:] > cu_segments[:-1]).sum()
-        # ties are rare (none in fp32 text batches, under 1 % of the maxima in bf16)
-        if winners.sum() > non_empty * x.shape[1]:
-            winners = _first_winners(winners, cu_segments, token_segments)
-        return grad.index_select(0, token_segments).mul_(winners), None, None
+@_segment_max.register_fake
+def _(
+    x: Tensor,
+    cu_segments: Tensor,
+    token_segments: Tensor,
+    longest: int,
+    with_places: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (cu_segments.shape[0] - 1, x.shape[1])
+    places = x.new_empty(shape, dtype=place_dtype(longest)) if with_places else None
+    return x.new_empty(shape), x.new_empty(0, dtype=torch.uint8) if places is None else places
 
 
-def segment_max(x: Tensor, cu_segments: Tensor, token_segments: Tensor) -> Tensor:
+@torch.library.custom_op("ponet::segment_max_backward", mutates_args=())
+def _segment_max_backward(
+    grad: Tensor,
+    places: Tensor,
+    cu_segments: Tensor,
+    token_segments: Tensor,
+    backend: str,
+) -> Tensor:
+    return backend_named(backend).segment_max_bwd(
+        grad, places, cu_segments, token_segments, grad.dtype
+    )
+
+
+@_segment_max_backward.register_fake
+def _(
+    grad: Tensor,
+    places: Tensor,
+    cu_segments: Tensor,
+    token_segments: Tensor,
+    backend: str,
+) -> Tensor:
+    return grad.new_empty(token_segments.shape[0], grad.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, cu_segments, token_segments, _, _, ctx.backend = inputs
+    ctx.save_for_backward(output[1], cu_segments, token_segments)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    grad_x = torch.ops.ponet.segment_max_backward(grad, *ctx.saved_tensors, ctx.backend)
+    return grad_x, None, None, None, None, None
+
+
+_segment_max.register_autograd(_differentiate, setup_context=_save)
+
+
+def segment_max(
+    x: Tensor, cu_segments: Tensor, token_segments: Tensor, longest: int | None = None
+) -> Tensor:
     """Element-wise maximum over the tokens of each segment.
 
     Args:
@@ -57,6 +91,8 @@ def segment_max(x: Tensor, cu_segments: Tensor, token_segments: Tensor) -> Tenso
         cu_segments: `[S + 1]`, int32, offsets of the segments into the tokens, ascending.
         token_segments: `[T]`, int64, the segment of each token (the same partition as
             `cu_segments`, given too because both directions are computed once a batch).
+        longest: no segment has more tokens; the smaller, the less is kept for the backward pass.
+            None: T.
 
     Returns:
         `[S, C]`, dtype of `x`; -inf where a segment is empty.
@@ -69,6 +105,11 @@ def segment_max(x: Tensor, cu_segments: Tensor, token_segments: Tensor) -> Tenso
             f"segment_max: expected x [T, C] and token_segments [T], found {tuple(x.shape)} and "
             f"{tuple(token_segments.shape)}"
         )
-    if active_backend() == "reference":
+    backend = active_backend(x.device)
+    if backend == "reference":
         return segment_max_ref(x, cu_segments, token_segments)
-    return SegmentMaxFunction.apply(x, cu_segments, token_segments)
+    longest = x.shape[0] if longest is None else longest
+    with_places = x.requires_grad and torch.is_grad_enabled()
+    return torch.ops.ponet.segment_max(
+        x, cu_segments, token_segments, longest, with_places, backend
+    )[0]

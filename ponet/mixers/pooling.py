@@ -3,19 +3,12 @@
 PoNet, arXiv 2110.02442, section 3; out_t = (g' + S_{j(t)}) * O_t + L_t, then one projection.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
 from ponet.packing import PackedLayout
-from ponet_kernels import (
-    global_aggregation,
-    global_mean,
-    local_max,
-    pooling_fusion,
-    segment_max,
-)
+from ponet_kernels import fused_pooling, global_aggregation, global_mean
 
 
 class PoNetMixer(nn.Module):
@@ -46,20 +39,23 @@ class PoNetMixer(nn.Module):
         Returns:
             `[T, C]`.
         """
-        mixed = pooling_fusion(
+        mixed = fused_pooling(
             self.pool_sequences(hidden, layout) if self.config.use_global else None,
-            self.pool_segments(hidden, layout) if self.config.use_segment else None,
+            self.segment(hidden) if self.config.use_segment else None,
             self.output(hidden),
-            self.pool_windows(hidden, layout) if self.config.use_local else None,
+            self.local(hidden) if self.config.use_local else None,
+            layout.cu_segments,
             layout.token_segments,
             layout.segment_sequences,
+            layout.token_marks,
+            layout.max_seqlen,
         )
         return self.dense(mixed)
 
     def pool_sequences(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
         """g' of each sequence, or g when the second stage is off: `[B, C]`."""
         if not self.config.use_global_second_stage:
-            mean = global_mean(hidden, layout.cu_seqlens)
+            mean = global_mean(hidden, layout.cu_seqlens, layout.max_seqlen)
             return F.linear(mean.to(hidden.dtype), self.query.weight, self.query.bias)
         return global_aggregation(
             hidden,
@@ -69,14 +65,5 @@ class PoNetMixer(nn.Module):
             self.key.bias,
             self.config.num_attention_heads,
             layout.cu_seqlens,
+            layout.max_seqlen,
         )
-
-    def pool_segments(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
-        """S of each segment, zero at special tokens: `[S, C]`."""
-        maxima = segment_max(self.segment(hidden), layout.cu_segments, layout.token_segments)
-        return maxima.index_fill(0, layout.special_segments, 0.0)
-
-    def pool_windows(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
-        """L of each token, zero at special tokens: `[T, C]`."""
-        maxima = local_max(self.local(hidden), layout.cu_runs)
-        return torch.index_fill(maxima, 0, layout.special_tokens, 0.0)

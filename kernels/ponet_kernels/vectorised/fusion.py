@@ -1,0 +1,122 @@
+"""Pooling fusion in cache-sized pieces; see `ponet_kernels.fusion`."""
+
+import torch
+from torch import Tensor
+
+from ponet_kernels.dtypes import accumulation_dtype
+from ponet_kernels.marks import SPECIAL
+from ponet_kernels.vectorised.chunks import chunks
+from ponet_kernels.vectorised.local_max import (
+    Edges,
+    window_gradients,
+    window_maxima,
+    with_neighbours,
+)
+
+
+def _special_segments(token_segments: Tensor, token_marks: Tensor) -> Tensor:
+    return token_segments[(token_marks & SPECIAL) != 0]
+
+
+def _factors(
+    global_vectors: Tensor | None,
+    segment_vectors: Tensor | None,
+    output: Tensor,
+    token_segments: Tensor,
+    segment_sequences: Tensor,
+    token_marks: Tensor | None,
+) -> Tensor | None:
+    """g' + S of each segment, dtype of `output`: `[S, C]`.
+
+    A segment lies in one sequence, so the sum costs a row a segment, not a row a token.
+    """
+    factors = segment_vectors
+    if factors is not None and token_marks is not None:
+        factors = factors.index_fill(0, _special_segments(token_segments, token_marks), 0.0)
+    if global_vectors is not None:
+        spread = global_vectors.index_select(0, segment_sequences)
+        factors = spread if factors is None else spread.add_(factors)
+    return None if factors is None else factors.to(output.dtype)
+
+
+def _pooled(local: Tensor, part: slice, token_marks: Tensor | None) -> Tensor:
+    """L of a piece."""
+    if token_marks is None:
+        return local[part]
+    wide, inner = with_neighbours(part, len(local), 1)
+    edges = Edges.of(token_marks[wide])
+    return window_maxima(local[wide], edges).index_fill_(0, edges.special, 0.0)[inner]
+
+
+def fusion_fwd(
+    global_vectors: Tensor | None,
+    segment_vectors: Tensor | None,
+    output: Tensor,
+    local: Tensor | None,
+    token_segments: Tensor,
+    segment_sequences: Tensor,
+    token_marks: Tensor | None,
+) -> Tensor:
+    """As `Backend.fusion_fwd`."""
+    factors = _factors(
+        global_vectors, segment_vectors, output, token_segments, segment_sequences, token_marks
+    )
+    out = torch.empty_like(output, memory_format=torch.contiguous_format)
+    for part in chunks(output):
+        if factors is None:
+            out[part] = 0.0
+        else:
+            torch.index_select(factors, 0, token_segments[part], out=out[part])
+            out[part].mul_(output[part])
+        if local is not None:
+            out[part].add_(_pooled(local, part, token_marks))
+    return out
+
+
+def _local_gradient(grad: Tensor, local: Tensor, part: slice, token_marks: Tensor) -> Tensor:
+    wide, inner = with_neighbours(part, len(local), 2)
+    edges = Edges.of(token_marks[wide])
+    gradients = window_gradients(grad[wide], local[wide], edges)
+    # a special token is a run of its own, so only its own window, which is zero, reaches it
+    return gradients.index_fill_(0, edges.special, 0.0)[inner]
+
+
+def fusion_bwd(
+    grad: Tensor,
+    global_vectors: Tensor | None,
+    segment_vectors: Tensor | None,
+    output: Tensor,
+    local: Tensor | None,
+    cu_segments: Tensor,
+    token_segments: Tensor,
+    segment_sequences: Tensor,
+    token_marks: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """As `Backend.fusion_bwd`."""
+    acc = accumulation_dtype(output.dtype)
+    factors = _factors(
+        global_vectors, segment_vectors, output, token_segments, segment_sequences, token_marks
+    )
+    windowed = local is not None and token_marks is not None
+    grad_output = torch.empty_like(output, memory_format=torch.contiguous_format)
+    grad_local = torch.empty_like(grad_output) if windowed else None
+    sums = grad.new_zeros(len(cu_segments) - 1, grad.shape[1], dtype=acc)
+    for part in chunks(output):
+        if factors is None:
+            grad_output[part] = 0.0
+        else:
+            segments = token_segments[part]
+            torch.index_select(factors, 0, segments, out=grad_output[part])
+            grad_output[part].mul_(grad[part])
+            products = grad[part].to(acc) * output[part]
+            sums.scatter_add_(0, segments.unsqueeze(1).expand_as(products), products)
+        if grad_local is not None and local is not None and token_marks is not None:
+            grad_local[part] = _local_gradient(grad, local, part, token_marks)
+    grad_global = None
+    if global_vectors is not None:
+        grad_global = sums.new_zeros(global_vectors.shape).index_add_(0, segment_sequences, sums)
+    if segment_vectors is None:
+        return grad_global, None, grad_output, grad_local
+    if token_marks is not None:
+        sums = sums.index_fill_(0, _special_segments(token_segments, token_marks), 0.0)
+    return grad_global, sums, grad_output, grad_local

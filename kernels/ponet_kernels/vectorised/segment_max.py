@@ -1,0 +1,51 @@
+"""Segment max-pooling as scatter reductions along the tokens; see `ponet_kernels.segment_max`."""
+
+import torch
+from torch import Tensor
+
+from ponet_kernels.vectorised.chunks import chunks
+
+# losers rank behind every token; float32 holds sums up to 2**24 exactly
+_LOSER = 2.0**23
+
+
+def segment_max_fwd(
+    x: Tensor, cu_segments: Tensor, token_segments: Tensor, place_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """As `Backend.segment_max_fwd`; exact for segments of up to 2**23 tokens."""
+    # reducing along dim 0 with an index expanded over channels is the layout that PyTorch's
+    # CPU scatter does row by row, some 30 times faster than along dim 1
+    maxima = x.new_full((len(cu_segments) - 1, x.shape[1]), float("-inf"))
+    maxima.scatter_reduce_(0, token_segments.unsqueeze(1).expand_as(x), x, "amax")
+    if place_dtype is None:
+        return maxima, None
+    starts = cu_segments.long().index_select(0, token_segments)
+    places = (torch.arange(len(x), device=x.device) - starts).float().unsqueeze(1)
+    first = torch.full_like(maxima, float("inf"), dtype=torch.float32)
+    for part in chunks(x):
+        segments = token_segments[part]
+        values = maxima.index_select(0, segments)
+        ranks = torch.empty_like(values, dtype=torch.float32)
+        torch.ne(x[part], values, out=ranks)
+        ranks.mul_(_LOSER).add_(places[part])
+        first.scatter_reduce_(0, segments.unsqueeze(1).expand_as(ranks), ranks, "amin")
+    # no token equals a maximum that is NaN, and an empty segment has no token: place 0 for both
+    return maxima, torch.where(first < _LOSER, first, 0.0).to(place_dtype)
+
+
+def segment_max_bwd(
+    grad: Tensor,
+    places: Tensor,
+    cu_segments: Tensor,
+    token_segments: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `Backend.segment_max_bwd`."""
+    num_tokens, num_channels = len(token_segments), grad.shape[1]
+    full = grad.new_zeros(num_tokens, num_channels, dtype=dtype)
+    # an empty segment has no place of its own; its zero is added to some token
+    alive = (cu_segments.diff() > 0).unsqueeze(1)
+    tokens = places.long() + cu_segments[:-1].unsqueeze(1)
+    tokens = torch.where(alive, tokens, 0)
+    share = torch.where(alive, grad, 0.0).to(dtype)
+    return full.scatter_add_(0, tokens, share) if num_tokens else full
