@@ -86,7 +86,7 @@ class EncodedStream:
         offsets = self.stream.cu_seqlens.long()
         padded = torch.cat([self.last, self.last.new_zeros(1, self.last.shape[1])])
         empty = offsets[1:] == offsets[:-1]
-        return padded.index_select(0, torch.where(empty, len(self.last), offsets[:-1]))
+        return padded.index_select(0, torch.where(empty, self.last.shape[0], offsets[:-1]))
 
     def hidden_states(self, wanted: bool) -> tuple[Tensor, ...] | None:
         """The states in the caller's layout."""
@@ -169,8 +169,9 @@ class PoNetModel(PreTrainedModel):
         return layout_of(stream, special, given, config.num_segments)
 
     def _check_ids(self, ids: Tensor, positions: Tensor) -> None:
-        # a device would answer with an assertion that names nothing; looking there costs a wait
-        if ids.device.type != "cpu" or not len(ids):
+        # a device would answer with an assertion that names nothing; looking there costs a wait,
+        # and a traced graph has no values to look at
+        if ids.device.type != "cpu" or torch.compiler.is_compiling() or not len(ids):
             return
         config = self.config
         if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:

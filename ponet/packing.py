@@ -145,8 +145,9 @@ def stream_of_packed(input_ids: Tensor, cu_seqlens: Tensor) -> TokenStream:
 
 
 def _offsets_of_starts(starts: Tensor) -> Tensor:
+    # shape[0], as below, because len() of a traced tensor asks for a number that is not known yet
     places = starts.nonzero().squeeze(1)
-    return torch.cat([places, places.new_tensor([len(starts)])]).int()
+    return torch.cat([places, places.new_full((1,), starts.shape[0])]).int()
 
 
 def layout_of(
@@ -187,6 +188,6 @@ def layout_of(
         token_segments=token_segments,
         segment_sequences=stream.sequences[starts],
         special_tokens=special_tokens,
-        token_marks=token_marks(cu_runs, len(special), special_tokens),
+        token_marks=token_marks(cu_runs, special.shape[0], special_tokens),
         max_seqlen=stream.row_length,
     )

@@ -154,8 +154,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
         return (None,) * 11
     saved = ctx.saved_tensors
     gradients = torch.ops.ponet.fused_pooling_backward(grad, *saved, ctx.backend)
-    global_vectors, maxima, _, output, local_values, *_ = saved
-    terms = (global_vectors, maxima, output, local_values)
+    # global vectors, maxima, output, local values
+    terms = (*saved[:2], *saved[3:5])
     given = [
         None if term is None else gradient for term, gradient in zip(terms, gradients, strict=True)
     ]
