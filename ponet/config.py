@@ -71,6 +71,26 @@ class PoNetConfig:
     """Segment max-pooling; False is the ablation "without SMP"."""
     use_local: bool = True
     """Local max-pooling; False is the ablation "without LMP"."""
+    attention_probs_dropout_prob: float = 0.0
+    """Dropout on the attention probabilities of the baselines; PoNet has none inside the block."""
+    linformer_size: int = 256
+    """Rows that Linformer projects the keys and values of a sequence to."""
+    num_random_features: int = 256
+    """Random features a head of Performer."""
+    num_landmarks: int = 64
+    """Landmarks a head of Nystromformer."""
+    landmark_conv_size: int | None = 35
+    """Width of Nystromformer's depth-wise convolution over the values, in tokens; None: without."""
+    num_hashes: int = 2
+    """Rounds of hashing of Reformer."""
+    lsh_chunk_size: int = 64
+    """Tokens of the chunks that Reformer attends in."""
+    attention_window: int = 128
+    """Tokens that Longformer's window spans, half on each side."""
+    block_size: int = 64
+    """Tokens of a block of BigBird."""
+    num_random_blocks: int = 3
+    """Random blocks that a block of BigBird attends to."""
     tie_word_embeddings: bool = True
     """The decoder of the masked-LM head shares the word embedding."""
     num_sentence_labels: int = 3

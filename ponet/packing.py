@@ -103,7 +103,8 @@ def stream_of_rows(input_ids: Tensor, attention_mask: Tensor | None) -> TokenStr
         mask = attention_mask.bool()
         counts = mask.sum(dim=1)
         index = mask.flatten().nonzero().squeeze(1)
-        first = mask.int().argmax(dim=1, keepdim=True)
+        # rows without columns have no first one
+        first = mask.int().argmax(dim=1, keepdim=True) if length else counts.unsqueeze(1)
         positions = (columns - first).flatten().index_select(0, index)
         sequences = sequences.flatten().index_select(0, index)
     return TokenStream(

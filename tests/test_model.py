@@ -486,3 +486,9 @@ def test_wrong_inputs_are_named():
         model(torch.full((4,), 7), cu_seqlens=torch.tensor([0, 3], dtype=torch.int32))
     with pytest.raises(ConfigError, match="mixer must be one of"):
         PoNetModel(SMALL.replace(mixer="conv"))
+
+
+def test_rows_without_columns():
+    ids = torch.zeros(2, 0, dtype=torch.long)
+    states = PoNetModel(SMALL)(ids, torch.ones_like(ids)).last_hidden_state
+    assert states.shape[:2] == (2, 0)

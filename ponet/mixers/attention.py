@@ -1,0 +1,150 @@
+"""Softmax attention, the Transformer's token mixer, in three forms with the same parameters.
+
+Vaswani et al., arXiv 1706.03762, equation 1 and section 3.2.2:
+Attention(Q, K, V) = softmax(Q K^T / sqrt(D)) V in each of H heads, then one projection, with Q, K
+and V `[B, H, N, D]`. Time O(B N^2 C); scores take O(B H N^2) memory unless they stay in a kernel.
+Keys at padding get probability zero.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+
+from ponet.config import PoNetConfig
+from ponet.mixers.rows import Rows
+from ponet.packing import PackedLayout
+
+
+class QueryKeyValueMixer(nn.Module):
+    """Base of mixers with a query, a key and a value a token; a subclass says how they `attend`."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+        """`[T, C]` -> `[T, C]`."""
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
+            # else autocast would make and keep a copy for each projection
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)
+        # no kernel is asked to reduce over no tokens at all
+        mixed = self.mix(query, key, value, layout) if hidden.shape[0] else value
+        return self.dense(mixed)
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
+        """Projected streams `[T, C]` -> `[T, C]`, by way of rows with padding."""
+        rows = Rows.of(layout)
+        query, key, value = (
+            rearrange(rows.from_stream(stream), "b n (h d) -> b h n d", h=self.num_heads)
+            for stream in (query, key, value)
+        )
+        mixed = self.attend(query, key, value, rows.mask)
+        return rows.to_stream(rearrange(mixed, "b h n d -> b n (h d)"))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Mix the values of each row and head.
+
+        Args:
+            query: `[B, H, N, D]`, like `key` and `value` zero at padding.
+            key: the same.
+            value: the same.
+            mask: `[B, N]` bool, true at real tokens; None where all are real.
+
+        Returns:
+            `[B, H, N, D]`; what it holds at padding is dropped.
+        """
+        raise NotImplementedError
+
+    @property
+    def dropout_now(self) -> float:
+        """Probability of dropout in the present mode."""
+        return self.dropout_prob if self.training else 0.0
+
+
+class SoftmaxAttention(QueryKeyValueMixer):
+    """By PyTorch's fused kernels; ragged batches without padding where a kernel for them runs."""
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
+        """As the base; a ragged stream in half precision on a GPU stays a stream."""
+        size = query.shape[1] // self.num_heads
+        full = query.shape[0] == (layout.cu_seqlens.shape[0] - 1) * layout.max_seqlen
+        # the packed kernel knows no dropout
+        if full or self.dropout_now or not _packed_kernel_runs(query, size):
+            return super().mix(query, key, value, layout)
+        heads = (self.num_heads, size)
+        mixed = varlen_attn(
+            query.unflatten(1, heads),
+            key.unflatten(1, heads),
+            value.unflatten(1, heads),
+            layout.cu_seqlens,
+            layout.cu_seqlens,
+            layout.max_seqlen,
+            layout.max_seqlen,
+        )
+        assert isinstance(mixed, Tensor)
+        return mixed.flatten(1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """As the base."""
+        keys = None if mask is None else mask[:, None, None, :]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=keys, dropout_p=self.dropout_now
+        )
+
+
+class NaiveAttention(QueryKeyValueMixer):
+    """By the formula: scores and probabilities `[B, H, N, N]` lie in memory."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """As the base."""
+        scores = (query / query.shape[-1] ** 0.5) @ key.mT
+        if mask is not None:
+            # not -inf, which makes NaN of a row of padding
+            lowest = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~mask[:, None, None, :], lowest)
+        probabilities = F.dropout(scores.softmax(dim=-1), self.dropout_now)
+        return probabilities @ value
+
+
+class CheckpointedAttention(NaiveAttention):
+    """The softmax baseline of PoNet's speed comparison (arXiv 2110.02442, table 2).
+
+    The published code runs it in float32 outside autocast and computes scores and probabilities
+    again in the backward pass instead of keeping them.
+    """
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """As the base."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        with torch.autocast(query.device.type, enabled=False):
+            mixed = checkpoint(
+                super().attend,
+                query.to(wide),
+                key.to(wide),
+                value.to(wide),
+                mask,
+                use_reentrant=False,
+            )
+        assert isinstance(mixed, Tensor)
+        return mixed.to(value.dtype)
+
+
+def _packed_kernel_runs(stream: Tensor, head_size: int) -> bool:
+    return (
+        stream.is_cuda
+        and stream.dtype in (torch.float16, torch.bfloat16)
+        and head_size % 8 == 0
+        and head_size <= 256
+        and torch.cuda.get_device_capability(stream.device) >= (8, 0)
+    )

@@ -1,0 +1,119 @@
+"""Nystromformer, arXiv 2102.03902, section 3: softmax attention from a few landmarks.
+
+With m landmarks q', k' (means of queries and keys) and s(a, b) = softmax(a b^T / sqrt(D)),
+out = s(q, k') Z (s(q', k) v) + conv(v), where Z approximates the pseudo-inverse of A = s(q', k') by
+six steps of Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4 from A^T / (|A|_1 |A|_inf). The
+depth-wise convolution over tokens is one filter a head. No attention dropout, as published. Time
+and memory are O(N m C).
+
+The published model needs a length that m divides. Here the real tokens of a sequence are cut into m
+chunks as equal as whole tokens allow, which is the same where m divides the length; a sequence of
+at most m tokens has softmax attention, as the published one has for exactly m. The stream becomes
+rows; padding is masked as key, is in no landmark, and is zero under the convolution. The norm of A
+that starts the iteration is that of each sequence and head, as in the paper; the published code
+takes the maximum over the batch unless told otherwise.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ponet.config import ConfigError, PoNetConfig
+from ponet.mixers.rows import Rows
+from ponet.packing import PackedLayout
+from ponet_kernels import global_mean
+
+
+class NystromAttention(nn.Module):
+    """Nystrom approximation of softmax attention, with a convolution as a skip connection."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__()
+        width, size = config.hidden_size, config.landmark_conv_size
+        self.num_heads = config.num_attention_heads
+        self.num_landmarks = config.num_landmarks
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.dense = nn.Linear(width, width)
+        self.conv = None
+        if size is not None:
+            if size % 2 == 0:
+                raise ConfigError(f"landmark_conv_size must be odd, found {size}")
+            heads = self.num_heads
+            self.conv = nn.Conv2d(
+                heads, heads, (size, 1), padding=(size // 2, 0), groups=heads, bias=False
+            )
+
+    def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+        """`[T, C]` -> `[T, C]`."""
+        rows = Rows.of(layout)
+        lengths = layout.cu_seqlens.diff()
+        query, key, value = (
+            self._heads(rows.from_stream(projection(hidden)))
+            for projection in (self.query, self.key, self.value)
+        )  # [B, H, N, D]
+        allowed = None
+        if rows.mask is not None:
+            # an empty sequence sees its first place, or its softmax would become NaN
+            allowed = (rows.mask | (lengths == 0).unsqueeze(1))[:, None, None]
+
+        most = self.num_landmarks
+        if rows.length <= most:
+            mixed = F.scaled_dot_product_attention(query, key, value, allowed)
+        else:
+            landmarks = self._landmarks(hidden, layout, rows)
+            mixed = self._nystrom(query, key, value, landmarks, allowed)
+            if allowed is not None:
+                exact = F.scaled_dot_product_attention(
+                    query[:, :, :most], key[:, :, :most], value[:, :, :most], allowed[..., :most]
+                )
+                exact = F.pad(exact, (0, 0, 0, rows.length - most))
+                mixed = torch.where(lengths.view(-1, 1, 1, 1) <= most, exact, mixed)
+        if self.conv is not None and rows.length:
+            mixed = mixed + self.conv(value)
+        return self.dense(rows.to_stream(mixed.transpose(1, 2).flatten(2)))
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+    def _landmarks(self, hidden: Tensor, layout: PackedLayout, rows: Rows) -> Tensor:
+        """Means of the hidden states of each chunk, `[B, m, C]`, zero for a chunk without tokens.
+
+        Projections of the means are the means of the projections.
+        """
+        m = self.num_landmarks
+        lengths = layout.cu_seqlens.diff().long().unsqueeze(1)
+        chunks = torch.arange(m, device=hidden.device)
+        # token t is in chunk t * m // length
+        starts = -(-chunks * lengths.clamp(min=m) // m)
+        starts = layout.cu_seqlens[:-1].unsqueeze(1) + torch.minimum(starts, lengths)
+        offsets = torch.cat([starts.flatten(), layout.cu_seqlens[-1:]]).int()
+        means = global_mean(hidden, offsets, -(-rows.length // m))
+        return means.to(hidden.dtype).view(-1, m, hidden.shape[1])
+
+    def _nystrom(
+        self, query: Tensor, key: Tensor, value: Tensor, landmarks: Tensor, allowed: Tensor | None
+    ) -> Tensor:
+        queries = self._heads(self.query(landmarks))
+        keys = self._heads(self.key(landmarks))
+        summary = F.scaled_dot_product_attention(queries, key, value, allowed)  # [B, H, m, D]
+        scores = queries @ keys.mT / keys.shape[-1] ** 0.5
+        # in half precision the iteration would not converge
+        with torch.autocast(scores.device.type, enabled=False):
+            precise = torch.promote_types(scores.dtype, torch.float32)
+            inverse = _pseudo_inverse(scores.softmax(dim=-1, dtype=precise))
+            summary = (inverse @ summary.to(precise)).to(query.dtype)
+        return F.scaled_dot_product_attention(query, keys, summary)
+
+
+def _pseudo_inverse(matrix: Tensor) -> Tensor:
+    """Six steps of third order; rows of `matrix` sum to one, so its infinity norm is 1."""
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    norm = matrix.sum(dim=-2).amax(dim=-1)
+    inverse = matrix.mT / norm[..., None, None]
+    for _ in range(6):
+        product = matrix @ inverse
+        inner = 15 * identity - product @ (7 * identity - product)
+        inverse = 0.25 * inverse @ (13 * identity - product @ inner)
+    return inverse

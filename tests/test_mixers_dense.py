@@ -1,0 +1,457 @@
+"""Baseline mixers on whole rows: softmax, Fourier, linear, Linformer, Performer.
+
+Each against other code or its formula in float64, values and gradients; then what all have in
+common.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import BertConfig, FNetConfig
+from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.fnet.modeling_fnet import FNetBasicFourierTransform
+
+from ponet import PoNetConfig
+from ponet.mixers import attention
+from ponet.mixers.attention import (
+    CheckpointedAttention,
+    NaiveAttention,
+    QueryKeyValueMixer,
+    SoftmaxAttention,
+)
+from ponet.mixers.fnet import FNetMixer
+from ponet.mixers.linear_attention import LinearAttention
+from ponet.mixers.linformer import LinformerAttention
+from ponet.mixers.performer import PerformerAttention, orthogonal_features
+from ponet.packing import PackedLayout, layout_of, stream_of_packed
+from ponet_kernels.testing import assert_close, relative_error
+
+SMALL = PoNetConfig(
+    hidden_size=24,
+    num_attention_heads=3,
+    max_position_embeddings=64,
+    linformer_size=5,
+    num_random_features=20,
+    initializer_range=0.2,
+)
+SOFTMAX = [SoftmaxAttention, NaiveAttention, CheckpointedAttention]
+ATTENTION = [*SOFTMAX, LinearAttention, LinformerAttention, PerformerAttention]
+ALL = [*ATTENTION, FNetMixer]
+LENGTHS = [7, 1, 0, 12, 3]
+
+
+def build(cls, config: PoNetConfig = SMALL):
+    torch.manual_seed(0)
+    mixer = cls(config).double().eval()
+    # small initial weights would leave the softmax flat
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.mul_(3)
+    return mixer
+
+
+def layout(lengths: list[int]) -> PackedLayout:
+    total = sum(lengths)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    stream = stream_of_packed(torch.zeros(total, dtype=torch.long), offsets)
+    return layout_of(stream, torch.zeros(total, dtype=torch.bool))
+
+
+def tokens(total: int, seed: int = 1, width: int = SMALL.hidden_size) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(total, width, generator=generator, dtype=torch.float64)
+
+
+def gradients(mixer, hidden: Tensor, out: Tensor) -> dict[str, Tensor]:
+    """Of the input and every parameter, for an upstream gradient that depends on the shape only."""
+    leaves = {"hidden": hidden, **dict(mixer.named_parameters())}
+    upstream = tokens(len(out), 2, out.shape[1]).to(out)
+    found = torch.autograd.grad(out, list(leaves.values()), upstream)
+    return dict(zip(leaves, found, strict=True))
+
+
+def check_against(mixer, expected_of, lengths: list[int] = LENGTHS) -> None:
+    """Values and gradients of `mixer` against `expected_of(hidden [T, C]) -> [T, C]`."""
+    hidden = tokens(sum(lengths)).requires_grad_()
+    out, expected = mixer(hidden, layout(lengths)), expected_of(hidden)
+    assert_close(out, expected, 1e-12, "output")
+    ours, theirs = gradients(mixer, hidden, out), gradients(mixer, hidden, expected)
+    largest = max(float(g.abs().max()) for g in theirs.values())
+    for name, gradient in theirs.items():
+        # a gradient that is zero but for rounding, the key bias, has no scale of its own
+        floor = torch.full_like(gradient[:1], 1e-3 * largest)
+        assert_close(torch.cat([ours[name], floor]), torch.cat([gradient, floor]), 1e-11, name)
+
+
+def by_sequence(mixer: QueryKeyValueMixer, attend):
+    """A formula `attend(q, k, v)` on `[H, N, D]` as a function of the stream, without padding."""
+
+    def expected_of(hidden: Tensor) -> Tensor:
+        mixed = []
+        for sequence in hidden.split(LENGTHS):
+            projected = (mixer.query(sequence), mixer.key(sequence), mixer.value(sequence))
+            q, k, v = (x.unflatten(1, (mixer.num_heads, -1)).transpose(0, 1) for x in projected)
+            mixed.append(attend(q, k, v).transpose(0, 1).flatten(1))
+        return mixer.dense(torch.cat(mixed))
+
+    return expected_of
+
+
+@pytest.mark.parametrize("cls", SOFTMAX)
+def test_softmax_attention_is_that_of_bert(cls):
+    mixer = build(cls)
+    settings = BertConfig(
+        hidden_size=24,
+        num_attention_heads=3,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="eager",
+    )
+    bert = BertSelfAttention(settings).double()
+    bert.query, bert.key, bert.value = mixer.query, mixer.key, mixer.value
+    real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)
+    excluded = torch.zeros(real.shape, dtype=torch.float64)
+    excluded = excluded.masked_fill(~real, torch.finfo(torch.float64).min)[:, None, None]
+
+    def expected_of(hidden: Tensor) -> Tensor:
+        rows = torch.zeros(*real.shape, 24, dtype=torch.float64)
+        rows = rows.masked_scatter(real.unsqueeze(-1), hidden)
+        return mixer.dense(bert(rows, excluded)[0][real])
+
+    check_against(mixer, expected_of)
+
+
+def test_fnet_is_that_of_transformers():
+    fourier = FNetBasicFourierTransform(FNetConfig(use_tpu_fourier_optimizations=False))
+    real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)
+
+    def expected_of(hidden: Tensor) -> Tensor:
+        rows = torch.zeros(*real.shape, 24, dtype=torch.float64)
+        return fourier(rows.masked_scatter(real.unsqueeze(-1), hidden))[0][real]
+
+    check_against(build(FNetMixer), expected_of)
+
+
+def test_linear_attention_is_its_quadratic_formula():
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (F.elu(q) + 1) @ (F.elu(k) + 1).mT
+        return weights / weights.sum(dim=-1, keepdim=True) @ v
+
+    mixer = build(LinearAttention)
+    check_against(mixer, by_sequence(mixer, attend))
+
+
+def test_linformer_is_its_formula():
+    mixer = build(LinformerAttention)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = k.shape[1]
+        k = torch.einsum("kn,hnd->hkd", mixer.key_projection[:, :length], k)
+        v = torch.einsum("kn,hnd->hkd", mixer.value_projection[:, :length], v)
+        return (q @ k.mT / 8**0.5).softmax(dim=-1) @ v
+
+    check_against(mixer, by_sequence(mixer, attend))
+
+
+def positive_features(x: Tensor, features: Tensor) -> Tensor:
+    """Lemma 1 as it is written: `[..., D]` -> `[..., M]`."""
+    exponents = x @ features.mT - x.square().sum(dim=-1, keepdim=True) / 2
+    return exponents.exp() / len(features) ** 0.5
+
+
+def test_performer_is_its_quadratic_formula():
+    mixer = build(PerformerAttention)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = positive_features(q / 8**0.25, mixer.features)
+        k = positive_features(k / 8**0.25, mixer.features)
+        weights = q @ k.mT
+        return weights / weights.sum(dim=-1, keepdim=True) @ v
+
+    check_against(mixer, by_sequence(mixer, attend))
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_gradcheck(cls):
+    config = SMALL.replace(hidden_size=6, num_attention_heads=2, num_random_features=5)
+    mixer = build(cls, config)
+    hidden = tokens(5, width=6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: mixer(x, layout([3, 0, 2])), hidden)
+
+
+@pytest.mark.parametrize("cls", ATTENTION)
+def test_other_sequences_and_padding_do_not_matter(cls):
+    mixer = build(cls)
+    hidden = tokens(sum(LENGTHS))
+    together = mixer(hidden, layout(LENGTHS)).split(LENGTHS)
+    for one, sequence in zip(together, hidden.split(LENGTHS), strict=True):
+        assert_close(one, mixer(sequence, layout([len(sequence)])), 1e-12)
+
+
+@pytest.mark.parametrize("cls", ATTENTION)
+def test_longer_rows_than_any_sequence_change_nothing(cls):
+    """The path with a mask agrees with the path without."""
+    mixer = build(cls)
+    hidden = tokens(18).requires_grad_()
+    full = layout([9, 9])
+    plain = mixer(hidden, full)
+    masked = mixer(hidden, dataclasses.replace(full, max_seqlen=13))
+    assert_close(masked, plain, 1e-12)
+    expected = gradients(mixer, hidden, plain)["hidden"]
+    assert_close(gradients(mixer, hidden, masked)["hidden"], expected, 1e-12)
+
+
+def test_fnet_sees_padding_as_zero_vectors():
+    hidden = tokens(18)
+    long = dataclasses.replace(layout([9, 9]), max_seqlen=13)
+    rows = F.pad(hidden.view(2, 9, 24), (0, 0, 0, 4))
+    expected = torch.fft.fft2(rows).real[:, :9].flatten(0, 1)
+    assert_close(FNetMixer(SMALL)(hidden, long), expected, 1e-12)
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize(
+    ("lengths", "length"),
+    [
+        pytest.param([1], 1, id="one-token"),
+        pytest.param([0, 3, 1], 4, id="a-row-of-padding"),
+        pytest.param([0, 0], 2, id="padding-only"),
+        pytest.param([0, 0], 0, id="empty-rows"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_edge_cases_are_finite_and_differentiable(cls, lengths, length, dtype):
+    mixer = build(cls).to(dtype)
+    hidden = tokens(sum(lengths)).to(dtype).requires_grad_()
+    out = mixer(hidden, dataclasses.replace(layout(lengths), max_seqlen=length))
+    assert out.shape == hidden.shape
+    assert out.isfinite().all()
+    # also finds a NaN at padding, which would reach no gradient below
+    with torch.autograd.detect_anomaly(check_nan=True):
+        out.square().sum().backward()
+    leaves = [hidden, *mixer.parameters()]
+    assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("cls", [LinearAttention, *SOFTMAX])
+def test_one_token_attends_to_itself(cls):
+    mixer = build(cls)
+    hidden = tokens(1)
+    assert_close(mixer(hidden, layout([1])), mixer.dense(mixer.value(hidden)), 1e-12)
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("lengths", [LENGTHS, [8, 8]], ids=["ragged", "full"])
+def test_bfloat16(cls, lengths):
+    """Under autocast and with weights of that type, as DeepSpeed keeps them."""
+    mixer = build(cls).float()
+    hidden = tokens(sum(lengths)).float().requires_grad_()
+    place = layout(lengths)
+    expected = mixer(hidden, place)
+    slope = gradients(mixer, hidden, expected)["hidden"]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mixer(hidden, place)
+    assert_close(out, expected, 0.05)
+    assert_close(gradients(mixer, hidden, out.float())["hidden"], slope, 0.08)
+    half = mixer.bfloat16()(hidden.bfloat16(), place)
+    assert half.dtype == torch.bfloat16
+    assert_close(half, expected, 0.05)
+
+
+def test_linear_attention_of_many_tokens_fits_float16():
+    mixer = build(LinearAttention).half()
+    hidden = torch.ones(20000, 24, dtype=torch.float16)
+    out = mixer(hidden, layout([20000]))
+    assert_close(out[:1], mixer.dense(mixer.value(hidden[:1])), 2e-3)
+
+
+def test_linear_attention_with_features_that_vanish():
+    mixer = build(LinearAttention)
+    with torch.no_grad():
+        mixer.query.bias.fill_(-1000.0)
+    hidden = tokens(4).requires_grad_()
+    out = mixer(hidden, layout([4]))
+    out.sum().backward()
+    assert_close(out, mixer.dense.bias.expand(4, 24), 1e-12)
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
+def test_forms_of_softmax_attention_share_parameters():
+    states = [build(cls).state_dict() for cls in SOFTMAX]
+    parts = ("query", "key", "value", "dense")
+    names = [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]
+    assert [list(state) for state in states] == [names] * 3
+    assert not list(FNetMixer(SMALL).parameters())
+
+
+@pytest.mark.parametrize("cls", [*SOFTMAX, LinformerAttention])
+def test_dropout_of_probabilities_in_training_only(cls):
+    lengths = [12, 5]
+    config = SMALL.replace(attention_probs_dropout_prob=0.5)
+    mixer, hidden, place = build(cls, config), tokens(17), layout(lengths)
+    calm = mixer(hidden, place).detach()
+    assert_close(calm, build(cls)(hidden, place), 1e-14)
+    mixer.train()
+    draws = torch.stack([mixer(hidden, place).detach() for _ in range(600)])
+    # the mean over draws is the value without dropout
+    assert relative_error(draws[0], calm) > 0.05
+    error = (draws.mean(dim=0) - calm).abs() / (draws.std(dim=0) / 600**0.5)
+    assert float(error.max()) < 5
+
+
+def test_checkpointing_repeats_dropout_and_keeps_no_scores():
+    config = SMALL.replace(attention_probs_dropout_prob=0.3)
+    place, length = layout([40, 33]), 40
+    kept: dict[type, int] = {}
+    slopes = []
+    for cls in (NaiveAttention, CheckpointedAttention):
+        mixer = build(cls, config).train()
+        hidden = tokens(73).requires_grad_()
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = mixer(hidden, place)
+        kept[cls] = max(sizes)
+        slopes.append(gradients(mixer, hidden, out)["hidden"])
+    assert_close(slopes[1], slopes[0], 1e-12)
+    scores = 2 * 3 * length * length
+    assert kept[NaiveAttention] == scores
+    assert kept[CheckpointedAttention] < scores
+
+
+def test_checkpointed_attention_is_float32_inside_autocast():
+    mixer, hidden, place = build(CheckpointedAttention).float(), tokens(12).float(), layout([12])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mixer(hidden, place)
+        projected = [part(hidden) for part in (mixer.query, mixer.key, mixer.value)]
+    mixed = build(NaiveAttention).mix(*(x.float() for x in projected), place)
+    assert projected[0].dtype == torch.bfloat16
+    assert torch.equal(
+        out, F.linear(mixed.bfloat16(), *map(Tensor.bfloat16, mixer.dense.parameters()))
+    )
+
+
+def test_packed_kernel_gets_the_stream(monkeypatch):
+    """Its arguments, with a stand-in; the kernel itself needs a GPU."""
+    calls = []
+
+    def stand_in(query, key, value, cu_query, cu_key, longest_query, longest_key):
+        assert cu_query is cu_key
+        calls.append((longest_query, longest_key))
+        parts = [x.transpose(0, 1).split(cu_query.diff().tolist(), dim=1) for x in (query, key)]
+        values = value.transpose(0, 1).split(cu_query.diff().tolist(), dim=1)
+        mixed = [
+            F.scaled_dot_product_attention(q, k, v) for q, k, v in zip(*parts, values, strict=True)
+        ]
+        return torch.cat(mixed, dim=1).transpose(0, 1)
+
+    hidden = tokens(sum(LENGTHS))
+    mixer = build(SoftmaxAttention, SMALL.replace(attention_probs_dropout_prob=0.1))
+    expected = mixer(hidden, layout(LENGTHS))
+    monkeypatch.setattr(attention, "varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "_packed_kernel_runs", lambda stream, size: size == 8)
+    assert_close(mixer(hidden, layout(LENGTHS)), expected, 1e-12)
+    assert calls == [(12, 12)]
+    mixer(tokens(24), layout([12, 12]))
+    mixer.train()(hidden, layout(LENGTHS))
+    assert len(calls) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_packed_kernel_on_a_gpu(dtype):
+    lengths = [70, 1, 0, 333, 128]
+    config = SMALL.replace(hidden_size=128, num_attention_heads=4)
+    exact = build(NaiveAttention, config).cuda()
+    torch.set_default_device("cuda")
+    try:
+        place = layout(lengths)
+    finally:
+        torch.set_default_device("cpu")
+    hidden = tokens(sum(lengths), width=128).cuda().requires_grad_()
+    expected = exact(hidden, place)
+    slope = gradients(exact, hidden, expected)["hidden"]
+    errors = []
+    for cls in (SoftmaxAttention, NaiveAttention):
+        mixer = build(cls, config).to("cuda", dtype)
+        coarse = hidden.detach().to(dtype).requires_grad_()
+        out = mixer(coarse, place)
+        found = gradients(mixer, coarse, out)["hidden"]
+        errors.append((relative_error(out, expected), relative_error(found, slope)))
+    assert attention._packed_kernel_runs(coarse, 32)
+    (packed, packed_slope), (naive, naive_slope) = errors
+    assert packed <= 2 * naive
+    assert packed_slope <= 2 * naive_slope
+
+
+def test_linformer_refuses_long_rows():
+    mixer = build(LinformerAttention)
+    with pytest.raises(ValueError, match="rows have 65 tokens, max_position_embeddings is 64"):
+        mixer(tokens(66), layout([65, 1]))
+
+
+def test_performer_features_are_orthogonal_and_the_same_in_every_run():
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    features = orthogonal_features(20, 8)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(features, orthogonal_features(20, 8))
+    assert features.shape == (20, 8)
+    for block in features.split(8):
+        products = block @ block.mT
+        assert_close(products, products.diagonal().diag(), 1e-12)
+    mixer = build(PerformerAttention)
+    assert "features" in mixer.state_dict()
+    assert not mixer.features.requires_grad
+    with torch.device("meta"):
+        assert PerformerAttention(SMALL).features.is_meta
+
+
+def test_performer_features_estimate_the_softmax_kernel_without_bias():
+    q, k = tokens(2, seed=4, width=8) * 0.5
+    estimates = []
+    for seed in range(3000):
+        features = orthogonal_features(8, 8, seed)
+        estimates.append(positive_features(q, features) @ positive_features(k, features))
+    estimate = torch.stack(estimates)
+    error = (estimate.mean() - (q @ k).exp()) / (estimate.std() / len(estimates) ** 0.5)
+    assert abs(float(error)) < 3
+
+
+@torch.no_grad()
+def test_performer_approaches_softmax_attention_as_one_over_the_root_of_its_features():
+    hidden, place = tokens(60) * 0.2, layout([40, 20])
+    expected = build(NaiveAttention)(hidden, place)
+    mixer = build(PerformerAttention)
+
+    def error(num_features: int) -> float:
+        squares = []
+        for seed in range(20):
+            mixer.features = orthogonal_features(num_features, 8, seed)
+            squares.append((mixer(hidden, place) - expected).square().sum())
+        return float((sum(squares) / 20 / expected.square().sum()) ** 0.5)
+
+    few, many = error(64), error(1024)
+    assert 2.5 < few / many < 6
+    assert many < 0.01
+
+
+def test_performer_holds_out_where_plain_features_overflow():
+    mixer = build(PerformerAttention).float()
+    hidden = (tokens(30) * 100).float().requires_grad_()
+    out = mixer(hidden, layout([20, 10]))
+    out.square().sum().backward()
+    assert out.isfinite().all()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+    assert_close(out, mixer.double()(hidden.double(), layout([20, 10])), 1e-3)

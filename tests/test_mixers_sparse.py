@@ -1,0 +1,460 @@
+"""Nystromformer, Reformer, Longformer and BigBird against published code and plain formulas."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BigBirdConfig, LongformerConfig, NystromformerConfig, ReformerConfig
+from transformers.models.big_bird import modeling_big_bird
+from transformers.models.longformer import modeling_longformer
+from transformers.models.nystromformer import modeling_nystromformer
+from transformers.models.reformer import modeling_reformer
+
+from ponet import ConfigError, PoNetConfig
+from ponet.mixers.bigbird import BigBirdAttention
+from ponet.mixers.longformer import SlidingWindowAttention
+from ponet.mixers.nystromformer import NystromAttention
+from ponet.mixers.reformer import LSHAttention
+from ponet.packing import PackedLayout, layout_of, stream_of_packed, stream_of_rows
+from ponet_kernels.testing import assert_close
+
+MIXERS = [NystromAttention, LSHAttention, SlidingWindowAttention, BigBirdAttention]
+CONFIG = PoNetConfig(
+    hidden_size=12,
+    num_attention_heads=3,
+    max_position_embeddings=64,
+    num_landmarks=4,
+    landmark_conv_size=5,
+    num_hashes=2,
+    lsh_chunk_size=4,
+    attention_window=8,
+    block_size=4,
+    num_random_blocks=2,
+)
+SIZES = {"hidden_size": 12, "num_attention_heads": 3, "attention_probs_dropout_prob": 0.0}
+
+every_mixer = pytest.mark.parametrize("cls", MIXERS, ids=lambda cls: cls.__name__)
+
+
+def build(cls, config: PoNetConfig = CONFIG, seed: int = 0):
+    torch.manual_seed(seed)
+    mixer = cls(config).double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            # weights that make attention far from uniform
+            parameter.normal_(std=0.5)
+    return mixer
+
+
+def packed(lengths: list[int]) -> PackedLayout:
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    stream = stream_of_packed(torch.zeros(sum(lengths), dtype=torch.long), cu_seqlens)
+    return layout_of(stream, torch.zeros(sum(lengths), dtype=torch.bool))
+
+
+def padded(lengths: list[int], row_length: int, left: bool = False) -> PackedLayout:
+    columns = torch.arange(row_length).flip(0) if left else torch.arange(row_length)
+    mask = columns < torch.tensor(lengths).unsqueeze(1)
+    stream = stream_of_rows(torch.zeros(mask.shape, dtype=torch.long), mask)
+    return layout_of(stream, torch.zeros(sum(lengths), dtype=torch.bool))
+
+
+def states(num_tokens: int, width: int = 12, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_tokens, width, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def heads(values: Tensor) -> Tensor:
+    return values.unflatten(-1, (3, -1)).transpose(-3, -2)
+
+
+def attention(mixer, hidden: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax attention `[N, C]` over the pairs `[N, N]` or `[H, N, N]` that are allowed."""
+    query, key, value = (heads(p(hidden)) for p in (mixer.query, mixer.key, mixer.value))
+    scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf)
+    return (scores.softmax(dim=-1) @ value).transpose(0, 1).flatten(1)
+
+
+def compare(mixer, layout: PackedLayout, hidden: Tensor, expected: Tensor, tolerance=1e-12) -> None:
+    """Values, and gradients of the input and of every parameter, for a random upstream gradient."""
+    out = mixer(hidden, layout)
+    assert_close(out, expected, tolerance, "output")
+    names = ["hidden", *(name for name, _ in mixer.named_parameters())]
+    inputs = [hidden, *mixer.parameters()]
+    upstream = states(*out.shape, seed=2).detach()
+    found = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+    wanted = torch.autograd.grad(expected, inputs, upstream, allow_unused=True)
+    for name, actual, reference in zip(names, found, wanted, strict=True):
+        reference = torch.zeros_like(actual) if reference is None else reference
+        # zero but for rounding, such as that of a bias of all keys, which moves no softmax
+        if reference.abs().max() < 1e-12:
+            assert actual.abs().max() < 1e-12, name
+        else:
+            assert_close(actual, reference, 10 * tolerance, name)
+
+
+def share_weights(published: nn.Module, mixer: nn.Module) -> None:
+    """Put the parameters of the mixer into the published module, so gradients arrive there."""
+    for name in ("query", "key", "value", "query_key", "conv"):
+        if hasattr(mixer, name):
+            setattr(published, name, getattr(mixer, name))
+
+
+def as_rows(hidden: Tensor, num_rows: int) -> Tensor:
+    return hidden.unflatten(0, (num_rows, -1))
+
+
+def test_published_nystromformer():
+    config = NystromformerConfig(
+        **SIZES, num_landmarks=4, segment_means_seq_len=32, conv_kernel_size=5
+    )
+    published = modeling_nystromformer.NystromformerSelfAttention(config).double()
+    # the norm of each matrix; the option for it reads a key that does not exist
+    published.init_option = "exact"
+    mixer = build(NystromAttention)
+    share_weights(published, mixer)
+    hidden = states(2 * 32)
+    context = published(as_rows(hidden, 2))[0]
+    compare(mixer, packed([32, 32]), hidden, mixer.dense(context.flatten(0, 1)), 1e-11)
+
+
+@pytest.mark.parametrize("num_hashes", [1, 3])
+@pytest.mark.parametrize(("length", "num_buckets"), [(8, 4), (16, 8), (48, 8)])
+def test_published_reformer(num_hashes, length, num_buckets):
+    """Of 48 tokens the published code would make 16 buckets from two hashes, if not told to."""
+    config = ReformerConfig(
+        **SIZES,
+        attention_head_size=4,
+        num_hashes=num_hashes,
+        num_buckets=num_buckets,
+        lsh_attn_chunk_length=4,
+        lsh_num_chunks_before=1,
+        lsh_num_chunks_after=0,
+        lsh_attention_probs_dropout_prob=0.0,
+        is_decoder=False,
+        hash_seed=7,
+    )
+    published = modeling_reformer.LSHSelfAttention(config).double()
+    mixer = build(LSHAttention, CONFIG.replace(num_hashes=num_hashes))
+    share_weights(published, mixer)
+    torch.manual_seed(7)
+    rotations = torch.randn(3, 4, num_hashes, num_buckets // 2, dtype=torch.float64)
+    mixer.rotations[..., : num_buckets // 2] = rotations
+    hidden = states(2 * length)
+    context = published(as_rows(hidden, 2)).hidden_states
+    compare(mixer, packed([length] * 2), hidden, mixer.dense(context.flatten(0, 1)))
+
+
+def test_published_longformer(monkeypatch):
+    config = LongformerConfig(**SIZES, attention_window=[8])
+    published = modeling_longformer.LongformerSelfAttention(config, layer_id=0).double()
+    # it computes the softmax in float32
+    softmax = nn.functional.softmax
+    monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
+    mixer = build(SlidingWindowAttention)
+    share_weights(published, mixer)
+    hidden = states(2 * 24)
+    nowhere = torch.zeros(2, 24)
+    context = published(as_rows(hidden, 2), nowhere, nowhere.bool(), nowhere.bool(), False)[0]
+    compare(mixer, packed([24, 24]), hidden, mixer.dense(context.flatten(0, 1)))
+
+
+def test_published_bigbird(monkeypatch):
+    length, num_blocks = 36, 9
+    config = BigBirdConfig(**SIZES, block_size=4, num_random_blocks=2, use_bias=True)
+    published = modeling_big_bird.BigBirdBlockSparseAttention(config).double()
+    mixer = build(BigBirdAttention)
+    share_weights(published, mixer)
+    blocks, drawn = mixer.random_blocks(torch.tensor([num_blocks]), num_blocks)
+    assert drawn.all()
+    chosen = blocks[0, 1:-1].transpose(0, 1).numpy()
+    monkeypatch.setattr(published, "_bigbird_block_rand_mask_with_head", lambda **_: list(chosen))
+    blocked, band, rows, columns = (
+        modeling_big_bird.BigBirdModel.create_masks_for_block_sparse_attn(
+            torch.ones(2, length, dtype=torch.float64), 4
+        )
+    )
+    hidden = states(2 * length)
+    context = published(as_rows(hidden, 2), band, rows, columns, blocked, blocked)[0]
+    compare(mixer, packed([length] * 2), hidden, mixer.dense(context.flatten(0, 1)))
+
+
+LENGTHS = [[1], [3], [4], [17], [63], [64], [9, 0, 1, 30, 12, 4]]
+
+
+def formula(mixer, hidden: Tensor, lengths: list[int], one) -> Tensor:
+    parts = [one(mixer, part) if len(part) else part for part in hidden.split(lengths)]
+    return mixer.dense(torch.cat(parts))
+
+
+def nystrom_of_one(mixer: NystromAttention, hidden: Tensor) -> Tensor:
+    query, key, value = (heads(p(hidden)) for p in (mixer.query, mixer.key, mixer.value))
+    assert mixer.conv is not None
+    skip = mixer.conv(value.unsqueeze(0))[0].transpose(0, 1).flatten(1)
+    length, m = len(hidden), mixer.num_landmarks
+    if length <= m:
+        return attention(mixer, hidden, torch.ones(length, length, dtype=torch.bool)) + skip
+    chunks = [[t for t in range(length) if t * m // length == chunk] for chunk in range(m)]
+    queries, keys = (torch.stack([x[:, c].mean(1) for c in chunks], 1) for x in (query, key))
+
+    def kernel(left: Tensor, right: Tensor) -> Tensor:
+        return (left @ right.mT / left.shape[-1] ** 0.5).softmax(dim=-1)
+
+    matrix = kernel(queries, keys)
+    ones = torch.eye(m, dtype=torch.float64)
+    inverse = torch.stack([a.mT / a.sum(0).max() / a.sum(1).max() for a in matrix])
+    for _ in range(6):
+        az = matrix @ inverse
+        inverse = inverse @ (13 * ones - az @ (15 * ones - az @ (7 * ones - az))) / 4
+    mixed = kernel(query, keys) @ inverse @ kernel(queries, key) @ value
+    return mixed.transpose(0, 1).flatten(1) + skip
+
+
+def reformer_of_one(mixer: LSHAttention, hidden: Tensor) -> Tensor:
+    """One softmax over the union of the keys of all rounds, counted as often as they are seen."""
+    length, size = len(hidden), mixer.chunk_size
+    vectors, values = heads(mixer.query_key(hidden)), heads(mixer.value(hidden))
+    keys = vectors / (vectors.square().sum(-1, keepdim=True) + 4e-6).sqrt()
+    half = 1
+    while 2 * half <= min(length // size, mixer.rotations.shape[3]):
+        half *= 2
+    outputs = []
+    for head in range(3):
+        sorted_chunks = []
+        for rotation in mixer.rotations[head].unbind(1):
+            rotated = vectors[head] @ rotation[:, :half]
+            buckets = torch.cat([rotated, -rotated], dim=1).argmax(1).tolist()
+            order = sorted(range(length), key=lambda t: (buckets[t], t))
+            sorted_chunks.append([order[i : i + size] for i in range(0, length, size)])
+        seen = torch.zeros(length, length, dtype=torch.float64)
+        for r, chunks in enumerate(sorted_chunks):
+            for before, chunk in zip([sorted_chunks[r - 1][-1], *chunks], chunks, strict=False):
+                for query, key in itertools.product(chunk, chunk + before):
+                    seen[query, key] += 1
+        scores = (vectors[head] @ keys[head].T).masked_fill(seen == 0, -torch.inf) + seen.log()
+        itself = torch.eye(length, dtype=torch.bool)
+        scores = torch.where(itself, -1e5 + seen.log(), scores)
+        outputs.append(scores.softmax(-1) @ values[head])
+    return torch.cat(outputs, dim=1)
+
+
+def longformer_of_one(mixer: SlidingWindowAttention, hidden: Tensor) -> Tensor:
+    places = torch.arange(len(hidden))
+    return attention(mixer, hidden, (places.unsqueeze(1) - places).abs() <= mixer.reach)
+
+
+def bigbird_of_one(mixer: BigBirdAttention, hidden: Tensor) -> Tensor:
+    count = -(-len(hidden) // mixer.block_size)
+    chosen, drawn = mixer.random_blocks(torch.tensor([count]), count)
+    pairs = torch.zeros(3, count, count, dtype=torch.bool)
+    for head, row in itertools.product(range(3), range(count)):
+        seen = {0, row - 1, row, row + 1, count - 1} & set(range(count))
+        randoms = chosen[0, row, head][drawn[0, row]].tolist()
+        # as many as there are, all different, none that is seen anyway
+        assert len(set(randoms) - seen) == len(randoms) == min(2, count - len(seen))
+        assert set(randoms) <= set(range(count))
+        pairs[head, row, list(seen) + randoms] = True
+    pairs[:, [0, -1]] = True
+    size = mixer.block_size
+    tokens = pairs.repeat_interleave(size, dim=1).repeat_interleave(size, dim=2)
+    return attention(mixer, hidden, tokens[:, : len(hidden), : len(hidden)])
+
+
+FORMULAS = [
+    pytest.param(NystromAttention, nystrom_of_one, id="nystromformer"),
+    pytest.param(LSHAttention, reformer_of_one, id="reformer"),
+    pytest.param(SlidingWindowAttention, longformer_of_one, id="longformer"),
+    pytest.param(BigBirdAttention, bigbird_of_one, id="bigbird"),
+]
+
+
+@pytest.mark.parametrize(("cls", "one"), FORMULAS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
+def test_formula_at_any_length(cls, one, lengths):
+    """Dense formulas in float64, one sequence at a time."""
+    mixer = build(cls)
+    hidden = states(sum(lengths))
+    compare(mixer, packed(lengths), hidden, formula(mixer, hidden, lengths, one), 1e-11)
+
+
+@every_mixer
+@pytest.mark.parametrize(
+    "layout_of_lengths",
+    [
+        pytest.param(packed, id="packed"),
+        pytest.param(lambda lengths: padded(lengths, 64), id="rows"),
+        pytest.param(lambda lengths: padded(lengths, 64, left=True), id="padded-left"),
+        pytest.param(lambda lengths: padded(lengths, 150), id="rows-beyond-any-position"),
+    ],
+)
+def test_neighbours_and_padding_change_nothing(cls, layout_of_lengths):
+    mixer = build(cls)
+    lengths = [37, 0, 1, 5, 64, 3, 16]
+    hidden = states(sum(lengths))
+    alone = torch.cat([mixer(part, packed([len(part)])) for part in hidden.split(lengths)])
+    compare(mixer, layout_of_lengths(lengths), hidden, alone)
+
+
+@every_mixer
+@pytest.mark.parametrize("length", [3, 21, 32])
+def test_rows_with_a_mask_and_without(cls, length):
+    mixer = build(cls)
+    hidden = states(3 * length)
+    unmasked = mixer(hidden, packed([length] * 3))
+    compare(mixer, padded([length] * 3, length + 5), hidden, unmasked)
+
+
+@every_mixer
+def test_one_token_receives_its_value(cls):
+    mixer = build(cls, CONFIG.replace(landmark_conv_size=None))
+    hidden = states(1)
+    compare(mixer, packed([1]), hidden, mixer.dense(mixer.value(hidden)))
+
+
+@every_mixer
+@pytest.mark.parametrize("layout", [packed([0]), padded([0, 0], 3)], ids=["packed", "rows"])
+def test_no_tokens(cls, layout):
+    mixer = build(cls)
+    hidden = states(0)
+    out = mixer(hidden, layout)
+    out.sum().backward()
+    assert out.shape == (0, 12)
+    assert all(p.grad is None or not p.grad.any() for p in mixer.parameters())
+
+
+@every_mixer
+def test_gradcheck(cls):
+    mixer = build(cls, CONFIG.replace(num_landmarks=3, landmark_conv_size=3))
+    layout = padded([13, 0, 2, 6], 14)
+    torch.autograd.gradcheck(lambda hidden: mixer(hidden, layout), states(21), fast_mode=True)
+
+
+@every_mixer
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "cast"])
+def test_bf16(cls, autocast):
+    mixer = build(cls).float()
+    hidden = states(50).float()
+    layout = padded([30, 0, 16, 4], 31)
+    expected = mixer(hidden, layout)
+    if autocast:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = mixer(hidden, layout)
+    else:
+        out = mixer.bfloat16()(hidden.bfloat16(), layout)
+    assert out.dtype == torch.bfloat16
+    for gradient in torch.autograd.grad(out.sum(), [*mixer.parameters()]):
+        assert gradient.isfinite().all()
+    # a token on the edge of two of Reformer's buckets may fall into the other
+    close = (out - expected).abs().amax(dim=1) < 0.05 * expected.abs().max()
+    assert close.float().mean() > (0.5 if cls is LSHAttention else 0.99)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest storage behind any result has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                size = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.elements = max(self.elements, size)
+        return out
+
+
+@every_mixer
+@pytest.mark.parametrize("ragged", [False, True])
+def test_memory_is_linear(cls, ragged):
+    """Twice the tokens, twice the largest tensor, and nothing as large as N * N."""
+    length = 4096
+    config = CONFIG.replace(
+        hidden_size=8,
+        num_attention_heads=2,
+        max_position_embeddings=length,
+        num_landmarks=16,
+        lsh_chunk_size=16,
+        attention_window=32,
+        block_size=16,
+    )
+    mixer = cls(config)
+    largest = []
+    for n in (length // 2, length):
+        with LargestTensor() as mode:
+            layout = padded([n, n // 2], n) if ragged else packed([n])
+            hidden = torch.randn(len(layout.token_segments), 8, requires_grad=True)
+            mixer(hidden, layout).sum().backward()
+        largest.append(mode.elements)
+    assert largest[1] < length * length / 4
+    assert largest[1] < 2.2 * largest[0]
+
+
+@pytest.mark.parametrize("cls", MIXERS[1:], ids=lambda cls: cls.__name__)
+def test_dropout_of_attention_only_in_training(cls):
+    mixer = build(cls, CONFIG.replace(attention_probs_dropout_prob=0.5))
+    plain = build(cls)
+    hidden, layout = states(24), packed([24])
+    assert not torch.equal(mixer(hidden, layout), mixer(hidden, layout))
+    assert torch.equal(mixer.eval()(hidden, layout), plain(hidden, layout))
+
+
+@pytest.mark.parametrize("cls", [LSHAttention, BigBirdAttention], ids=lambda cls: cls.__name__)
+def test_random_choices_follow_from_the_configuration(cls):
+    """Checkpoints hold parameters only, so anything random must not depend on the moment."""
+    torch.manual_seed(0)
+    first = cls(CONFIG)
+    second = cls(CONFIG)
+    second.load_state_dict(first.state_dict())
+    assert set(first.state_dict()) == {name for name, _ in first.named_parameters()}
+    hidden = states(40).float()
+    assert torch.equal(first(hidden, packed([40])), second(hidden, packed([40])))
+
+
+def test_random_blocks_are_spread():
+    """Each head and row draws anew, and every free block of a row is about as likely."""
+    mixer = BigBirdAttention(CONFIG.replace(hidden_size=2000, num_attention_heads=2000))
+    blocks, drawn = mixer.random_blocks(torch.tensor([10]), 10)
+    assert drawn.all()
+    counts = blocks[0, 5].flatten().bincount(minlength=10)
+    assert not counts[[0, 4, 5, 6, 9]].any()
+    shares = counts[[1, 2, 3, 7, 8]] / counts.sum()
+    assert float((shares - 0.2).abs().max()) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (NystromAttention, {"landmark_conv_size": 4}, "landmark_conv_size must be odd, found 4"),
+        (SlidingWindowAttention, {"attention_window": 1}, "at least 2, found 1"),
+    ],
+)
+def test_contradictory_configurations(cls, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(CONFIG.replace(**fields))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_mixer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_on_a_gpu(cls, dtype):
+    """Real sizes against float64 on the CPU; gradients are finite."""
+    config = PoNetConfig(hidden_size=128, num_attention_heads=2, max_position_embeddings=2048)
+    torch.manual_seed(0)
+    mixer = cls(config)
+    lengths = [2048, 0, 1, 700, 64]
+    hidden = states(sum(lengths), width=128)
+    expected = mixer.double()(hidden, padded(lengths, 2048)).detach()
+    torch.set_default_device("cuda")
+    try:
+        layout = padded(lengths, 2048)
+    finally:
+        torch.set_default_device(None)
+    out = mixer.to("cuda", dtype)(hidden.to("cuda", dtype), layout)
+    for gradient in torch.autograd.grad(out.square().sum(), [*mixer.parameters()]):
+        assert gradient.isfinite().all()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.05
+    close = (out.cpu() - expected).abs().amax(dim=1) < tolerance * expected.abs().max()
+    assert close.float().mean() > (0.5 if cls is LSHAttention else 0.99)
