@@ -14,6 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from ponet.config import PoNetConfig
+from ponet.mixers.autocast import cast_for_projections
 from ponet.mixers.rows import Rows
 from ponet.packing import PackedLayout
 
@@ -33,10 +34,7 @@ class QueryKeyValueMixer(nn.Module):
 
     def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
-            # else autocast would make and keep a copy for each projection
-            hidden = hidden.to(torch.get_autocast_dtype(device))
+        hidden = cast_for_projections(hidden)
         query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)
         # no kernel is asked to reduce over no tokens at all
         mixed = self.mix(query, key, value, layout) if hidden.shape[0] else value

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ponet.config import PoNetConfig
+from ponet.mixers.autocast import cast_for_projections
 from ponet.mixers.block_sparse import BlockSparseAttention, pad_tokens
 from ponet.mixers.rows import Rows
 from ponet.packing import PackedLayout
@@ -42,6 +43,7 @@ class BigBirdAttention(BlockSparseAttention):
 
     def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
+        hidden = cast_for_projections(hidden)
         rows = Rows.of(layout)
         lengths = layout.cu_seqlens.diff().long()
         num_blocks = max(-(-rows.length // self.block_size), 1)

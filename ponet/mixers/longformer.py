@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ponet.config import ConfigError, PoNetConfig
+from ponet.mixers.autocast import cast_for_projections
 from ponet.mixers.block_sparse import BlockSparseAttention, pad_tokens
 from ponet.packing import PackedLayout
 
@@ -32,6 +33,7 @@ class SlidingWindowAttention(BlockSparseAttention):
 
     def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
+        hidden = cast_for_projections(hidden)
         num_tokens = hidden.shape[0]
         length = max(-(-num_tokens // self.reach), 1) * self.reach
         query = pad_tokens(self.query(hidden), length)

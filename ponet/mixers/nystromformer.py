@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import ConfigError, PoNetConfig
+from ponet.mixers.autocast import cast_for_projections
 from ponet.mixers.rows import Rows
 from ponet.packing import PackedLayout
 from ponet_kernels import global_mean
@@ -47,6 +48,7 @@ class NystromAttention(nn.Module):
 
     def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
+        hidden = cast_for_projections(hidden)
         rows = Rows.of(layout)
         lengths = layout.cu_seqlens.diff()
         query, key, value = (

@@ -3,11 +3,11 @@
 PoNet, arXiv 2110.02442, section 3; out_t = (g' + S_{j(t)}) * O_t + L_t, then one projection.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
+from ponet.mixers.autocast import cast_for_projections
 from ponet.packing import PackedLayout
 from ponet_kernels import fused_pooling, global_aggregation, global_mean
 
@@ -40,10 +40,7 @@ class PoNetMixer(nn.Module):
         Returns:
             `[T, C]`.
         """
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
-            # else autocast would make and keep a copy for each projection
-            hidden = hidden.to(torch.get_autocast_dtype(device))
+        hidden = cast_for_projections(hidden)
         mixed = fused_pooling(
             self.pool_sequences(hidden, layout) if self.config.use_global else None,
             self.segment(hidden) if self.config.use_segment else None,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
+from ponet.mixers.autocast import cast_for_projections
 from ponet.mixers.block_sparse import pad_tokens
 from ponet.mixers.rows import Rows
 from ponet.packing import PackedLayout
@@ -59,6 +60,7 @@ class LSHAttention(nn.Module):
 
     def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
+        hidden = cast_for_projections(hidden)
         rows = Rows.of(layout)
         lengths = layout.cu_seqlens.diff().long().view(-1, 1, 1, 1)
         vectors = self._heads(rows.from_stream(self.query_key(hidden)))  # [B, H, N, D]
