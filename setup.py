@@ -12,7 +12,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["ponet", "ponet.mixers", "ponet_kernels", "pretrain"],
+    packages=[
+        "ponet",
+        "ponet.mixers",
+        "ponet_kernels",
+        "ponet_kernels.triton_kernels",
+        "ponet_kernels.vectorised",
+        "pretrain",
+    ],
     package_dir={"ponet_kernels": "kernels/ponet_kernels"},
     package_data={"pretrain": ["configs/*.yaml", "deepspeed.json"]},
     install_requires=[
@@ -31,6 +38,8 @@ setup(
         "pyyaml>=6.0",
         "tensorboard>=2.19",
         "tqdm>=4.66",
+        # plots of the benchmarks
+        "matplotlib>=3.9",
     ],
     extras_require={
         "test": [

@@ -24,6 +24,8 @@ from ponet_kernels.testing import assert_close
 EXACT = 1e-12
 lengths_strategy = st.lists(st.integers(0, 9), min_size=1, max_size=8)
 widths = st.sampled_from([1, 3, 8, 48])
+# without a GPU Triton's interpreter runs the kernels, far slower than PyTorch
+backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 def offsets(lengths: list[int]) -> Tensor:
@@ -50,12 +52,12 @@ def values_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
     ]
 
 
-def compare_backends(function, *inputs: Tensor, tolerance: float = EXACT) -> None:
-    results = {}
-    for name in ("reference", "torch"):
+def compare(backend: str, function, *inputs: Tensor, tolerance: float = EXACT) -> None:
+    results = []
+    for name in (backend, "reference"):
         with use_backend(name):
-            results[name] = values_and_gradients(function, *inputs)
-    for place, (fast, slow) in enumerate(zip(results["torch"], results["reference"], strict=True)):
+            results.append(values_and_gradients(function, *inputs))
+    for place, (fast, slow) in enumerate(zip(*results, strict=True)):
         infinite = slow.isinf()
         assert torch.equal(fast.isinf(), infinite)
         fast, slow = fast[~infinite], slow[~infinite]
@@ -71,27 +73,31 @@ def random(*shape: int, ties: bool = False, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-@settings(deadline=None, max_examples=60)
+@backends
+@settings(deadline=None, max_examples=40)
 @given(lengths=lengths_strategy, width=widths, ties=st.booleans(), seed=st.integers(0, 99))
-def test_segment_max_equals_reference(lengths, width, ties, seed):
+def test_segment_max_equals_reference(backend, lengths, width, ties, seed):
     x = random(sum(lengths), width, ties=ties, seed=seed)
-    compare_backends(lambda x: segment_max(x, offsets(lengths), owners(lengths)), x)
+    compare(backend, lambda x: segment_max(x, offsets(lengths), owners(lengths)), x)
 
 
-@settings(deadline=None, max_examples=60)
+@backends
+@settings(deadline=None, max_examples=40)
 @given(lengths=lengths_strategy, width=widths, ties=st.booleans(), seed=st.integers(0, 99))
-def test_local_max_equals_reference(lengths, width, ties, seed):
+def test_local_max_equals_reference(backend, lengths, width, ties, seed):
     x = random(sum(lengths), width, ties=ties, seed=seed)
-    compare_backends(lambda x: local_max(x, offsets(lengths)), x)
+    compare(backend, lambda x: local_max(x, offsets(lengths)), x)
 
 
+@backends
 @settings(deadline=None, max_examples=40)
 @given(lengths=lengths_strategy, width=widths, seed=st.integers(0, 99))
-def test_global_mean_equals_reference(lengths, width, seed):
+def test_global_mean_equals_reference(backend, lengths, width, seed):
     x = random(sum(lengths), width, seed=seed)
-    compare_backends(lambda x: global_mean(x, offsets(lengths)), x)
+    compare(backend, lambda x: global_mean(x, offsets(lengths)), x)
 
 
+@backends
 @settings(deadline=None, max_examples=40)
 @given(
     lengths=lengths_strategy,
@@ -99,31 +105,33 @@ def test_global_mean_equals_reference(lengths, width, seed):
     width=st.sampled_from([8, 24]),
     seed=st.integers(0, 99),
 )
-def test_projected_mean_equals_five_projections(lengths, heads, width, seed):
+def test_projected_mean_equals_five_projections(backend, lengths, heads, width, seed):
     """The absorbed form is the published function, gradients of all parameters included."""
     inputs = [random(sum(lengths), width, seed=seed)]
     inputs += [random(width, width, seed=seed + 1) / width**0.5, random(width, seed=seed + 2)]
     inputs += [random(width, width, seed=seed + 3) / width**0.5, random(width, seed=seed + 4)]
-    compare_backends(lambda *a: global_aggregation(*a, heads, offsets(lengths)), *inputs)
+    compare(backend, lambda *a: global_aggregation(*a, heads, offsets(lengths)), *inputs)
 
 
+@backends
 @settings(deadline=None, max_examples=40)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 5), max_size=4), min_size=1, max_size=4),
     width=widths,
     seed=st.integers(0, 99),
 )
-def test_fusion_equals_reference(lengths, width, seed):
+def test_fusion_equals_reference(backend, lengths, width, seed):
     segments = [length for sequence in lengths for length in sequence]
     sequence_of = owners([len(sequence) for sequence in lengths])
     token_segments = owners(segments) if segments else torch.zeros(0, dtype=torch.long)
     tokens = sum(segments)
     inputs = [random(len(lengths), width, seed=seed), random(len(segments), width, seed=seed + 1)]
     inputs += [random(tokens, width, seed=seed + 2), random(tokens, width, seed=seed + 3)]
-    compare_backends(lambda *a: pooling_fusion(*a, token_segments, sequence_of), *inputs)
+    compare(backend, lambda *a: pooling_fusion(*a, token_segments, sequence_of), *inputs)
 
 
-@settings(deadline=None, max_examples=80)
+@backends
+@settings(deadline=None, max_examples=40)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 5), max_size=4), min_size=1, max_size=4),
     width=widths,
@@ -131,7 +139,7 @@ def test_fusion_equals_reference(lengths, width, seed):
     ties=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_fused_pooling_equals_reference(lengths, width, absent, ties, seed):
+def test_fused_pooling_equals_reference(backend, lengths, width, absent, ties, seed):
     """One-token segments are marked special by the seed; terms are left out as ablations do."""
     segments = [length for sequence in lengths for length in sequence]
     tokens, token_segments = sum(segments), owners(segments)
@@ -167,7 +175,7 @@ def test_fused_pooling_equals_reference(lengths, width, absent, ties, seed):
         values = dict.fromkeys(terms) | dict(zip(names, given, strict=True))
         return fused_pooling(*values.values(), *layout, max(segments))
 
-    compare_backends(call, *(terms[name] for name in names))
+    compare(backend, call, *(terms[name] for name in names))
 
 
 @pytest.mark.parametrize("longest", [256, 257, 40_000])
@@ -218,13 +226,14 @@ def test_tied_maxima_send_the_gradient_to_the_first_token():
     assert x.grad.flatten().tolist() == [0, 3, 1, 0, 2, 0]
 
 
-def test_non_contiguous_input():
+@backends
+def test_non_contiguous_input(backend):
     x = random(20, 12).T
     assert not x.is_contiguous()
     lengths = [5, 7]
-    compare_backends(lambda x: segment_max(x, offsets(lengths), owners(lengths)), x)
-    compare_backends(lambda x: local_max(x, offsets(lengths)), x)
-    compare_backends(lambda x: global_mean(x, offsets(lengths)), x)
+    compare(backend, lambda x: segment_max(x, offsets(lengths), owners(lengths)), x)
+    compare(backend, lambda x: local_max(x, offsets(lengths)), x)
+    compare(backend, lambda x: global_mean(x, offsets(lengths)), x)
 
 
 def test_gradcheck_of_the_hand_written_backward_passes():

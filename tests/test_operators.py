@@ -218,7 +218,8 @@ class LastState(nn.Module):
 
 def training_losses(backend: str, steps: int) -> list[float]:
     torch.manual_seed(3)
-    model = PoNetForPreTraining(config(hidden_size=16, vocab_size=64)).to(DEVICE)
+    sizes = {"hidden_size": 16, "vocab_size": 64, "num_hidden_layers": 1}
+    model = PoNetForPreTraining(config(**sizes)).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(4)
     losses = []

@@ -1,0 +1,76 @@
+"""What the kernels over rows `[T, C]` share: loads, comparisons and block sizes.
+
+Every lane moves 16 bytes of a row at a time, so that a warp of 32 lanes moves `LINE_BYTES`. What
+belongs to a whole row (ids, marks, flags) stays one-dimensional until it meets channels: Triton 3.6
+loads a block `[BLOCK_T, 1]` once for every channel that a lane holds.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LINE_BYTES = 512
+"""Bytes of 32 lanes that load 16 bytes each."""
+TILE_BYTES = 8192
+"""Bytes of one operand in a tile of an element-wise kernel: 16 lines, two a warp."""
+TILE_PROGRAMS = 512
+"""Fewer tiles than this leave multiprocessors of an H200 idle: tiles get smaller."""
+
+
+@triton.jit
+def widen(x):
+    """x in the type that sums and comparisons run in."""
+    if x.dtype == tl.float64:
+        return x
+    return x.to(tl.float32)
+
+
+@triton.jit
+def replaces(later, earlier):
+    """Whether a maximum moves on from `earlier` to `later`: equals stay, the first NaN stays."""
+    return ~(later <= earlier) & (earlier == earlier)
+
+
+@triton.jit
+def load_rows(x_ptr, rows, stride, offs_c, T, C):
+    """Rows `[BLOCK_T]` and channels `[BLOCK_C]` of x `[T, C]`, zero outside."""
+    mask = ((rows >= 0) & (rows < T))[:, None] & (offs_c < C)[None, :]
+    return tl.load(x_ptr + rows[:, None] * stride + offs_c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(out_ptr, rows, offs_c, values, mask, C):
+    """Store `[BLOCK_T, BLOCK_C]` to the rows of a contiguous `[T, C]` where `mask` `[BLOCK_T]`."""
+    mask = mask[:, None] & (offs_c < C)[None, :]
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :], values, mask=mask)
+
+
+@triton.jit
+def load_ids(ids_ptr, rows, T):
+    """Ids of the rows `[BLOCK_T]` in 32 bits, -1 outside."""
+    return tl.load(ids_ptr + rows, mask=(rows >= 0) & (rows < T), other=-1).to(tl.int32)
+
+
+def with_channels_adjacent(x: Tensor) -> Tensor:
+    """x `[T, C]` with channel stride 1: itself where possible, with whatever row stride."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def channel_block(num_channels: int, itemsize: int) -> int:
+    """Channels of a block: a line or the row, whichever is shorter."""
+    return min(LINE_BYTES // itemsize, triton.next_power_of_2(max(num_channels, 1)))
+
+
+def tile_blocks(num_rows: int, num_channels: int, itemsize: int) -> tuple[int, int, int]:
+    """`BLOCK_T`, `BLOCK_C` and warps of an element-wise kernel."""
+    block_c = channel_block(num_channels, itemsize)
+    block_t = min(TILE_BYTES // (block_c * itemsize), 256)
+    columns = triton.cdiv(num_channels, block_c)
+    while block_t > 4 and triton.cdiv(num_rows, block_t) * columns < TILE_PROGRAMS:
+        block_t //= 2
+    return block_t, block_c, max(block_t * block_c * itemsize // LINE_BYTES, 1)
+
+
+def tile_grid(num_rows: int, num_channels: int, block_t: int, block_c: int) -> tuple[int]:
+    """One program a tile; tiles of the same rows are neighbours."""
+    return (triton.cdiv(num_rows, block_t) * triton.cdiv(num_channels, block_c),)

@@ -1,0 +1,211 @@
+"""Segment max-pooling: S_j = max of x over the tokens of segment j, per channel.
+
+PoNet (arXiv 2110.02442) section 3. Input `[T, C]`, output `[S, C]` with the place of the first
+maximal token of each segment and channel, counted from the first token of the segment: the token
+that the gradient goes to. A NaN counts as larger than any number.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ponet_kernels.triton_kernels.launch import launch
+from ponet_kernels.triton_kernels.rows import (
+    load_ids,
+    replaces,
+    store_rows,
+    tile_blocks,
+    tile_grid,
+    widen,
+    with_channels_adjacent,
+)
+from ponet_kernels.triton_kernels.segmented_reduce import (
+    combine,
+    cut_rows,
+    fill_empty,
+    is_any,
+    load_step,
+    load_step_ids,
+    name_partials,
+    new_partials,
+    store_group,
+    store_rest,
+)
+
+MIN_PROGRAMS = 2048
+"""Programs of one warp that keep enough rows in flight on the 132 multiprocessors of an H200."""
+
+
+@triton.jit
+def segment_max_fwd_kernel(
+    x_ptr,
+    cu_segments_ptr,
+    token_segments_ptr,
+    out_ptr,
+    places_ptr,
+    partials_ptr,
+    partial_places_ptr,
+    partial_ids_ptr,
+    T,
+    C,
+    x_stride,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Maxima and places of the segments inside `BLOCK_W` windows, partial ones of the others."""
+    pid = tl.program_id(0)
+    num_blocks = tl.cdiv(C, BLOCK_C)
+    window = (pid // num_blocks).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
+    offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = window * ROWS  # [BLOCK_W]
+    # rows up to the end of the stream, in 32 bits
+    limit = tl.minimum(T - first, 2 * ROWS).to(tl.int32)
+    before = load_ids(token_segments_ptr, first - 1, T)
+    segment = load_step_ids(token_segments_ptr, first, 0, limit)
+    begun = before != segment
+
+    # the place of the first row of the window in its segment, then of later rows
+    place = tl.load(cu_segments_ptr + segment, mask=segment >= 0, other=0)
+    place = (first - place).to(tl.int32)
+    places = tl.zeros([BLOCK_W, BLOCK_C], tl.int32) + place[:, None]
+    best = widen(tl.full([BLOCK_W, BLOCK_C], float("-inf"), x_ptr.dtype.element_ty))
+    # the compiler keeps the rows of the next steps in flight
+    for start in tl.range(0, ROWS, 4, num_stages=3):
+        for offset in tl.static_range(4):
+            step = start + offset
+            values = widen(load_step(x_ptr, first, step, x_stride, offs_c, limit, C))
+            segment1 = load_step_ids(token_segments_ptr, first, step + 1, limit)
+            moves = replaces(values, best)
+            best = tl.where(moves, values, best)
+            if places_ptr is not None:
+                places = tl.where(moves, place[:, None], places)
+            place += 1
+            ends = (segment >= 0) & (segment1 != segment)
+            if is_any(ends):
+                store_group(out_ptr, partials_ptr, best, ends, begun, segment, window, offs_c, C)
+                best = tl.where(ends[:, None], float("-inf"), best)
+                if places_ptr is not None:
+                    store_group(
+                        places_ptr,
+                        partial_places_ptr,
+                        places,
+                        ends,
+                        begun,
+                        segment,
+                        window,
+                        offs_c,
+                        C,
+                    )
+                    places = tl.where(ends[:, None], 0, places)
+                place = tl.where(ends, 0, place)
+                begun = begun | ends
+            segment = segment1
+    goes_on = name_partials(
+        partial_ids_ptr,
+        window,
+        begun,
+        load_ids(token_segments_ptr, first - 1, T),
+        load_step_ids(token_segments_ptr, first, 0, limit),
+        load_step_ids(token_segments_ptr, first, ROWS - 1, limit),
+        load_step_ids(token_segments_ptr, first, ROWS, limit),
+    )
+    store_rest(partials_ptr, best, goes_on, begun, window, offs_c, C)
+    if places_ptr is not None:
+        store_rest(partial_places_ptr, places, goes_on, begun, window, offs_c, C)
+
+
+@triton.jit
+def segment_max_bwd_kernel(
+    grad_ptr,
+    places_ptr,
+    cu_segments_ptr,
+    token_segments_ptr,
+    dx_ptr,
+    T,
+    C,
+    grad_stride,
+    places_stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One tile of dx: the gradient of the segment where its place is this token."""
+    pid = tl.program_id(0)
+    num_blocks = tl.cdiv(C, BLOCK_C)
+    t = (pid // num_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    segment = load_ids(token_segments_ptr, t, T).to(tl.int64)
+    place = (t - tl.load(cu_segments_ptr + segment, mask=t < T, other=0)).to(tl.int32)
+    mask = (t < T)[:, None] & (offs_c < C)[None, :]  # [BLOCK_T, BLOCK_C]
+    places = segment[:, None] * places_stride + offs_c[None, :]
+    places = tl.load(places_ptr + places, mask=mask, other=0).to(tl.int32)
+    grad = segment[:, None] * grad_stride + offs_c[None, :]
+    grad = widen(tl.load(grad_ptr + grad, mask=mask, other=0.0))
+    dx = tl.where(places == place[:, None], grad, 0.0)
+    store_rows(dx_ptr, t, offs_c, dx, t < T, C)
+
+
+def segment_max_fwd(
+    x: Tensor, cu_segments: Tensor, token_segments: Tensor, place_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """As `Backend.segment_max_fwd`."""
+    num_tokens, num_channels = x.shape
+    x = with_channels_adjacent(x)
+    out = x.new_empty(cu_segments.shape[0] - 1, num_channels)
+    places = None if place_dtype is None else torch.empty_like(out, dtype=place_dtype)
+    fill_empty(out, places, cu_segments, float("-inf"))
+    windows = cut_rows(num_tokens, num_channels, x.element_size(), MIN_PROGRAMS)
+    partials = new_partials(windows, out, places)
+    launch(
+        segment_max_fwd_kernel,
+        windows.grid,
+        x,
+        cu_segments,
+        token_segments,
+        out,
+        places,
+        partials.values,
+        partials.places,
+        partials.ids,
+        num_tokens,
+        num_channels,
+        x.stride(0),
+        ROWS=windows.rows,
+        BLOCK_W=windows.block_w,
+        BLOCK_C=windows.block_c,
+        num_warps=1,
+    )
+    combine(partials, out, places, is_max=True)
+    return out, places
+
+
+def segment_max_bwd(
+    grad: Tensor,
+    places: Tensor,
+    cu_segments: Tensor,
+    token_segments: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `Backend.segment_max_bwd`."""
+    num_tokens, num_channels = token_segments.shape[0], grad.shape[1]
+    grad, places = with_channels_adjacent(grad), with_channels_adjacent(places)
+    dx = grad.new_empty((num_tokens, num_channels), dtype=dtype)
+    block_t, block_c, num_warps = tile_blocks(num_tokens, num_channels, dx.element_size())
+    launch(
+        segment_max_bwd_kernel,
+        tile_grid(num_tokens, num_channels, block_t, block_c),
+        grad,
+        places,
+        cu_segments,
+        token_segments,
+        dx,
+        num_tokens,
+        num_channels,
+        grad.stride(0),
+        places.stride(0),
+        BLOCK_T=block_t,
+        BLOCK_C=block_c,
+        num_warps=num_warps,
+    )
+    return dx

@@ -1,0 +1,354 @@
+"""Reduction of consecutive rows with the same id in two levels: what segment sums and maxima share.
+
+Rows `[T, C]` with ascending ids `[T]` reduce to one row an id (segments and sequences of PoNet,
+arXiv 2110.02442, section 3). Groups have one row or all of them, so work is not cut along groups:
+
+1. Rows are cut into windows of `ROWS` rows. A program walks `BLOCK_W` windows, one row of each at
+   a step, with the running reductions in registers, and writes each group that ends to its output
+   row. A group that crosses windows leaves one partial row in each: the *tail* of the window that
+   it begins in and the *head* of every later one.
+2. `combine_kernel` joins each tail with the heads that follow.
+
+Partial rows are `[num_windows, 2, C]`, head before tail; `partial_ids` `[num_windows, 2]` names
+their groups, -1 where there is none. Time depends little on the groups, and nothing is added
+atomically: two runs agree bit by bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ponet_kernels.triton_kernels.launch import launch
+from ponet_kernels.triton_kernels.rows import (
+    LINE_BYTES,
+    channel_block,
+    replaces,
+    store_rows,
+    tile_blocks,
+    tile_grid,
+    widen,
+)
+
+WINDOW_ROWS = (64, 32, 16)
+"""Rows of a window, the best first: a window costs up to two partial rows."""
+COMBINE_WINDOWS = 16
+"""Windows whose tails one program joins."""
+COMBINE_PARTIALS = 64
+"""Partial rows of a long group that are read at once."""
+
+_MAX_PLACE = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def name_partials(partial_ids_ptr, window, begun, before, first, last, after):
+    """Name the head and tail of the windows `[BLOCK_W]`.
+
+    Args:
+        begun: whether the last group of a window began in it.
+        before, first, last, after: ids of the row before a window, of its first and last row and of
+            the row after it, -1 outside.
+
+    Returns:
+        Whether the last group goes on after the window.
+    """
+    goes_on = (last >= 0) & (after == last)
+    heads = tl.where(before == first, first, -1)
+    tails = tl.where(goes_on & begun, last, -1)
+    tl.store(partial_ids_ptr + 2 * window, heads, mask=first >= 0)
+    tl.store(partial_ids_ptr + 2 * window + 1, tails, mask=first >= 0)
+    return goes_on
+
+
+@triton.jit
+def load_step(x_ptr, first, step, stride, offs_c, limit, C):
+    """Row `step` of the windows that begin at rows `first` `[BLOCK_W]`, zero from `limit` on."""
+    mask = (step < limit)[:, None] & (offs_c < C)[None, :]
+    return tl.load(x_ptr + (first + step)[:, None] * stride + offs_c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_step_ids(ids_ptr, first, step, limit):
+    """Ids of these rows in 32 bits, -1 from `limit` on."""
+    return tl.load(ids_ptr + first + step, mask=step < limit, other=-1).to(tl.int32)
+
+
+@triton.jit
+def is_any(flags):
+    """Whether a flag of the windows is set, as a scalar to branch on."""
+    return tl.max(flags.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def store_group(out_ptr, partials_ptr, values, ends, begun, group, window, offs_c, C):
+    """Store rows of groups that end here: output rows, or heads where a group began earlier."""
+    store_rows(out_ptr, group, offs_c, values, ends & begun, C)
+    store_rows(partials_ptr, 2 * window, offs_c, values, ends & ~begun, C)
+
+
+@triton.jit
+def store_rest(partials_ptr, values, goes_on, begun, window, offs_c, C):
+    """Store what a window has of the groups that go on after it."""
+    store_rows(partials_ptr, 2 * window + begun.to(tl.int64), offs_c, values, goes_on, C)
+
+
+@triton.jit
+def join(values, places, later, later_places, IS_MAX: tl.constexpr):
+    """Two reductions of a group in one, `later` over later rows."""
+    if IS_MAX:
+        moves = replaces(later, values)
+        return tl.where(moves, later, values), tl.where(moves, later_places, places)
+    return values + later, places
+
+
+@triton.jit
+def join_lines(values, places, IS_MAX: tl.constexpr):
+    """Reductions `[BLOCK_P, BLOCK_C]` of one group in one, `[BLOCK_C]`."""
+    if IS_MAX:
+        is_nan = values != values
+        has_nan = tl.max(is_nan.to(tl.int32), axis=0) > 0
+        best = tl.max(tl.where(is_nan, float("-inf"), values), axis=0)
+        winners = tl.where(has_nan[None, :], is_nan, values == best[None, :])
+        place = tl.min(tl.where(winners, places, _MAX_PLACE), axis=0)
+        return tl.where(has_nan, float("nan"), best), place
+    return tl.sum(values, axis=0), tl.min(places, axis=0)
+
+
+@triton.jit
+def load_partials(partials_ptr, places_ptr, rows, mask, offs_c, C, NEUTRAL: tl.constexpr):
+    """Partial rows `[BLOCK]` and their places, which are zero for reductions without."""
+    offsets = rows[:, None] * C + offs_c[None, :]
+    mask = mask[:, None] & (offs_c < C)[None, :]
+    values = widen(tl.load(partials_ptr + offsets, mask=mask, other=NEUTRAL))
+    places = tl.zeros(values.shape, tl.int32)
+    if places_ptr is not None:
+        places = tl.load(places_ptr + offsets, mask=mask, other=0).to(tl.int32)
+    return values, places
+
+
+@triton.jit
+def join_long_group(
+    partials_ptr,
+    partial_places_ptr,
+    partial_ids_ptr,
+    out_ptr,
+    places_ptr,
+    group,
+    window,
+    num_windows,
+    C,
+    offs_c,
+    IS_MAX: tl.constexpr,
+    NEUTRAL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Output row of a group: the tail of the window that it begins in, then heads, blockwise."""
+    values = widen(tl.full([BLOCK_P, BLOCK_C], NEUTRAL, partials_ptr.dtype.element_ty))
+    places = tl.full([BLOCK_P, BLOCK_C], _MAX_PLACE, tl.int32)
+    position = window + tl.arange(0, BLOCK_P)
+    going = group >= 0
+    while going:
+        row = 2 * position + (position == window).to(tl.int64)  # [BLOCK_P]
+        mask = position < num_windows
+        belongs = tl.load(partial_ids_ptr + row, mask=mask, other=-1) == group
+        # rows of other groups are read too, so that no load waits for the ids
+        later, later_places = load_partials(
+            partials_ptr, partial_places_ptr, row, mask, offs_c, C, NEUTRAL
+        )
+        later = tl.where(belongs[:, None], later, NEUTRAL)
+        later_places = tl.where(belongs[:, None], later_places, _MAX_PLACE)
+        values, places = join(values, places, later, later_places, IS_MAX)
+        going = tl.min(belongs.to(tl.int32), axis=0) > 0
+        position += BLOCK_P
+    value, place = join_lines(values, places, IS_MAX)
+    tl.store(out_ptr + group * C + offs_c, value, mask=offs_c < C)
+    if places_ptr is not None:
+        tl.store(places_ptr + group * C + offs_c, place, mask=offs_c < C)
+
+
+@triton.jit
+def combine_kernel(
+    partials_ptr,
+    partial_places_ptr,
+    partial_ids_ptr,
+    out_ptr,
+    places_ptr,
+    num_windows,
+    C,
+    IS_MAX: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Output rows of the groups that begin in `BLOCK_W` windows and go on after them."""
+    NEUTRAL: tl.constexpr = float("-inf") if IS_MAX else 0.0
+    pid = tl.program_id(0)
+    num_blocks = tl.cdiv(C, BLOCK_C)
+    first_window = (pid // num_blocks).to(tl.int64) * BLOCK_W
+    offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+
+    # groups of one tail and one head, all at once
+    window = first_window + tl.arange(0, BLOCK_W)
+    ids = tl.load(partial_ids_ptr + 2 * window + 1, mask=window < num_windows, other=-1)
+    ids_after = tl.load(partial_ids_ptr + 2 * window + 4, mask=window + 2 < num_windows, other=-1)
+    is_short = (ids >= 0) & (ids_after != ids)
+    tails = 2 * window + 1  # [BLOCK_W]
+    values, places = load_partials(
+        partials_ptr, partial_places_ptr, tails, is_short, offs_c, C, NEUTRAL
+    )
+    later, later_places = load_partials(
+        partials_ptr, partial_places_ptr, tails + 1, is_short, offs_c, C, NEUTRAL
+    )
+    values, places = join(values, places, later, later_places, IS_MAX)
+    store_rows(out_ptr, ids, offs_c, values, is_short, C)
+    if places_ptr is not None:
+        store_rows(places_ptr, ids, offs_c, places, is_short, C)
+
+    # longer groups, one after the other
+    if is_any((ids >= 0) & (ids_after == ids)):
+        for w in range(first_window, tl.minimum(first_window + BLOCK_W, num_windows - 2)):
+            group = tl.load(partial_ids_ptr + 2 * w + 1)
+            if (group >= 0) & (tl.load(partial_ids_ptr + 2 * w + 4) == group):
+                join_long_group(
+                    partials_ptr,
+                    partial_places_ptr,
+                    partial_ids_ptr,
+                    out_ptr,
+                    places_ptr,
+                    group,
+                    w,
+                    num_windows,
+                    C,
+                    offs_c,
+                    IS_MAX,
+                    NEUTRAL,
+                    BLOCK_P,
+                    BLOCK_C,
+                )
+
+
+@triton.jit
+def fill_empty_kernel(
+    out_ptr,
+    places_ptr,
+    cu_segments_ptr,
+    S,
+    C,
+    FILL: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Rows of segments without tokens: `FILL`, places 0."""
+    pid = tl.program_id(0)
+    num_blocks = tl.cdiv(C, BLOCK_C)
+    segment = (pid // num_blocks).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = tl.load(cu_segments_ptr + segment, mask=segment < S, other=0)
+    end = tl.load(cu_segments_ptr + segment + 1, mask=segment < S, other=1)
+    is_empty = start == end
+    fill = tl.full([BLOCK_S, BLOCK_C], FILL, out_ptr.dtype.element_ty)
+    store_rows(out_ptr, segment, offs_c, fill, is_empty, C)
+    if places_ptr is not None:
+        places = tl.zeros([BLOCK_S, BLOCK_C], places_ptr.dtype.element_ty)
+        store_rows(places_ptr, segment, offs_c, places, is_empty, C)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How the rows of one launch are cut."""
+
+    rows: int
+    """Rows of a window, `ROWS`."""
+    count: int
+    block_w: int
+    block_c: int
+    grid: tuple[int]
+
+
+def cut_rows(num_rows: int, num_channels: int, itemsize: int, min_programs: int) -> Windows:
+    """The longest windows that still give `min_programs` programs of one warp."""
+    block_c = channel_block(num_channels, itemsize)
+    # half a line where rows are short: flags of several windows need registers, too
+    block_w = min(max(LINE_BYTES // (2 * block_c * itemsize), 1), 32)
+    columns = triton.cdiv(num_channels, block_c)
+    rows = WINDOW_ROWS[-1]
+    for longer in WINDOW_ROWS:
+        if triton.cdiv(num_rows, longer * block_w) * columns >= min_programs:
+            rows = longer
+            break
+    count = triton.cdiv(num_rows, rows)
+    return Windows(rows, count, block_w, block_c, (triton.cdiv(count, block_w) * columns,))
+
+
+@dataclass(frozen=True)
+class Partials:
+    """Heads and tails of the windows."""
+
+    values: Tensor
+    """`[num_windows, 2, C]`."""
+    places: Tensor | None
+    """Places of maxima, alike."""
+    ids: Tensor
+    """`[num_windows, 2]`, int64."""
+
+
+def new_partials(windows: Windows, out: Tensor, places: Tensor | None = None) -> Partials:
+    """Room for the partial rows of `out` `[G, C]` and its `places`."""
+    shape = (windows.count, 2, out.shape[1])
+    return Partials(
+        out.new_empty(shape),
+        None if places is None else places.new_empty(shape),
+        out.new_empty(shape[:2], dtype=torch.int64),
+    )
+
+
+def combine(partials: Partials, out: Tensor, places: Tensor | None, is_max: bool) -> None:
+    """Write the rows of `out` `[G, C]`, and of its `places`, whose groups cross windows.
+
+    Args:
+        is_max: maxima, sums otherwise.
+    """
+    num_windows, _, num_channels = partials.values.shape
+    if num_windows < 2:
+        return
+    block_c = min(triton.next_power_of_2(max(num_channels, 1)), 128)
+    columns = triton.cdiv(num_channels, block_c)
+    launch(
+        combine_kernel,
+        (triton.cdiv(num_windows, COMBINE_WINDOWS) * columns,),
+        partials.values,
+        partials.places,
+        partials.ids,
+        out,
+        places,
+        num_windows,
+        num_channels,
+        IS_MAX=is_max,
+        BLOCK_W=COMBINE_WINDOWS,
+        BLOCK_P=COMBINE_PARTIALS,
+        BLOCK_C=block_c,
+        # 32 values a lane, or 16 and their places
+        num_warps=max(COMBINE_PARTIALS * block_c // (1024 if places is None else 512), 1),
+    )
+
+
+def fill_empty(out: Tensor, places: Tensor | None, cu_segments: Tensor, fill: float) -> None:
+    """Write `fill`, and places 0, to the rows of `out` `[S, C]` whose segments are empty."""
+    num_segments, num_channels = out.shape
+    block_s, block_c, num_warps = tile_blocks(num_segments, num_channels, out.element_size())
+    launch(
+        fill_empty_kernel,
+        tile_grid(num_segments, num_channels, block_s, block_c),
+        out,
+        places,
+        cu_segments,
+        num_segments,
+        num_channels,
+        FILL=fill,
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
+        num_warps=num_warps,
+    )

@@ -1,0 +1,159 @@
+"""Softmax over the tokens of each sequence: p_th = exp(a_th) / sum of exp(a_sh) over its tokens s.
+
+The weights of global aggregation, PoNet (arXiv 2110.02442) section 3; scores and result `[T, H]`.
+One kernel finds maximum and sum of exponentials of every span of tokens. In a second one each
+program joins those of its sequence and divides. The scores are small beside the tokens, so both
+find them in the cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ponet_kernels.triton_kernels.launch import launch
+
+SPAN = 512
+"""Tokens a program. Shorter spans would have to join too many of their like in long sequences."""
+
+LOWEST = tl.constexpr(-3.4e38)
+"""Stands for the maximum of no scores; minus infinity would make NaN of unused columns."""
+
+
+@triton.jit
+def span_softmax_kernel(
+    scores_ptr,
+    cu_seqlens_ptr,
+    maxima_ptr,
+    sums_ptr,
+    num_spans,
+    H: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Maximum of a span of tokens and sum of the exponentials relative to it, `[slots, H]`."""
+    pid = tl.program_id(0)
+    pid_s = pid % num_spans
+    pid_b = (pid // num_spans).to(tl.int64)
+    start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
+    if pid_s * SPAN >= length:
+        return
+    offs_t = tl.arange(0, BLOCK_T)
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_h = offs_h < H
+    highest = tl.full([BLOCK_H], LOWEST, scores_ptr.dtype.element_ty)
+    total = tl.zeros([BLOCK_H], scores_ptr.dtype.element_ty)
+    for first in range(pid_s * SPAN, min(pid_s * SPAN + SPAN, length), BLOCK_T):
+        t = first + offs_t
+        scores = tl.load(
+            scores_ptr + (start + t)[:, None] * H + offs_h[None, :],
+            mask=(t < length)[:, None] & mask_h[None, :],
+            other=float("-inf"),
+        )  # [BLOCK_T, BLOCK_H]
+        higher = tl.maximum(highest, tl.max(scores, axis=0))
+        total = total * tl.exp(highest - higher)
+        total += tl.sum(tl.exp(scores - higher[None, :]), axis=0)
+        highest = higher
+    slot = start // SPAN + pid_b + pid_s
+    tl.store(maxima_ptr + slot * H + offs_h, highest, mask=mask_h)
+    tl.store(sums_ptr + slot * H + offs_h, total, mask=mask_h)
+
+
+@triton.jit
+def sequence_softmax_kernel(
+    scores_ptr,
+    cu_seqlens_ptr,
+    maxima_ptr,
+    sums_ptr,
+    out_ptr,
+    num_spans,
+    H: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Softmax of a span of tokens, given maxima and sums of all spans, `[T, H]`."""
+    pid = tl.program_id(0)
+    pid_s = pid % num_spans
+    pid_b = (pid // num_spans).to(tl.int64)
+    start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
+    if pid_s * SPAN >= length:
+        return
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_t = tl.arange(0, BLOCK_T)
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_h = offs_h < H
+    slot = start // SPAN + pid_b
+    used = tl.cdiv(length, SPAN)
+    highest = tl.full([BLOCK_H], LOWEST, scores_ptr.dtype.element_ty)
+    total = tl.zeros([BLOCK_H], scores_ptr.dtype.element_ty)
+    for first in range(0, used, BLOCK_S):
+        s = first + offs_s
+        offsets = (slot + s)[:, None] * H + offs_h[None, :]
+        mask = (s < used)[:, None] & mask_h[None, :]
+        maxima = tl.load(maxima_ptr + offsets, mask=mask, other=float("-inf"))
+        sums = tl.load(sums_ptr + offsets, mask=mask, other=0.0)
+        higher = tl.maximum(highest, tl.max(maxima, axis=0))
+        total = total * tl.exp(highest - higher)
+        total += tl.sum(sums * tl.exp(maxima - higher[None, :]), axis=0)
+        highest = higher
+    for first in range(pid_s * SPAN, min(pid_s * SPAN + SPAN, length), BLOCK_T):
+        t = first + offs_t
+        mask = (t < length)[:, None] & mask_h[None, :]
+        scores = tl.load(
+            scores_ptr + (start + t)[:, None] * H + offs_h[None, :], mask=mask, other=0.0
+        )  # [BLOCK_T, BLOCK_H]
+        tl.store(
+            out_ptr + (start + t)[:, None] * H + offs_h[None, :],
+            tl.exp(scores - highest[None, :]) / total[None, :],
+            mask=mask,
+        )
+
+
+def sequence_softmax(scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """As `Backend.sequence_softmax`."""
+    scores = scores.contiguous()
+    (T, H), B = scores.shape, len(cu_seqlens) - 1
+    num_spans = triton.cdiv(max_seqlen, SPAN)
+    maxima = scores.new_empty(T // SPAN + B, H)
+    sums = torch.empty_like(maxima)
+    out = scores.new_empty(T, H)
+    block_h = triton.next_power_of_2(H)
+    # 16 float32 registers a thread
+    block_t = min(4096 // block_h, SPAN)
+    grid = (B * num_spans,)
+    launch(
+        span_softmax_kernel,
+        grid,
+        scores,
+        cu_seqlens,
+        maxima,
+        sums,
+        num_spans,
+        H=H,
+        SPAN=SPAN,
+        BLOCK_H=block_h,
+        BLOCK_T=block_t,
+        num_warps=8,
+    )
+    launch(
+        sequence_softmax_kernel,
+        grid,
+        scores,
+        cu_seqlens,
+        maxima,
+        sums,
+        out,
+        num_spans,
+        H=H,
+        SPAN=SPAN,
+        BLOCK_H=block_h,
+        BLOCK_S=min(triton.next_power_of_2(num_spans), 32),
+        BLOCK_T=block_t,
+        num_warps=8,
+    )
+    return out
