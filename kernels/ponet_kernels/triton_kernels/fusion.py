@@ -65,15 +65,15 @@ def load_factor(
 ):
     """g' + S of rows in these sequences and segments `[BLOCK]`; S = 0 where `special`."""
     mask_c = (offs_c < C)[None, :]
+    factor = tl.zeros([1, 1], tl.float32)
     if segment_ptr is not None:
         offsets = segment.to(tl.int64)[:, None] * segment_stride + offs_c[None, :]
         mask = ((segment >= 0) & ~special)[:, None] & mask_c
-        factor = widen(tl.load(segment_ptr + offsets, mask=mask, other=0.0))
+        factor += widen(tl.load(segment_ptr + offsets, mask=mask, other=0.0))
     if global_ptr is not None:
         offsets = sequence.to(tl.int64)[:, None] * global_stride + offs_c[None, :]
         mask = (sequence >= 0)[:, None] & mask_c
-        row = widen(tl.load(global_ptr + offsets, mask=mask, other=0.0))
-        factor = row if segment_ptr is None else factor + row
+        factor += widen(tl.load(global_ptr + offsets, mask=mask, other=0.0))
     return factor
 
 
@@ -133,21 +133,21 @@ def fusion_fwd_kernel(
 
 
 @triton.jit
-def share_gradient(grad, left, centre, right, sees_left, sees_right):
-    """What windows send to their left, own and right token: `grad` to one of them."""
+def share_gradient(kept, passed, grad, left, centre, right, sees_left, sees_right):
+    """`send_gradients` without the store: gradients of rows t-1, `kept` and `passed`."""
     left_wins, right_wins = window_winners(left, centre, right, sees_left, sees_right)
-    to_left = tl.where(left_wins, grad, 0.0)
-    to_centre = tl.where(left_wins | right_wins, 0.0, grad)
-    return to_left, to_centre, tl.where(right_wins, grad, 0.0)
+    complete = kept + tl.where(left_wins, grad, 0.0)
+    kept = passed + tl.where(left_wins | right_wins, 0.0, grad)
+    return complete, kept, tl.where(right_wins, grad, 0.0)
 
 
 @triton.jit
 def send_gradients(
-    kept, passed, grad, left, centre, right, marks, dlocal_ptr, t, complete, offs_c, C
+    kept, passed, grad, left, centre, right, marks, dlocal_ptr, t, is_complete, offs_c, C
 ):
     """Give the gradients of the windows of t `[BLOCK_W]` to their winners.
 
-    After that rows t-1 have all their gradients; they are stored where `complete`.
+    After that rows t-1 have all their gradients; they are stored where `is_complete`.
 
     Args:
         kept: what rows t-1 have so far.
@@ -162,13 +162,13 @@ def send_gradients(
         grad = tl.where(((marks & _SPECIAL) != 0)[:, None], 0.0, grad)
         sees_left = ((marks & _SEES_LEFT) != 0)[:, None]
         sees_right = ((marks & _SEES_RIGHT) != 0)[:, None]
-        to_left, to_centre, to_right = share_gradient(
-            grad, left, centre, right, sees_left, sees_right
+        complete, kept, passed = share_gradient(
+            kept, passed, grad, left, centre, right, sees_left, sees_right
         )
     else:
-        to_left, to_centre, to_right = share_gradient(grad, left, centre, right, True, True)
-    store_rows(dlocal_ptr, t - 1, offs_c, kept + to_left, complete, C)
-    return passed + to_centre, to_right
+        complete, kept, passed = share_gradient(kept, passed, grad, left, centre, right, True, True)
+    store_rows(dlocal_ptr, t - 1, offs_c, complete, is_complete, C)
+    return kept, passed
 
 
 @triton.jit
@@ -201,7 +201,9 @@ def fusion_bwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Rows of dO and dl in `BLOCK_W` windows; sums of the groups inside, partial sums of others."""
-    HAS_FACTOR: tl.constexpr = global_ptr is not None or segment_ptr is not None
+    HAS_FACTOR: tl.constexpr = (
+        global_ptr is not None or segment_ptr is not None  # pyright: ignore
+    )
     pid = tl.program_id(0)
     num_blocks = tl.cdiv(C, BLOCK_C)
     window = (pid // num_blocks).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -224,6 +226,10 @@ def fusion_bwd_kernel(
     sums = zeros
     sequence_sums = zeros
     factor = zeros
+    kept = zeros
+    passed = zeros
+    left = zeros
+    centre = zeros
     if HAS_FACTOR:
         factor = load_factor(
             global_ptr,
@@ -258,11 +264,13 @@ def fusion_bwd_kernel(
         centre = right
 
     # the compiler keeps the rows of the next steps in flight
-    for start in tl.range(0, ROWS, 2, num_stages=3):
+    for start in tl.range(0, ROWS, 2, num_stages=3):  # pyright: ignore
         # two rows, because a loop that hands a row on twice is not pipelined
-        for offset in tl.static_range(2):
+        for offset in tl.static_range(2):  # pyright: ignore
             step = tl.zeros([BLOCK_W], tl.int32) + start + offset
             grad = load_step(grad_ptr, first, step, grad_stride, offs_c, limit, C)
+            segment1 = load_step_ids(token_segments_ptr, first, step + 1, limit)
+            store_rows(doutput_ptr, first + step, offs_c, widen(grad) * factor, step < limit, C)
             if marks_ptr is not None:
                 marks1 = tl.load(marks_ptr + first + step + 1, mask=step + 1 < limit, other=0)
             if dlocal_ptr is not None:
@@ -283,8 +291,6 @@ def fusion_bwd_kernel(
                 )
                 left = centre
                 centre = right
-            store_rows(doutput_ptr, first + step, offs_c, widen(grad) * factor, step < limit, C)
-            segment1 = load_step_ids(token_segments_ptr, first, step + 1, limit)
             if HAS_FACTOR:
                 output = load_step(output_ptr, first, step, output_stride, offs_c, limit, C)
                 sums += widen(grad) * widen(output)
@@ -349,15 +355,15 @@ def fusion_bwd_kernel(
             marks,
             dlocal_ptr,
             first + ROWS,
-            limit >= ROWS,
+            first + ROWS <= T,
             offs_c,
             C,
         )
     # loaded again, because registers are short in the loop
     before = load_ids(token_segments_ptr, first - 1, T)
-    segment = load_step_ids(token_segments_ptr, first, 0, limit)
-    last = load_step_ids(token_segments_ptr, first, ROWS - 1, limit)
-    after = load_step_ids(token_segments_ptr, first, ROWS, limit)
+    segment = load_ids(token_segments_ptr, first, T)
+    last = load_ids(token_segments_ptr, first + ROWS - 1, T)
+    after = load_ids(token_segments_ptr, first + ROWS, T)
     if segment_ptr is not None:
         goes_on = name_partials(
             segment_partial_ids_ptr, window, segment_begun, before, segment, last, after

@@ -72,8 +72,8 @@ def segment_max_fwd_kernel(
     places = tl.zeros([BLOCK_W, BLOCK_C], tl.int32) + place[:, None]
     best = widen(tl.full([BLOCK_W, BLOCK_C], float("-inf"), x_ptr.dtype.element_ty))
     # the compiler keeps the rows of the next steps in flight
-    for start in tl.range(0, ROWS, 4, num_stages=3):
-        for offset in tl.static_range(4):
+    for start in tl.range(0, ROWS, 4, num_stages=3):  # pyright: ignore
+        for offset in tl.static_range(4):  # pyright: ignore
             step = start + offset
             values = widen(load_step(x_ptr, first, step, x_stride, offs_c, limit, C))
             segment1 = load_step_ids(token_segments_ptr, first, step + 1, limit)

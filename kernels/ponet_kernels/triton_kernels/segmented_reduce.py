@@ -37,9 +37,11 @@ WINDOW_ROWS = (64, 32, 16)
 COMBINE_WINDOWS = 16
 """Windows whose tails one program joins."""
 COMBINE_PARTIALS = 64
-"""Partial rows of a long group that are read at once."""
+"""Partial rows of a long group that are read at once, because steps wait for each other."""
+COMBINE_CHANNELS = 128
+"""Channels of a program that joins."""
 
-_MAX_PLACE = tl.constexpr(2**31 - 1)
+_NO_ROW = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -77,8 +79,8 @@ def load_step_ids(ids_ptr, first, step, limit):
 
 @triton.jit
 def is_any(flags):
-    """Whether a flag of the windows is set, as a scalar to branch on."""
-    return tl.max(flags.to(tl.int32), axis=0) > 0
+    """Whether any flag is set, over the first dimension; of windows, a scalar to branch on."""
+    return tl.max(flags.to(tl.int32), axis=0) > 0  # pyright: ignore
 
 
 @triton.jit
@@ -95,37 +97,51 @@ def store_rest(partials_ptr, values, goes_on, begun, window, offs_c, C):
 
 
 @triton.jit
-def join(values, places, later, later_places, IS_MAX: tl.constexpr):
-    """Two reductions of a group in one, `later` over later rows."""
+def join(values, rows, later, later_rows, IS_MAX: tl.constexpr):
+    """Two reductions of a group in one, `later` over later rows; maxima know their partial row."""
     if IS_MAX:
         moves = replaces(later, values)
-        return tl.where(moves, later, values), tl.where(moves, later_places, places)
-    return values + later, places
+        values = tl.where(moves, later, values)
+        rows = tl.where(moves, later_rows, rows)
+    else:
+        values += later
+    return values, rows
 
 
 @triton.jit
-def join_lines(values, places, IS_MAX: tl.constexpr):
+def join_lines(values, rows, IS_MAX: tl.constexpr):
     """Reductions `[BLOCK_P, BLOCK_C]` of one group in one, `[BLOCK_C]`."""
     if IS_MAX:
         is_nan = values != values
-        has_nan = tl.max(is_nan.to(tl.int32), axis=0) > 0
+        has_nan = is_any(is_nan)
         best = tl.max(tl.where(is_nan, float("-inf"), values), axis=0)
-        winners = tl.where(has_nan[None, :], is_nan, values == best[None, :])
-        place = tl.min(tl.where(winners, places, _MAX_PLACE), axis=0)
-        return tl.where(has_nan, float("nan"), best), place
-    return tl.sum(values, axis=0), tl.min(places, axis=0)
+        winners = tl.where(has_nan[None, :], is_nan, values == best[None, :])  # pyright: ignore
+        rows = tl.where(winners, rows, _NO_ROW)
+        value = tl.where(has_nan, float("nan"), best)
+    else:
+        value = tl.sum(values, axis=0)
+    return value, tl.min(rows, axis=0)
 
 
 @triton.jit
-def load_partials(partials_ptr, places_ptr, rows, mask, offs_c, C, NEUTRAL: tl.constexpr):
-    """Partial rows `[BLOCK]` and their places, which are zero for reductions without."""
-    offsets = rows[:, None] * C + offs_c[None, :]
+def load_partials(partials_ptr, rows, mask, offs_c, C, NEUTRAL: tl.constexpr):
+    """Partial rows `[BLOCK]`, `NEUTRAL` where not `mask`."""
+    offsets = rows.to(tl.int64)[:, None] * C + offs_c[None, :]
     mask = mask[:, None] & (offs_c < C)[None, :]
-    values = widen(tl.load(partials_ptr + offsets, mask=mask, other=NEUTRAL))
-    places = tl.zeros(values.shape, tl.int32)
-    if places_ptr is not None:
-        places = tl.load(places_ptr + offsets, mask=mask, other=0).to(tl.int32)
-    return values, places
+    return widen(tl.load(partials_ptr + offsets, mask=mask, other=NEUTRAL))
+
+
+@triton.jit
+def end_of_group(partial_ids_ptr, group, window, num_windows, BLOCK: tl.constexpr):
+    """The window after the last head of a group that begins in `window`."""
+    end = window + 1
+    num_found = BLOCK
+    while num_found == BLOCK:
+        position = end + tl.arange(0, BLOCK)
+        heads = tl.load(partial_ids_ptr + 2 * position, mask=position < num_windows, other=-1)
+        num_found = tl.sum((heads == group).to(tl.int32), axis=0)
+        end += num_found
+    return end
 
 
 @triton.jit
@@ -145,27 +161,21 @@ def join_long_group(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Output row of a group: the tail of the window that it begins in, then heads, blockwise."""
+    """Output row of a group that begins in `window`, `BLOCK_P` partial rows at a time."""
+    end = end_of_group(partial_ids_ptr, group, window, num_windows, 1024)  # pyright: ignore
     values = widen(tl.full([BLOCK_P, BLOCK_C], NEUTRAL, partials_ptr.dtype.element_ty))
-    places = tl.full([BLOCK_P, BLOCK_C], _MAX_PLACE, tl.int32)
-    position = window + tl.arange(0, BLOCK_P)
-    going = group >= 0
-    while going:
-        row = 2 * position + (position == window).to(tl.int64)  # [BLOCK_P]
-        mask = position < num_windows
-        belongs = tl.load(partial_ids_ptr + row, mask=mask, other=-1) == group
-        # rows of other groups are read too, so that no load waits for the ids
-        later, later_places = load_partials(
-            partials_ptr, partial_places_ptr, row, mask, offs_c, C, NEUTRAL
-        )
-        later = tl.where(belongs[:, None], later, NEUTRAL)
-        later_places = tl.where(belongs[:, None], later_places, _MAX_PLACE)
-        values, places = join(values, places, later, later_places, IS_MAX)
-        going = tl.min(belongs.to(tl.int32), axis=0) > 0
-        position += BLOCK_P
-    value, place = join_lines(values, places, IS_MAX)
+    tail = 2 * window + 1
+    rows = tl.zeros([BLOCK_P, BLOCK_C], tl.int32) + tail
+    for start in range(window, end, BLOCK_P):
+        position = start + tl.arange(0, BLOCK_P)
+        # the tail of the first window, the heads of the others
+        later_rows = tl.maximum(2 * position, tail)
+        later = load_partials(partials_ptr, later_rows, position < end, offs_c, C, NEUTRAL)
+        values, rows = join(values, rows, later, later_rows[:, None], IS_MAX)
+    value, row = join_lines(values, rows, IS_MAX)
     tl.store(out_ptr + group * C + offs_c, value, mask=offs_c < C)
     if places_ptr is not None:
+        place = tl.load(partial_places_ptr + row.to(tl.int64) * C + offs_c, mask=offs_c < C)  # pyright: ignore
         tl.store(places_ptr + group * C + offs_c, place, mask=offs_c < C)
 
 
@@ -184,10 +194,10 @@ def combine_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Output rows of the groups that begin in `BLOCK_W` windows and go on after them."""
-    NEUTRAL: tl.constexpr = float("-inf") if IS_MAX else 0.0
+    NEUTRAL: tl.constexpr = float("-inf") if IS_MAX else 0.0  # pyright: ignore
     pid = tl.program_id(0)
     num_blocks = tl.cdiv(C, BLOCK_C)
-    first_window = (pid // num_blocks).to(tl.int64) * BLOCK_W
+    first_window = (pid // num_blocks) * BLOCK_W
     offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
 
     # groups of one tail and one head, all at once
@@ -196,15 +206,14 @@ def combine_kernel(
     ids_after = tl.load(partial_ids_ptr + 2 * window + 4, mask=window + 2 < num_windows, other=-1)
     is_short = (ids >= 0) & (ids_after != ids)
     tails = 2 * window + 1  # [BLOCK_W]
-    values, places = load_partials(
-        partials_ptr, partial_places_ptr, tails, is_short, offs_c, C, NEUTRAL
-    )
-    later, later_places = load_partials(
-        partials_ptr, partial_places_ptr, tails + 1, is_short, offs_c, C, NEUTRAL
-    )
-    values, places = join(values, places, later, later_places, IS_MAX)
+    values = load_partials(partials_ptr, tails, is_short, offs_c, C, NEUTRAL)
+    later = load_partials(partials_ptr, tails + 1, is_short, offs_c, C, NEUTRAL)
+    values, rows = join(values, tails[:, None], later, tails[:, None] + 1, IS_MAX)
     store_rows(out_ptr, ids, offs_c, values, is_short, C)
     if places_ptr is not None:
+        offsets = rows.to(tl.int64) * C + offs_c[None, :]
+        mask = is_short[:, None] & (offs_c < C)[None, :]
+        places = tl.load(partial_places_ptr + offsets, mask=mask, other=0)
         store_rows(places_ptr, ids, offs_c, places, is_short, C)
 
     # longer groups, one after the other
@@ -314,8 +323,7 @@ def combine(partials: Partials, out: Tensor, places: Tensor | None, is_max: bool
     num_windows, _, num_channels = partials.values.shape
     if num_windows < 2:
         return
-    block_c = min(triton.next_power_of_2(max(num_channels, 1)), 128)
-    columns = triton.cdiv(num_channels, block_c)
+    columns = triton.cdiv(num_channels, COMBINE_CHANNELS)
     launch(
         combine_kernel,
         (triton.cdiv(num_windows, COMBINE_WINDOWS) * columns,),
@@ -329,9 +337,9 @@ def combine(partials: Partials, out: Tensor, places: Tensor | None, is_max: bool
         IS_MAX=is_max,
         BLOCK_W=COMBINE_WINDOWS,
         BLOCK_P=COMBINE_PARTIALS,
-        BLOCK_C=block_c,
-        # 32 values a lane, or 16 and their places
-        num_warps=max(COMBINE_PARTIALS * block_c // (1024 if places is None else 512), 1),
+        BLOCK_C=COMBINE_CHANNELS,
+        # 32 values a lane, or 16 with the numbers of their rows
+        num_warps=16 if is_max else 8,
     )
 
 

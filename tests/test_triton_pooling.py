@@ -1,0 +1,447 @@
+"""Triton kernels of the three poolings and their fusion against the reference in float64."""
+
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ponet_kernels.marks import SEES_LEFT, SPECIAL, token_marks
+from ponet_kernels.reference import (
+    fused_pooling_ref,
+    local_max_ref,
+    pooling_fusion_ref,
+    segment_max_ref,
+)
+from ponet_kernels.testing import assert_close, relative_error
+
+pytest.importorskip("triton")
+from ponet_kernels.triton_kernels import fusion, local_max, segment_max, segmented_reduce
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = 1e-5
+WINDOW = segmented_reduce.WINDOW_ROWS[-1]
+HALF = [torch.bfloat16, torch.float16]
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=["fp32", "bf16", "fp16"])
+channels = pytest.mark.parametrize("num_channels", [1, 48, 64, 768, 1000], ids="C{}".format)
+
+# windows of a stream this short have 16 rows: segments inside, up to, over and across their edges
+RAGGED = [3, 0, 1, 12, 5, 0, 14, 1, 4, 0]
+LENGTHS = {
+    "ragged": RAGGED,
+    "single": [1],
+    "ones": [1] * 35,
+    "one": [41],
+    "edges": [WINDOW, 2 * WINDOW, 1, WINDOW - 1],
+    "nothing": [],
+    "empty": [0, 0],
+}
+# more windows than one step of the second level reads, twice
+LONG = [5, WINDOW * 150 + 3, 2, WINDOW * 2, 0, WINDOW * 64, 30, 1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nan_in_new_memory():
+    """`torch.empty` gives NaN, so that what is read unwritten or left unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+
+
+def owners(lengths: list[int]) -> Tensor:
+    return (
+        torch.arange(len(lengths))
+        .repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        .to(DEVICE)
+    )
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def ties(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, 2, shape, generator=generator).to(DEVICE, dtype)
+
+
+def double(x: Tensor | None) -> Tensor | None:
+    """A leaf in float64 on the CPU."""
+    return None if x is None else x.detach().cpu().double().requires_grad_()
+
+
+def gradient(out: Tensor, leaf: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of the leaf, zeros where no operation led from it."""
+    if out.requires_grad:
+        out.backward(grad.cpu().to(out.dtype), retain_graph=True)
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def wide_rows(x: Tensor) -> Tensor:
+    """The same values as a column slice of a wider tensor."""
+    wide = torch.cat([x, x, x], dim=1)
+    return wide[:, x.shape[1] : 2 * x.shape[1]]
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values with adjacent rows."""
+    return x.t().contiguous().t()
+
+
+def special_segments(lengths: list[int]) -> list[int]:
+    """Every other segment of one token."""
+    return [j for j, length in enumerate(lengths) if length == 1][::2]
+
+
+def marks_of(lengths: list[int], every: int = 7) -> Tensor:
+    """Marks of a stream whose runs end every few tokens and at special tokens."""
+    total, starts = sum(lengths), offsets(lengths).tolist()
+    special = [starts[j] for j in special_segments(lengths)]
+    ends = {0, total, *range(0, total, every), *special, *(t + 1 for t in special)}
+    cu_runs = torch.tensor(sorted(ends), dtype=torch.int32, device=DEVICE)
+    return token_marks(cu_runs, total, torch.tensor(special, dtype=torch.int64, device=DEVICE))
+
+
+def runs_of(marks: Tensor) -> Tensor:
+    starts = ((marks & SEES_LEFT) == 0).nonzero().squeeze(1)
+    return torch.cat([starts, starts.new_tensor([len(marks)])]).cpu()
+
+
+def check_segment_max(x: Tensor, lengths: list[int], dtype: torch.dtype = torch.int16) -> None:
+    cu_segments, token_segments = offsets(lengths), owners(lengths)
+    maxima, places = segment_max.segment_max_fwd(x, cu_segments, token_segments, dtype)
+    assert places is not None
+    assert places.dtype == dtype
+    assert maxima.dtype == x.dtype
+    leaf = double(x)
+    expected = segment_max_ref(leaf, cu_segments.cpu(), token_segments.cpu())
+    torch.testing.assert_close(
+        maxima.cpu().double(), expected, rtol=0, atol=0, equal_nan=True, check_stride=False
+    )
+    assert (places[cu_segments.diff() == 0] == 0).all()
+    without, nothing = segment_max.segment_max_fwd(x, cu_segments, token_segments, None)
+    assert nothing is None
+    torch.testing.assert_close(without, maxima, rtol=0, atol=0, equal_nan=True)
+
+    grad = random(*maxima.shape, seed=1)
+    dx = segment_max.segment_max_bwd(grad, places, cu_segments, token_segments, x.dtype)
+    assert dx.dtype == x.dtype
+    wanted = gradient(expected, leaf, grad)
+    assert_close(dx.cpu(), wanted, 2**-7 if x.dtype in HALF else 0.0, "dx")
+    assert torch.equal((dx != 0).cpu(), wanted != 0)
+
+
+@dtypes
+@channels
+def test_segment_max(dtype, num_channels):
+    check_segment_max(random(sum(RAGGED), num_channels, dtype=dtype), RAGGED)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("num_channels", [5, 48], ids="C{}".format)
+def test_segment_max_of_ties(lengths, num_channels):
+    check_segment_max(ties(sum(lengths), num_channels, dtype=torch.bfloat16), lengths, torch.uint8)
+
+
+@pytest.mark.parametrize("make", [random, ties])
+def test_segment_max_of_long_segments(make):
+    check_segment_max(make(sum(LONG), 4), LONG)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_places_of_every_dtype(dtype):
+    check_segment_max(random(sum(RAGGED), 3, dtype=torch.float64), RAGGED, dtype)
+
+
+def test_segment_max_of_nan_and_infinity():
+    x = random(300, 6)
+    x[[4, 9, 40, 41, 299], :3] = float("nan")
+    x[[2, 30, 42], :4] = float("inf")
+    x[:, 5] = float("-inf")
+    check_segment_max(x, [20, 0, 20, 1, 150, 109])
+
+
+def test_maxima_of_segments_of_infinities():
+    check_segment_max(torch.full((sum(LONG), 2), float("-inf"), device=DEVICE), LONG)
+
+
+@pytest.mark.parametrize("view", [wide_rows, transposed])
+def test_segment_max_of_views(view):
+    x = view(random(sum(RAGGED), 48))
+    assert not x.is_contiguous()
+    check_segment_max(x, RAGGED)
+    cu_segments, token_segments = offsets(RAGGED), owners(RAGGED)
+    _, places = segment_max.segment_max_fwd(x, cu_segments, token_segments, torch.uint8)
+    grad = random(len(RAGGED), 48)
+    expected = segment_max.segment_max_bwd(grad, places, cu_segments, token_segments, x.dtype)
+    arguments = (view(places), cu_segments, token_segments, x.dtype)
+    assert torch.equal(segment_max.segment_max_bwd(view(grad), *arguments), expected)
+
+
+def check_local_max(x: Tensor, marks: Tensor) -> None:
+    out, cu_runs, leaf = local_max.local_max_fwd(x, marks), runs_of(marks), double(x)
+    assert out.dtype == x.dtype
+    expected = local_max_ref(leaf, cu_runs)
+    torch.testing.assert_close(
+        out.cpu().double(), expected, rtol=0, atol=0, equal_nan=True, check_stride=False
+    )
+    grad = random(*x.shape, dtype=x.dtype, seed=1)
+    dx = local_max.local_max_bwd(grad, x, marks)
+    assert dx.dtype == x.dtype
+    # one rounding of a sum of three; the interpreter truncates
+    assert_close(dx.cpu(), gradient(expected, leaf, grad), torch.finfo(x.dtype).eps, "dx")
+
+
+@dtypes
+@channels
+def test_local_max(dtype, num_channels):
+    marks = marks_of(RAGGED)
+    check_local_max(random(sum(RAGGED), num_channels, dtype=dtype), marks)
+    check_local_max(ties(sum(RAGGED), num_channels, dtype=dtype), marks)
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_local_max_of_runs(every):
+    check_local_max(ties(67, 5), marks_of([67], every))
+
+
+def test_local_max_of_nothing():
+    x, marks = random(0, 5), marks_of([])
+    assert local_max.local_max_fwd(x, marks).shape == (0, 5)
+    assert local_max.local_max_bwd(x, x, marks).shape == (0, 5)
+
+
+def test_local_max_of_nan_and_infinity():
+    x = random(60, 5)
+    x[[0, 9, 10, 12, 40, 59], :3] = float("nan")
+    x[[1, 30, 42], :4] = float("inf")
+    x[::2, 4] = float("-inf")
+    x[20:35, 4] = float("-inf")
+    check_local_max(x, marks_of([60]))
+
+
+@pytest.mark.parametrize("view", [wide_rows, transposed])
+def test_local_max_of_views(view):
+    x, marks = random(sum(RAGGED), 48), marks_of(RAGGED)
+    check_local_max(view(x), marks)
+    grad = random(*x.shape, seed=1)
+    expected = local_max.local_max_bwd(grad, x, marks)
+    assert torch.equal(local_max.local_max_bwd(view(grad), view(x), marks), expected)
+
+
+class FusionCase:
+    """Arguments of the fusion for segments of some lengths, spread over sequences."""
+
+    def __init__(
+        self,
+        lengths: list[int],
+        num_channels: int,
+        dtype: torch.dtype = torch.float32,
+        terms: str = "gsl",
+        with_marks: bool = True,
+    ) -> None:
+        total, num_segments = sum(lengths), len(lengths)
+        self.lengths, self.dtype = lengths, dtype
+        self.cu_segments, self.token_segments = offsets(lengths), owners(lengths)
+        # sequences 0 and 2 are empty
+        of_sequence = [1 + (j >= num_segments // 3) * 2 for j in range(num_segments)]
+        self.segment_sequences = torch.tensor(of_sequence, dtype=torch.int64, device=DEVICE)
+        self.marks = marks_of(lengths) if with_marks else None
+        # g' comes in float32 from global aggregation
+        g = random(4, num_channels, dtype=dtype, seed=1).to(
+            torch.float64 if dtype == torch.float64 else torch.float32
+        )
+        self.values = [
+            g if "g" in terms else None,
+            random(num_segments, num_channels, dtype=dtype, seed=2) if "s" in terms else None,
+            random(total, num_channels, dtype=dtype, seed=3),
+            ties(total, num_channels, dtype=dtype, seed=4) if "l" in terms else None,
+        ]
+        self.grad = random(total, num_channels, dtype=dtype, seed=5)
+
+    def forward(self) -> Tensor:
+        return fusion.fusion_fwd(
+            *self.values, self.token_segments, self.segment_sequences, self.marks
+        )
+
+    def backward(self) -> list[Tensor | None]:
+        layout = (self.cu_segments, self.token_segments, self.segment_sequences, self.marks)
+        return list(fusion.fusion_bwd(self.grad, *self.values, *layout))
+
+    def expected(self, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+        """Output and gradients by PyTorch's operations in `dtype`."""
+        leaves = [
+            None if v is None else v.detach().cpu().to(dtype).requires_grad_() for v in self.values
+        ]
+        g, s, o, local = leaves
+        layout = (self.token_segments.cpu(), self.segment_sequences.cpu())
+        if self.marks is None:
+            out = pooling_fusion_ref(g, s, o, local, *layout)
+        else:
+            marks = self.marks.cpu()
+            special = ((marks & SPECIAL) != 0).nonzero().squeeze(1)
+            if s is not None:
+                s = s.index_fill(0, layout[0][special], 0.0)
+            if local is not None:
+                local = local_max_ref(local, runs_of(marks)).index_fill(0, special, 0.0)
+            out = pooling_fusion_ref(g, s, o, local, *layout)
+        if out.requires_grad:
+            out.backward(self.grad.cpu().to(dtype))
+        grads = [
+            None if v is None else torch.zeros_like(v) if v.grad is None else v.grad for v in leaves
+        ]
+        if self.marks is None:
+            grads[3] = None
+        return [out.detach(), *grads]
+
+    def results(self) -> list[Tensor | None]:
+        return [self.forward(), *self.backward()]
+
+
+NAMES = ["out", "dglobal", "dsegment", "doutput", "dlocal"]
+
+
+def check_fusion(case: FusionCase) -> None:
+    acc = torch.float64 if case.dtype == torch.float64 else torch.float32
+    wanted = [case.dtype, acc, acc, case.dtype, case.dtype]
+    expected, actual = case.expected(), case.results()
+    baseline = case.expected(case.dtype) if case.dtype in HALF else expected
+    for name, dtype, ours, truth, torchs in zip(
+        NAMES, wanted, actual, expected, baseline, strict=True
+    ):
+        if truth is None:
+            assert ours is None, name
+            continue
+        assert ours is not None, name
+        assert ours.dtype == dtype, name
+        allowed = TOLERANCE
+        if case.dtype in HALF:
+            allowed = max(2 * relative_error(torchs, truth), torch.finfo(dtype).eps)
+        assert_close(ours.cpu(), truth, allowed, name)
+
+
+@dtypes
+@channels
+def test_fusion(dtype, num_channels):
+    check_fusion(FusionCase(RAGGED, num_channels, dtype))
+
+
+@pytest.mark.parametrize("with_marks", [True, False], ids=["marks", "plain"])
+@pytest.mark.parametrize("terms", ["gsl", "gs", "gl", "sl", "g", "s", "l", ""])
+def test_fusion_of_some_terms(terms, with_marks):
+    check_fusion(FusionCase(RAGGED, 9, torch.float64, terms, with_marks))
+
+
+@pytest.mark.parametrize("lengths", [*LENGTHS.values(), LONG], ids=[*LENGTHS, "long"])
+def test_fusion_of_lengths(lengths):
+    check_fusion(FusionCase(lengths, 3))
+
+
+def test_special_tokens_give_and_take_no_local_or_segment_gradient():
+    case = FusionCase(RAGGED, 4)
+    _, dsegment, _, dlocal = case.backward()
+    special = (case.marks & SPECIAL) != 0
+    assert special.any()
+    assert (dlocal[special] == 0).all()
+    assert (dsegment[case.token_segments[special]] == 0).all()
+
+
+def test_fused_pooling_in_parts():
+    case = FusionCase(RAGGED, 7, torch.float64)
+    g, _, o, local = case.values
+    x = random(sum(RAGGED), 7, dtype=torch.float64, seed=9)
+    leaves = [double(v) for v in (g, x, o, local)]
+    layout = (case.cu_segments, case.token_segments, case.segment_sequences, case.marks)
+    expected = fused_pooling_ref(*leaves, *(t.cpu() for t in layout))
+    expected.backward(double(case.grad))
+    maxima, places = segment_max.segment_max_fwd(x, *layout[:2], torch.uint8)
+    case.values[1] = maxima
+    dg, ds, do, dl = case.backward()
+    dx = segment_max.segment_max_bwd(ds, places, *layout[:2], torch.float64)
+    assert_close(case.forward().cpu(), expected.detach(), 1e-14, "out")
+    for actual, leaf in zip((dg, dx, do, dl), leaves, strict=True):
+        assert_close(actual.cpu(), leaf.grad, 1e-14)
+
+
+@pytest.mark.parametrize("view", [wide_rows, transposed])
+def test_fusion_of_views(view):
+    case = FusionCase(RAGGED, 48)
+    expected = case.results()
+    case.values = [view(v) for v in case.values]
+    case.grad = view(case.grad)
+    for actual, wanted in zip(case.results(), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_gradient_of_one_value():
+    case = FusionCase(RAGGED, 48)
+    case.grad = torch.ones(1, 1, device=DEVICE).expand(case.grad.shape)
+    check_fusion(case)
+
+
+def test_runs_agree_bit_by_bit():
+    case = FusionCase([5, 70, 2, 200], 4)
+    for first, second in zip(case.results(), case.results(), strict=True):
+        assert torch.equal(first, second)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 2 * WINDOW + 3), max_size=8), st.integers(1, 20))
+def test_any_lengths(lengths, num_channels):
+    check_segment_max(ties(sum(lengths), num_channels), lengths)
+    check_local_max(ties(sum(lengths), num_channels), marks_of(lengths))
+    check_fusion(FusionCase(lengths, num_channels))
+
+
+def test_rows_beyond_two_to_the_31(tmp_path: Path):
+    num_rows, width = 40, 2**26
+    if DEVICE == "cuda":
+        big = torch.empty(num_rows, width, dtype=torch.float16, device=DEVICE)
+    else:
+        # a sparse file: only the pages of the columns in use exist
+        name = str(tmp_path / "sparse")
+        with open(name, "wb") as file:
+            file.truncate(num_rows * width * 2)
+        big = torch.from_file(name, shared=True, size=num_rows * width, dtype=torch.float16)
+    assert (num_rows - 1) * width > 2**31
+    far = big.view(num_rows, width)[:, :6]
+    far.copy_(random(num_rows, 6, dtype=torch.float16))
+    assert far.stride() == (width, 1)
+    near, lengths = far.contiguous(), [30, 1, 9]
+    layout = offsets(lengths), owners(lengths)
+    marks = marks_of(lengths)
+    maxima, places = segment_max.segment_max_fwd(far, *layout, torch.uint8)
+    expected = segment_max.segment_max_fwd(near, *layout, torch.uint8)
+    assert torch.equal(maxima, expected[0])
+    assert torch.equal(places, expected[1])
+    assert torch.equal(local_max.local_max_fwd(far, marks), local_max.local_max_fwd(near, marks))
+    assert torch.equal(
+        local_max.local_max_bwd(far, far, marks), local_max.local_max_bwd(near, near, marks)
+    )
+    case = FusionCase(lengths, 6, torch.float16)
+    results = []
+    for x in (far, near):
+        case.values[2], case.values[3], case.grad = x, x, x
+        results.append(case.results())
+    for actual, wanted in zip(*results, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_channels", "itemsize"),
+    [(65536, 768, 2), (131072, 64, 2), (1, 1, 8), (0, 768, 4), (10**6, 1000, 4)],
+)
+def test_windows_cover_all_rows(num_rows, num_channels, itemsize):
+    windows = segmented_reduce.cut_rows(num_rows, num_channels, itemsize, 2048)
+    assert windows.count * windows.rows >= num_rows > (windows.count - 1) * windows.rows
+    columns = -(-num_channels // windows.block_c)
+    assert windows.grid == (-(-windows.count // windows.block_w) * columns,)
