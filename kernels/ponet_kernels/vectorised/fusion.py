@@ -39,13 +39,14 @@ def _factors(
     return None if factors is None else factors.to(output.dtype)
 
 
-def _pooled(local: Tensor, part: slice, token_marks: Tensor | None) -> Tensor:
-    """L of a piece."""
+def _pooled(output: Tensor, local: Tensor | None, token_marks: Tensor | None) -> Tensor:
+    """L of every token, in memory of its own: `[T, C]`."""
+    if local is None:
+        return torch.zeros_like(output, memory_format=torch.contiguous_format)
     if token_marks is None:
-        return local[part]
-    wide, inner = with_neighbours(part, len(local), 1)
-    edges = Edges.of(token_marks[wide])
-    return window_maxima(local[wide], edges).index_fill_(0, edges.special, 0.0)[inner]
+        return local.clone(memory_format=torch.contiguous_format)
+    edges = Edges.of(token_marks)
+    return window_maxima(local, edges).index_fill_(0, edges.special, 0.0)
 
 
 def fusion_fwd(
@@ -61,15 +62,10 @@ def fusion_fwd(
     factors = _factors(
         global_vectors, segment_vectors, output, token_segments, segment_sequences, token_marks
     )
-    out = torch.empty_like(output, memory_format=torch.contiguous_format)
-    for part in chunks(output):
-        if factors is None:
-            out[part] = 0.0
-        else:
-            torch.index_select(factors, 0, token_segments[part], out=out[part])
-            out[part].mul_(output[part])
-        if local is not None:
-            out[part].add_(_pooled(local, part, token_marks))
+    out = _pooled(output, local, token_marks)
+    if factors is not None:
+        for part in chunks(output):
+            out[part].addcmul_(factors.index_select(0, token_segments[part]), output[part])
     return out
 
 
