@@ -6,12 +6,7 @@ from torch import Tensor
 from ponet_kernels.dtypes import accumulation_dtype
 from ponet_kernels.marks import SPECIAL
 from ponet_kernels.vectorised.chunks import chunks
-from ponet_kernels.vectorised.local_max import (
-    Edges,
-    window_gradients,
-    window_maxima,
-    with_neighbours,
-)
+from ponet_kernels.vectorised.local_max import Edges, part_gradients, window_maxima
 
 
 def _special_segments(token_segments: Tensor, token_marks: Tensor) -> Tensor:
@@ -70,11 +65,10 @@ def fusion_fwd(
 
 
 def _local_gradient(grad: Tensor, local: Tensor, part: slice, token_marks: Tensor) -> Tensor:
-    wide, inner = with_neighbours(part, len(local), 2)
-    edges = Edges.of(token_marks[wide])
-    gradients = window_gradients(grad[wide], local[wide], edges)
+    gradients = part_gradients(grad, local, token_marks, part)
     # a special token is a run of its own, so only its own window, which is zero, reaches it
-    return gradients.index_fill_(0, edges.special, 0.0)[inner]
+    special = ((token_marks[part] & SPECIAL) != 0).nonzero().squeeze(1)
+    return gradients.index_fill_(0, special, 0.0)
 
 
 def fusion_bwd(

@@ -83,17 +83,19 @@ def local_max_fwd(x: Tensor, token_marks: Tensor) -> Tensor:
     return window_maxima(x, Edges.of(token_marks))
 
 
+def part_gradients(grad: Tensor, x: Tensor, token_marks: Tensor, part: slice) -> Tensor:
+    """`window_gradients` of the tokens `part` of a stream, as a view.
+
+    A token gets the gradients of three windows, which reach two tokens to each side of it.
+    """
+    wide = slice(max(part.start - 2, 0), min(part.stop + 2, len(x)))
+    gradients = window_gradients(grad[wide], x[wide], Edges.of(token_marks[wide]))
+    return gradients[part.start - wide.start : part.stop - wide.start]
+
+
 def local_max_bwd(grad: Tensor, x: Tensor, token_marks: Tensor) -> Tensor:
     """As `Backend.local_max_bwd`."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for part in chunks(x):
-        wide, inner = with_neighbours(part, len(x), 2)
-        edges = Edges.of(token_marks[wide])
-        out[part] = window_gradients(grad[wide], x[wide], edges)[inner]
+        out[part] = part_gradients(grad, x, token_marks, part)
     return out
-
-
-def with_neighbours(part: slice, num_tokens: int, reach: int) -> tuple[slice, slice]:
-    """`part` widened by `reach` tokens on both sides, and where `part` lies in that."""
-    wide = slice(max(part.start - reach, 0), min(part.stop + reach, num_tokens))
-    return wide, slice(part.start - wide.start, part.stop - wide.start)
