@@ -7,13 +7,13 @@ for the next to take; what counts is the resident size, so figures include the C
 """
 
 import argparse
-import ctypes
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from case_memory import hand_back
 from cases import SUB_LAYER, build_case
 from layouts import Batch, dtype_name, make_batch
 from parts import Candidate
@@ -37,9 +37,8 @@ def _start(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 2**20
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        # hand back what the set-up freed, or the call would be served from it unseen
-        ctypes.CDLL(None).malloc_trim(0)
+    # what the set-up freed would serve the call unseen
+    hand_back(device)
     try:
         _RESET.write_text("5")
     except OSError:

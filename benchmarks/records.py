@@ -1,4 +1,4 @@
-"""What a whole-model benchmark says about its machine, and the file it leaves its records in."""
+"""What a benchmark says about its machine, and the file that it leaves its records in."""
 
 import datetime
 import json
@@ -24,7 +24,8 @@ Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Model of the processor."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -33,7 +34,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _driver() -> str:
+def gpu_driver() -> str:
+    """Version of NVIDIA's driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -42,7 +44,8 @@ def _driver() -> str:
     return run.stdout.splitlines()[0]
 
 
-def _triton_version() -> str:
+def triton_version() -> str:
+    """Version of the installed Triton, or "none"."""
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -50,7 +53,7 @@ def _triton_version() -> str:
 
 
 def machine_card(device: str, threads: int | None) -> Record:
-    """What the figures of any run depend on.
+    """What the figures of a whole model depend on.
 
     Args:
         device: cpu or cuda.
@@ -60,14 +63,14 @@ def machine_card(device: str, threads: int | None) -> Record:
     if device == "cuda":
         machine = {
             "device": torch.cuda.get_device_name(),
-            "driver": _driver(),
+            "driver": gpu_driver(),
             "cuda": torch.version.cuda or torch.version.hip,
             "matmul precision": torch.get_float32_matmul_precision(),
         }
     else:
         machine = {
             "device": f"cpu-{cores}core",
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "threads": threads or torch.get_num_threads(),
             "waiting threads": os.environ.get("OMP_WAIT_POLICY", "passive"),
             "load": f"{os.getloadavg()[0]:.1f} before the run",
@@ -77,7 +80,7 @@ def machine_card(device: str, threads: int | None) -> Record:
         "cores": cores,
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": triton_version(),
         "commit": source_commit(),
         "date": datetime.date.today().isoformat(),
         "backend": active_backend(device),

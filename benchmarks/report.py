@@ -2,14 +2,9 @@
 
 import argparse
 import datetime
-import json
 import os
-import platform
-import re
 import shlex
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +12,14 @@ import torch
 from goals import Standing
 from layouts import SHAPES
 from plot import draw_record
+from records import append_record, cpu_name, gpu_driver, triton_version
 
-from ponet.checkpoint import write_text
 from ponet.measure import source_commit
 from ponet_kernels import active_backend
 
 Row = dict[str, Any]
 
-RESULTS = Path(__file__).parent / "results"
 _TIMED = ("ours", "public", "compiled")
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return run.stdout.splitlines()[0]
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def describe(options: argparse.Namespace) -> Row:
@@ -59,18 +28,18 @@ def describe(options: argparse.Namespace) -> Row:
     if options.device == "cuda":
         machine = {
             "device": torch.cuda.get_device_name(),
-            "driver": _driver(),
+            "driver": gpu_driver(),
             "cuda": torch.version.cuda or torch.version.hip,
         }
     else:
-        machine = {"device": f"cpu-{cores}core", "cpu": _cpu_name()}
+        machine = {"device": f"cpu-{cores}core", "cpu": cpu_name()}
         machine["threads"] = str(torch.get_num_threads())
         machine["clock"] = "time that the process works" if options.cpu_time else "wall"
     return {
         **machine,
         "cores": cores,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": triton_version(),
         "commit": source_commit(),
         "date": datetime.date.today().isoformat(),
         "backend": active_backend(options.device),
@@ -163,15 +132,9 @@ def print_goals(found: list[Standing]) -> None:
 
 def save(record: Row, folder: Path) -> None:
     """Append the record to the file of the device and day, and draw it beside."""
-    device = re.sub(r"[^a-z0-9]+", "-", record["card"]["device"].lower()).strip("-")
-    stem = f"{device}_{record['card']['date'].replace('-', '')}"
-    path = folder / f"{stem}.jsonl"
-    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if earlier and not earlier.endswith("\n"):
-        earlier += "\n"
-    write_text(path, earlier + json.dumps(record) + "\n")
+    path = append_record(record, folder)
     print(f"\nwritten: {path}")
-    image = draw_record(record, path.with_name(f"{stem}_{record['benchmark']}.png"))
+    image = draw_record(record, path.with_name(f"{path.stem}_{record['benchmark']}.png"))
     if image:
         print(f"written: {image}")
     else:
