@@ -6,37 +6,14 @@ C goals are for a CPU in float32, K goals for a GPU in half precision, both at b
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
+
+from standing import Standing
 
 Row = dict[str, Any]
 
 OUTPUT_LIMIT = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 1e-3}
 """K8: error of our outputs against float64, relative to the largest value."""
-
-
-@dataclass(frozen=True)
-class Standing:
-    """One goal and its figure."""
-
-    goal: str
-    quantity: str
-    measured: float
-    floor: float
-    target: float
-    lower_is_better: bool = False
-
-    @property
-    def verdict(self) -> str:
-        """met | below target | below floor."""
-        sign = -1 if self.lower_is_better else 1
-        if sign * self.measured >= sign * self.target:
-            return "met"
-        return "below target" if sign * self.measured >= sign * self.floor else "below floor"
-
-    def as_row(self) -> Row:
-        """For the JSON document."""
-        return {**asdict(self), "verdict": self.verdict}
 
 
 def standings(

@@ -37,7 +37,8 @@ from layouts import SHAPES, Batch, dtype_name, make_batch, make_layout
 from parts import PARTS, Candidate
 from peak_memory import peaks
 from records import RESULTS
-from report import Table, describe, print_card, print_goals, print_memory, save
+from report import Table, describe, print_card, print_memory, save
+from standing import print_goals
 from stopwatch import OtherLoad, Stopwatch, Timing, copy_candidate, copy_rate
 
 from ponet.measure import matmul_rate

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from goals import Standing
 from layouts import SHAPES
 from plot import draw_record
 from records import append_record, cpu_name, gpu_driver, triton_version
@@ -113,21 +112,6 @@ def print_memory(memory: list[Row]) -> None:
     for row in memory:
         figures = "  ".join(f"{form} {mib:,.0f}" for form, mib in row["mib"].items())
         print(f"  {row['batch_size']} x {row['seq_len']} {row['dtype']}: {figures}")
-
-
-def print_goals(found: list[Standing]) -> None:
-    """Where the run stands; goals without a figure in this run are left out."""
-    if not found:
-        print("\ngoals: none is defined for these sizes")
-        return
-    width = max(len(standing.quantity) for standing in found)
-    print(f"\n{'goal':4} {'quantity':{width}} {'measured':>9} {'floor':>8} {'target':>8}  verdict")
-    for s in found:
-        sign = "<" if s.lower_is_better else ">"
-        print(
-            f"{s.goal:4} {s.quantity:{width}} {s.measured:9.3g} {sign}{s.floor:7.3g} "
-            f"{sign}{s.target:7.3g}  {s.verdict}"
-        )
 
 
 def save(record: Row, folder: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from case_client import FAILED
+from model_goals import standings
 from records import RESULTS, append_record, machine_card, print_card
 from rounds import Runner
 from speed_plot import draw
@@ -32,6 +33,7 @@ from speed_table import (
     print_exponents,
     print_notes,
 )
+from standing import print_goals
 from workloads import Case, known_mixers
 
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16384]
@@ -161,7 +163,15 @@ def main() -> None:
     print_notes(rows)
     growth = exponents(rows, options.mixers)
     print_exponents(growth, options.seq_len)
-    record = {"benchmark": "speed_memory", "card": card, "rows": rows, "exponents": growth}
+    goals = standings(rows, growth, options.model, options.device)
+    print_goals(goals)
+    record = {
+        "benchmark": "speed_memory",
+        "card": card,
+        "rows": rows,
+        "exponents": growth,
+        "goals": [standing.as_row() for standing in goals],
+    }
     path = append_record(record, options.output)
     print(f"\nwritten: {path}")
     name = f"{path.stem}_speed_memory_{options.model}.png"

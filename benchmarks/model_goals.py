@@ -1,0 +1,121 @@
+"""The project's goals for whole encoders, and how the figures of `speed_memory.py` stand to them.
+
+A goal is a ratio inside one run. P goals are for the published setting and B goals for the base
+encoder on a CPU; M, E and S goals are for a GPU. Memory is that of a training step beyond weights,
+gradients and the optimizer's moments.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from speed_table import SDPA, against
+from standing import Standing
+
+Row = dict[str, Any]
+Pair = tuple[float, float]
+
+_EAGER = "attention_naive"
+# floor and target by the length of the text
+_OVER_EAGER_GPU = {
+    512: (1.4, 1.8),
+    1024: (1.9, 2.5),
+    2048: (2.9, 3.8),
+    4096: (4.8, 6.3),
+    8192: (9.0, 11.0),
+}
+_OVER_SDPA_GPU = {
+    512: (1.0, 1.1),
+    1024: (1.1, 1.22),
+    4096: (1.6, 1.9),
+    8192: (2.3, 2.8),
+    16384: (3.9, 4.7),
+    32768: (7.0, 8.5),
+}
+_OVER_SDPA_GPU_INFERENCE = {
+    512: (0.98, 1.05),
+    1024: (1.05, 1.15),
+    4096: (1.5, 1.75),
+    8192: (2.1, 2.5),
+    16384: (3.4, 4.1),
+    32768: (6.0, 7.3),
+}
+
+
+def standings(
+    rows: list[Row], growth: Mapping[str, Row], model: str, device: str
+) -> list[Standing]:
+    """Goals that this run has figures for.
+
+    Args:
+        rows: of all mixers and lengths, as `speed_memory` writes them.
+        growth: exponents of time over length, a mixer each, as `speed_table.exponents`.
+        model: lra or base.
+        device: cpu or cuda.
+    """
+    found: dict[tuple[str, str], Callable[[list[Row]], Iterator[Standing]]] = {
+        ("lra", "cpu"): _published_setting,
+        ("base", "cpu"): _base_encoder,
+        ("lra", "cuda"): _published_setting_on_gpu,
+        ("base", "cuda"): _base_encoder_on_gpu,
+    }
+    standing = list(found[model, device](rows))
+    exponent = growth.get("ponet", {}).get("train")
+    if exponent is not None and (model, device) == ("lra", "cpu"):
+        what = "exponent of a training step over the length, 1024 to 4096"
+        standing.append(Standing("P3", what, exponent, 1.1, 1.1, lower_is_better=True))
+    return standing
+
+
+def _pairs(rows: list[Row], other: str) -> Iterator[tuple[int, Row]]:
+    """PoNet against another mixer at each length that has both."""
+    by_case = {(row["mixer"], row["seq_len"]): row for row in rows}
+    for (mixer, length), row in by_case.items():
+        if mixer == "ponet" and (other, length) in by_case:
+            yield length, against(row, by_case[other, length])
+
+
+def _ratios(
+    rows: list[Row], goal: str, other: str, key: str, limits: Callable[[int], Pair | None]
+) -> Iterator[Standing]:
+    """Lines of one goal; `key` is one of `against`, `limits` gives floor and target of a length."""
+    words = {
+        "speed": "training, ponet / {} in steps per second",
+        "infer_speed": "inference, ponet / {} in sequences per second",
+        "memory": "memory of a training step, ponet / {}",
+    }
+    for length, ratios in _pairs(rows, other):
+        pair = limits(length)
+        if pair is not None and ratios[key] is not None:
+            what = f"{words[key].format(other)}, N = {length}"
+            yield Standing(goal, what, ratios[key], *pair, lower_is_better=key == "memory")
+
+
+def _published_setting(rows: list[Row]) -> Iterator[Standing]:
+    yield from _ratios(rows, "P1", _EAGER, "speed", lambda length: (1.0, 1.0))
+    yield from _ratios(rows, "P2", SDPA, "speed", lambda n: (1.0, 1.0) if n >= 1024 else None)
+
+
+def _base_encoder(rows: list[Row]) -> Iterator[Standing]:
+    yield from _ratios(rows, "B1", SDPA, "speed", {512: (1.08, 1.08), 4096: (1.9, 1.9)}.get)
+    yield from _ratios(rows, "B2", SDPA, "memory", {512: (1.2, 1.2), 4096: (1.2, 1.2)}.get)
+
+
+def _published_setting_on_gpu(rows: list[Row]) -> Iterator[Standing]:
+    yield from _ratios(rows, "M6", _EAGER, "speed", {4096: (9.0, 15.0)}.get)
+    yield from _ratios(rows, "M6", "fnet", "speed", {4096: (0.8, 1.0)}.get)
+    yield from _ratios(rows, "E1", _EAGER, "memory", {4096: (0.15, 0.10)}.get)
+
+
+def _base_encoder_on_gpu(rows: list[Row]) -> Iterator[Standing]:
+    yield from _ratios(rows, "M1", "ponet_eager", "speed", _up_to_4096)
+    yield from _ratios(rows, "M2", _EAGER, "speed", _OVER_EAGER_GPU.get)
+    yield from _ratios(rows, "M3", SDPA, "speed", _OVER_SDPA_GPU.get)
+    yield from _ratios(rows, "M4", SDPA, "infer_speed", _OVER_SDPA_GPU_INFERENCE.get)
+    yield from _ratios(rows, "M5", "fnet", "speed", lambda length: (0.75, 0.85))
+    yield from _ratios(rows, "E1", SDPA, "memory", {4096: (1.1, 1.0)}.get)
+    yield from _ratios(rows, "E1", "ponet_eager", "memory", {4096: (0.7, 0.5)}.get)
+    yield from _ratios(rows, "E1", _EAGER, "memory", {4096: (0.15, 0.10)}.get)
+
+
+def _up_to_4096(length: int) -> Pair | None:
+    return (1.4, 1.7) if 512 <= length <= 4096 else None
