@@ -44,7 +44,9 @@ class PoNetConfig:
     max_position_embeddings: int = 512
     """Longest sequence."""
     type_vocab_size: int = 2
-    """Token types: sentence A and sentence B."""
+    """Token types: sentence A and sentence B; 0: the model knows none."""
+    embedding_norm: bool = True
+    """LayerNorm after the sum of the embeddings; Long Range Arena's models have none."""
     layer_norm_eps: float = 1e-12
     """Added to the variance in LayerNorm."""
     initializer_range: float = 0.02
@@ -102,6 +104,8 @@ class PoNetConfig:
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.type_vocab_size < 0:
+            raise ConfigError(f"type_vocab_size must be at least 0, found {self.type_vocab_size}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of "

@@ -14,19 +14,25 @@ def _norm(config: PoNetConfig) -> nn.LayerNorm:
 
 
 class Embeddings(nn.Module):
-    """Word, position and token type, summed, normalised, dropped out: `[T]` -> `[T, C]`."""
+    """Word, position and token type, summed, normalised, dropped out: `[T]` -> `[T, C]`.
+
+    Token types and LayerNorm are absent where the configuration says so.
+    """
 
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__()
         self.word = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = _norm(config)
+        types = config.type_vocab_size
+        self.token_type = nn.Embedding(types, config.hidden_size) if types else None
+        self.norm = _norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        """Embed `[T]` ids of each kind."""
-        total = self.word(input_ids) + self.position(position_ids) + self.token_type(token_type_ids)
+        """Embed `[T]` ids of each kind; token types that the model does not know are not read."""
+        total = self.word(input_ids) + self.position(position_ids)
+        if self.token_type is not None:
+            total = total + self.token_type(token_type_ids)
         return self.dropout(self.norm(total))
 
 

@@ -116,6 +116,8 @@ class PoNetModel(PreTrainedModel):
         stream = _stream(input_ids, attention_mask, cu_seqlens)
         ids = stream.pack(input_ids)
         positions = stream.positions if position_ids is None else stream.pack(position_ids)
+        if token_type_ids is not None and not self.config.type_vocab_size:
+            raise ValueError("token_type_ids given to a model with type_vocab_size 0")
         types = torch.zeros_like(ids) if token_type_ids is None else stream.pack(token_type_ids)
         self._check_ids(ids, positions)
         layout = self._layout(stream, ids, segment_ids)
@@ -137,7 +139,7 @@ class PoNetModel(PreTrainedModel):
         Args:
             input_ids: `[B, N]`, integer; `[T]` with `cu_seqlens`.
             attention_mask: `[B, N]`, non-zero at real tokens; None: all are real.
-            token_type_ids: like `input_ids`; None: all 0.
+            token_type_ids: like `input_ids`; None: all 0, or none where the model knows no types.
             segment_ids: like `input_ids`, not decreasing in a sequence; None: as the config says.
             position_ids: like `input_ids`; None: counted from the first real token of each row.
             cu_seqlens: `[B + 1]`, int32, offsets of packed sequences; None: rows.

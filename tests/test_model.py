@@ -387,6 +387,21 @@ def test_published_folder_loads(tmp_path, model_type, tied, pickled):
     assert torch.equal(word, entries["ponet.embeddings.word_embeddings.weight"])
 
 
+def test_embedding_without_types_and_norm(tmp_path):
+    model = build(config=SMALL.replace(type_vocab_size=0, embedding_norm=False))
+    embeddings = model.embeddings
+    assert {name for name, _ in embeddings.named_parameters()} == {"word.weight", "position.weight"}
+    ids = torch.tensor([[7, 9, 30]])
+    states = model(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(states[0], embeddings.word(ids) + embeddings.position(torch.arange(3)))
+    with pytest.raises(ValueError, match="token_type_ids given to a model with type_vocab_size 0"):
+        model(ids, token_type_ids=torch.zeros_like(ids))
+    model.float().save_pretrained(tmp_path)
+    again = PoNetModel.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
 def test_damaged_and_foreign_checkpoints(tmp_path):
     model = PoNetForPreTraining(SMALL)
     model.save_pretrained(tmp_path)
@@ -464,6 +479,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     [
         ({"hidden_size": 10}, "hidden_size 10 is not a multiple of num_attention_heads 12"),
         ({"vocab_size": 0}, "vocab_size must be at least 1, found 0"),
+        ({"type_vocab_size": -1}, "type_vocab_size must be at least 0, found -1"),
         ({"norm_position": "sandwich"}, "norm_position must be post or pre, found 'sandwich'"),
         ({"use_global": False, "use_segment": False, "use_local": False}, "nothing mixes"),
         ({"num_segments": 0}, "num_segments must be at least 1"),

@@ -248,11 +248,10 @@ def test_segments_of_the_lra_model_have_two_tokens(load, length):
 
 
 def test_lra_model_has_the_published_size(load):
-    """387,202 parameters; our embedding has a LayerNorm and one token type besides."""
     workloads = load("workloads")
     config = workloads.config_of(a_case(workloads, seq_len=4096))
     ours = sum(p.numel() for p in workloads.TextClassifier(config).parameters())
-    assert ours == 387_202 + 2 * 64 + 64
+    assert ours == 387_202
 
 
 def test_text_batch_masks_the_same_share_of_every_sequence(load):
