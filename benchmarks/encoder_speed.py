@@ -1,32 +1,33 @@
-"""What leaving out two projections gains: the encoder beside its five-projection forms.
+"""What leaving out two projections gains: the encoder beside its five-projection forms and SDPA.
 
-Three forms of the same function with the same weights are timed in one process, interleaved:
+Three forms of the same function with the same weights, whose outputs are compared before anything
+is timed, and softmax attention take turns in one process:
 
     ours            projected mean, attention over hidden states (`ponet.mixers.pooling`)
     five            queries and keys of every token, otherwise the same operators
     eager           as published: five projections, rectangles, masks (`pooling_eager`)
+    sdpa            a Transformer on PyTorch's fused attention, the same in everything else
 
-for the mixing sub-layer alone and for the whole encoder, forward and forward + backward. The
-outputs are compared before anything is timed.
+for the mixing sub-layer alone and for the whole encoder, forward and forward + backward.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from model_goals import encoder_standings
+from records import RESULTS, append_record, machine_card, print_card
+from standing import print_goals
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
 from ponet.encoder import Encoder
-from ponet.measure import source_commit
 from ponet.mixers import MIXERS
 from ponet.mixers.pooling import PoNetMixer
 from ponet.packing import PackedLayout, layout_of, stream_of_packed
@@ -56,6 +57,7 @@ FORMS: dict[str, type[nn.Module]] = {
     "five": FiveProjectionMixer,
     "eager": MIXERS["ponet_eager"],
 }
+SDPA = "sdpa"
 
 
 def text_like_layout(length: int, batch_size: int, generator: torch.Generator) -> PackedLayout:
@@ -82,9 +84,9 @@ class Case:
 
 
 def build_cases(part: str, config: PoNetConfig, layout: PackedLayout) -> list[Case]:
-    """The three forms of the sub-layer or the encoder with the same weights."""
+    """The three forms of the sub-layer or the encoder with the same weights, then attention."""
     cases, weights = [], None
-    for name, mixer in FORMS.items():
+    for name, mixer in {**FORMS, SDPA: MIXERS["attention"]}.items():
         MIXERS[name] = mixer
         torch.manual_seed(0)
         module: nn.Module
@@ -94,8 +96,9 @@ def build_cases(part: str, config: PoNetConfig, layout: PackedLayout) -> list[Ca
         else:
             module = Encoder(config.replace(mixer=name))
             run = _encoder_runner(module, layout)
-        weights = weights or module.state_dict()
-        module.load_state_dict(weights)
+        if name != SDPA:
+            weights = weights or module.state_dict()
+            module.load_state_dict(weights)
         cases.append(Case(name, run))
     return cases
 
@@ -116,7 +119,7 @@ def check_equal(cases: list[Case], hidden: Tensor) -> None:
     """
     with torch.no_grad():
         expected = cases[0].run(hidden)
-        for case in cases[1:]:
+        for case in cases[1:-1]:
             error = relative_error(case.run(hidden), expected)
             assert error < TOLERANCE, f"{case.name}: relative error {error:.2g}"
 
@@ -155,33 +158,30 @@ def row(part: str, length: int, mode: str, seconds: dict[str, list]) -> dict:
         **{f"{name}_ms": medians[name] * 1e3 for name in medians},
         "ours_p20_ms": statistics.quantiles(seconds["ours"], n=5)[0] * 1e3,
         "ours_p80_ms": statistics.quantiles(seconds["ours"], n=5)[3] * 1e3,
-        "five_over_ours": medians["five"] / medians["ours"],
-        "eager_over_ours": medians["eager"] / medians["ours"],
+        **{f"{name}_over_ours": medians[name] / medians["ours"] for name in medians},
     }
 
 
 def card(config: PoNetConfig) -> dict:
     """What the figures depend on."""
     return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": source_commit(),
+        **machine_card("cpu", threads=None),
         "dtype": "float32",
         "layers": config.num_hidden_layers,
         "width": config.hidden_size,
         "segments": "10 to 40 tokens, uniform",
-        "command": " ".join(sys.argv),
     }
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description="the encoder beside its five-projection forms")
+    parser = argparse.ArgumentParser(
+        description="the encoder beside its five-projection forms and SDPA"
+    )
     parser.add_argument("--seq-len", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--layers", type=int, default=12, help="layers of the encoder")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSONL file")
     arguments = parser.parse_args()
     config = PoNetConfig(
         num_hidden_layers=arguments.layers,
@@ -189,11 +189,10 @@ def main() -> None:
         hidden_dropout_prob=0.0,
     )
     facts = card(config)
-    for name, value in facts.items():
-        print(f"{name:>9}: {value}")
+    print_card(facts)
     print(
         f"\n{'part':10} {'tokens':>6} {'mode':8} {'ours ms':>9} {'five ms':>9} {'eager ms':>9} "
-        f"{'five/ours':>9} {'eager/ours':>10}"
+        f"{'sdpa ms':>9} {'five/ours':>9} {'eager/ours':>10} {'sdpa/ours':>9}"
     )
     rows = []
     generator = torch.Generator().manual_seed(0)
@@ -210,10 +209,20 @@ def main() -> None:
                 print(
                     f"{part:10} {length:6} {mode:8} {result['ours_ms']:9.1f} "
                     f"{result['five_ms']:9.1f} {result['eager_ms']:9.1f} "
-                    f"{result['five_over_ours']:9.2f} {result['eager_over_ours']:10.2f}",
+                    f"{result['sdpa_ms']:9.1f} {result['five_over_ours']:9.2f} "
+                    f"{result['eager_over_ours']:10.2f} {result['sdpa_over_ours']:9.2f}",
                     flush=True,
                 )
-    print(json.dumps({"card": facts, "rows": rows}))
+    goals = encoder_standings(rows)
+    print_goals(goals)
+    record = {
+        "benchmark": "encoder_speed",
+        "card": facts,
+        "rows": rows,
+        "goals": [goal.as_row() for goal in goals],
+    }
+    print(f"\nwritten: {append_record(record, arguments.output)}\n")
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":
