@@ -80,6 +80,7 @@ class Case:
     """One form of one part of the model, ready to be timed."""
 
     name: str
+    module: nn.Module
     run: Callable[[Tensor], Tensor]
 
 
@@ -99,7 +100,7 @@ def build_cases(part: str, config: PoNetConfig, layout: PackedLayout) -> list[Ca
         if name != SDPA:
             weights = weights or module.state_dict()
             module.load_state_dict(weights)
-        cases.append(Case(name, run))
+        cases.append(Case(name, module, run))
     return cases
 
 
@@ -126,6 +127,9 @@ def check_equal(cases: list[Case], hidden: Tensor) -> None:
 
 def timed(case: Case, hidden: Tensor, upstream: Tensor, backward: bool) -> float:
     """Seconds of one call."""
+    # as in a training step: gradients are new, not added to those of the call before
+    case.module.zero_grad(set_to_none=True)
+    hidden.grad = None
     start = time.perf_counter()
     if backward:
         case.run(hidden).backward(upstream)
@@ -180,7 +184,7 @@ def main() -> None:
     )
     parser.add_argument("--seq-len", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--layers", type=int, default=12, help="layers of the encoder")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSONL file")
     arguments = parser.parse_args()
     config = PoNetConfig(
