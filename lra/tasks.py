@@ -1,0 +1,191 @@
+"""The tasks of the Long Range Arena (arXiv 2011.04006) with their published settings.
+
+The settings are those of the code behind the Nystromformer (arXiv 2102.03902) and PoNet
+(arXiv 2110.02442) comparisons, which are the same for every token mixer.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task: its examples, the model that reads them, and how that model is trained."""
+
+    name: str
+    """Key in `TASKS`."""
+    kind: Literal["tokens", "pixels"]
+    """Whether id 0 is padding (`tokens`) or a black pixel (`pixels`: an id is a grey level)."""
+    num_inputs: int
+    """Sequences in an example."""
+    max_tokens: int
+    """Longest input; what is longer is cut."""
+    seq_len: int
+    """Length the model is built for; the published protocol pads every input to it."""
+    vocab_size: int
+    """Rows of the embedding, more than the ids in use."""
+    class_names: tuple[str, ...]
+    """What the labels 0, 1, ... mean."""
+    split_sizes: tuple[int, int, int]
+    """Published numbers of training, development and test examples."""
+    dev_from: Literal["source", "train", "test"]
+    """Where the published development set comes from: a file of its own, a part of the training
+    set, or (Text) it is the test set."""
+    batch_size: int
+    """Examples in a training step."""
+    learning_rate: float
+    """Peak of the schedule."""
+    warmup_steps: int
+    """Steps until the peak."""
+    steps: int
+    """Training steps."""
+    eval_every: int
+    """Steps between evaluations on the development set."""
+    eval_batches: int
+    """Batches of `batch_size` in such an evaluation."""
+    num_segments: int
+    """PoNet's segments: a segment has `seq_len // num_segments + 1` tokens."""
+    mask_ratio: float
+    """Share of tokens hidden in self-pretraining (arXiv 2310.02980)."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels."""
+        return len(self.class_names)
+
+    @property
+    def mask_id(self) -> int:
+        """Id of a hidden token in self-pretraining; no input holds it."""
+        return self.vocab_size - 1
+
+
+_LISTOPS = Task(
+    name="listops",
+    kind="tokens",
+    num_inputs=1,
+    max_tokens=2000,
+    seq_len=2048,
+    vocab_size=32,
+    class_names=tuple("0123456789"),
+    split_sizes=(96_000, 2_000, 2_000),
+    dev_from="source",
+    batch_size=32,
+    learning_rate=1e-4,
+    warmup_steps=1000,
+    steps=5000,
+    eval_every=50,
+    eval_batches=62,
+    num_segments=64,
+    mask_ratio=0.10,
+)
+
+_TEXT = Task(
+    name="text",
+    kind="tokens",
+    num_inputs=1,
+    max_tokens=4000,
+    seq_len=4096,
+    vocab_size=512,
+    class_names=("negative", "positive"),
+    split_sizes=(25_000, 25_000, 25_000),
+    dev_from="test",
+    batch_size=32,
+    learning_rate=1e-4,
+    warmup_steps=8000,
+    steps=20_000,
+    eval_every=500,
+    eval_batches=781,
+    num_segments=4096,
+    mask_ratio=0.15,
+)
+
+_RETRIEVAL = Task(
+    name="retrieval",
+    kind="tokens",
+    num_inputs=2,
+    max_tokens=4000,
+    seq_len=4096,
+    vocab_size=512,
+    class_names=("unrelated", "citing"),
+    split_sizes=(147_086, 18_090, 17_437),
+    dev_from="source",
+    batch_size=32,
+    learning_rate=1e-4,
+    warmup_steps=800,
+    steps=30_000,
+    eval_every=300,
+    eval_batches=565,
+    num_segments=64,
+    mask_ratio=0.15,
+)
+
+_IMAGE = Task(
+    name="image",
+    kind="pixels",
+    num_inputs=1,
+    max_tokens=1024,
+    seq_len=1024,
+    vocab_size=512,
+    class_names=(
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ),
+    split_sizes=(45_000, 5_000, 10_000),
+    dev_from="train",
+    batch_size=256,
+    learning_rate=1e-4,
+    warmup_steps=175,
+    steps=35_000,
+    eval_every=175,
+    eval_batches=20,
+    num_segments=32,
+    mask_ratio=0.50,
+)
+
+
+def _pathfinder(name: str, side: int) -> Task:
+    return Task(
+        name=name,
+        kind="pixels",
+        num_inputs=1,
+        max_tokens=side * side,
+        seq_len=side * side,
+        vocab_size=512,
+        class_names=("apart", "connected"),
+        split_sizes=(160_000, 20_000, 20_000),
+        dev_from="source",
+        batch_size=256,
+        learning_rate=1e-4,
+        warmup_steps=312,
+        steps=62_400,
+        eval_every=312,
+        eval_batches=312,
+        num_segments=1,
+        mask_ratio=0.50,
+    )
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        _LISTOPS,
+        _TEXT,
+        _RETRIEVAL,
+        _IMAGE,
+        _pathfinder("pathfinder", 32),
+        _pathfinder("pathx", 128),
+    )
+}
+"""The tasks by name. The published comparison has no row for pathx (Path-X): its settings are those
+of pathfinder at sixteen times the length, and no run of it is a reproduction."""
+
+COMPARED = ("listops", "text", "retrieval", "image", "pathfinder")
+"""The tasks of the published table; "all" stands for them."""
