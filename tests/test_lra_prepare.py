@@ -1,0 +1,324 @@
+"""Long Range Arena: prepared tasks on disk, and the command that prepares them."""
+
+import json
+import resource
+
+import numpy as np
+import pytest
+
+from lra.cache import MANIFEST, draw_tenth, load_task, write_task
+from lra.examples import DataError, Example
+from lra.prepare import main, prepare_task
+from lra.tasks import TASKS
+
+
+def drawn(task, per_split, seed=0):
+    """Random ragged examples of the splits that the task's source has."""
+    rng = np.random.default_rng(seed)
+    for split in ("train", "test") if task.dev_from != "source" else ("train", "dev", "test"):
+        for _ in range(per_split):
+            lengths = rng.integers(1, task.max_tokens, task.num_inputs)
+            ids = [rng.integers(1, min(task.vocab_size // 2, 256), n) for n in lengths]
+            yield Example(split, int(rng.integers(task.num_classes)), tuple(map(np.array, ids)))
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "text"
+    return write_task(folder, TASKS["text"], drawn(TASKS["text"], 100), source="random")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_was_written_is_read(tmp_path, name):
+    task = TASKS[name]
+    examples = list(drawn(task, 30))
+    folder = write_task(tmp_path / name, task, examples, source="random", skipped=["line 3: empty"])
+    data = load_task(name, folder, verify=True)
+    assert data.manifest["skipped"] == {"records": 1, "first": ["line 3: empty"]}
+    expected = [e for e in examples if e.split == "test"]
+    assert len(data.test) == len(expected) == 30
+    assert data.test.labels.tolist() == [e.label for e in expected]
+    for index, example in enumerate(expected):
+        inputs = data.test.ids(index)
+        assert len(inputs) == task.num_inputs
+        for found, ids in zip(inputs, example.inputs, strict=True):
+            assert found.dtype.kind == "u"
+            np.testing.assert_array_equal(found, ids)
+        assert data.test.lengths[index].tolist() == [len(ids) for ids in example.inputs]
+    counts = np.bincount(data.test.labels, minlength=task.num_classes)
+    assert data.manifest["splits"]["test"]["label_counts"] == counts.tolist()
+    assert data.test.majority_rate == data.manifest["splits"]["test"]["majority_rate"]
+    assert data.test.majority_rate == counts.max() / 30
+
+
+def test_equal_sequences_are_stored_once(tmp_path):
+    first, second = np.array([1, 2, 3]), np.array([256])
+    inputs = [(first, second), (second, first), (first, first)]
+    examples = [
+        Example(s, 1, pair) for s, pair in zip(("train", "dev", "test"), inputs, strict=True)
+    ]
+    folder = write_task(tmp_path / "retrieval", TASKS["retrieval"], examples, source="x")
+    data = load_task("retrieval", folder)
+    assert data.manifest["sequences"] == 2
+    assert [ids.tolist() for ids in data.dev.ids(0)] == [[256], [1, 2, 3]]
+
+
+def test_text_has_a_published_and_a_clean_development_set(text_folder):
+    published = load_task("text", text_folder)
+    clean = load_task("text", text_folder, "clean")
+
+    def contents(split):
+        return [split.ids(index)[0].tobytes() for index in range(len(split))]
+
+    assert contents(published.dev) == contents(published.test) == contents(clean.test)
+    assert len(published.train) == 100
+    assert sorted(contents(clean.train) + contents(clean.dev)) == sorted(contents(published.train))
+    assert not set(contents(clean.dev)) & set(contents(clean.train))
+    for label in (0, 1):
+        of_label = (published.train.labels == label).sum()
+        assert (clean.dev.labels == label).sum() == round(of_label / 10)
+    assert clean.manifest["digest"] == published.manifest["digest"]
+    assert clean.manifest["splits"]["dev"]["examples"] == len(clean.dev)
+
+
+def test_other_tasks_have_one_development_set(tmp_path):
+    folder = write_task(tmp_path / "image", TASKS["image"], drawn(TASKS["image"], 200), source="x")
+    for variant in ("published", "clean"):
+        data = load_task("image", folder, variant)
+        assert len(data.train) + len(data.dev) == 200
+        assert 15 <= len(data.dev) <= 25
+
+
+def test_a_tenth_is_drawn_of_each_group():
+    groups = np.repeat([7, 3, 5], [100, 40, 4])
+    chosen = draw_tenth(groups, seed=0)
+    assert [int(chosen[groups == g].sum()) for g in (7, 3, 5)] == [10, 4, 1]
+    np.testing.assert_array_equal(chosen, draw_tenth(groups, seed=0))
+    assert (chosen != draw_tenth(groups, seed=1)).any()
+
+
+def test_the_digest_tells_examples_apart_and_forgets_their_origin(tmp_path):
+    task = TASKS["text"]
+    seeds = {"a": 0, "b": 0, "c": 1}
+    digests = [
+        load_task(
+            "text", write_task(tmp_path / name, task, drawn(task, 20, seed), source=name)
+        ).manifest["digest"]
+        for name, seed in seeds.items()
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_nothing_is_left_of_an_interrupted_preparation(tmp_path):
+    def broken():
+        yield from drawn(TASKS["text"], 5)
+        raise DataError("the tenth line is bad")
+
+    with pytest.raises(DataError, match="tenth line"):
+        write_task(tmp_path / "text", TASKS["text"], broken(), source="x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_from_other_errors(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"cannot be written \(\d+ MiB free\): File too large.*text"
+        ):
+            write_task(tmp_path / "text", TASKS["text"], drawn(TASKS["text"], 50), source="x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_splits_are_refused(tmp_path):
+    only = [Example("train", 1, (np.array([5]),))] * 30
+    with pytest.raises(DataError, match="some place: no example for test"):
+        write_task(tmp_path / "text", TASKS["text"], only, source="some place")
+    with pytest.raises(DataError, match="no example for test, dev"):
+        write_task(tmp_path / "listops", TASKS["listops"], only, source="some place")
+
+
+def test_an_existing_folder_is_not_touched(text_folder):
+    with pytest.raises(DataError, match="already exists; delete it"):
+        write_task(text_folder, TASKS["text"], drawn(TASKS["text"], 5), source="x")
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    task = TASKS["text"]
+    return write_task(tmp_path / "text", task, drawn(task, 20), source="random")
+
+
+def test_a_short_or_missing_file_is_refused(damaged):
+    path = damaged / "ids.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"ids\.npy: has .* bytes, expected .*delete the folder"):
+        load_task("text", damaged)
+    path.unlink()
+    with pytest.raises(DataError, match=r"ids\.npy: is missing"):
+        load_task("text", damaged)
+
+
+def test_changed_bytes_are_found_when_asked(damaged):
+    path = damaged / "ids.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    load_task("text", damaged)
+    with pytest.raises(DataError, match=r"ids\.npy: other bytes than were written"):
+        load_task("text", damaged, verify=True)
+
+
+def test_a_changed_header_is_refused(damaged):
+    path = damaged / "labels.npy"
+    path.write_bytes(b"\x00" * path.stat().st_size)
+    with pytest.raises(DataError, match=r"labels\.npy: damaged"):
+        load_task("text", damaged)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "image"}, "holds the task image, expected text"),
+        ({"format_version": 0}, "format 0, expected 1; delete the folder"),
+        ({"files": {}}, "was changed after it was written"),
+    ],
+)
+def test_foreign_manifests_are_refused(damaged, change, message):
+    path = damaged / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=message):
+        load_task("text", damaged)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '"text"'])
+def test_unreadable_manifests_are_refused(damaged, content):
+    (damaged / MANIFEST).write_text(content)
+    with pytest.raises(DataError, match="not a readable manifest"):
+        load_task("text", damaged)
+
+
+def test_what_is_no_prepared_task_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"not a prepared task, manifest\.json is missing"):
+        load_task("text", tmp_path)
+    with pytest.raises(ValueError, match="task must be one of listops, text"):
+        load_task("audio", tmp_path)
+    with pytest.raises(ValueError, match="variant must be one of published, clean"):
+        load_task("text", tmp_path, "dirty")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("name", "length"), [("listops", None), ("pathfinder", 1024)])
+def test_generated_tasks(tmp_path, name, length):
+    folders = [
+        prepare_task(name, tmp_path / str(number), num_examples=64, seed=seed, workers=1)
+        for number, seed in enumerate((0, None, 1))
+    ]
+    loaded = [load_task(name, folder, verify=True) for folder in folders]
+    data = loaded[0]
+    assert [len(split) for split in (data.train, data.dev, data.test)] == [52, 6, 6]
+    lengths = data.train.lengths
+    if length:
+        assert (lengths == length).all()
+    else:
+        assert lengths.min() > 500
+        assert lengths.max() < 2000
+        assert set(np.concatenate([data.train.ids(i)[0] for i in range(52)])) == set(range(1, 16))
+    assert data.manifest["source"] == "generated"
+    digests = [d.manifest["digest"] for d in loaded]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_path_x_is_generated_at_its_size(tmp_path):
+    data = load_task("pathx", prepare_task("pathx", tmp_path, num_examples=10, workers=1))
+    assert [len(split) for split in (data.train, data.dev, data.test)] == [8, 1, 1]
+    assert (data.train.lengths == 16_384).all()
+
+
+def review_source(folder):
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = [{"text": f"{split} {n}", "label": n % 2} for n in range(40)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_what_is_prepared_is_kept_and_not_confused(tmp_path):
+    source = review_source(tmp_path / "reviews")
+    folder = prepare_task("text", tmp_path / "data", source)
+    (source / "train.jsonl").unlink()
+    assert prepare_task("text", tmp_path / "data") == folder
+    assert prepare_task("text", tmp_path / "data", source) == folder
+    with pytest.raises(DataError, match="was prepared with seed 0, asked for 3; delete"):
+        prepare_task("text", tmp_path / "data", seed=3)
+    with pytest.raises(DataError, match="was prepared with source"):
+        prepare_task("text", tmp_path / "data", tmp_path)
+    generated = prepare_task("listops", tmp_path / "data", num_examples=20, workers=1)
+    assert prepare_task("listops", tmp_path / "data") == generated
+    with pytest.raises(DataError, match="was prepared with num_examples 20, asked for 30"):
+        prepare_task("listops", tmp_path / "data", num_examples=30)
+
+
+def test_the_folder_for_raw_data_is_looked_at(tmp_path):
+    (tmp_path / "raw").mkdir()
+    review_source(tmp_path / "raw" / "text")
+    data = load_task("text", prepare_task("text", tmp_path))
+    assert len(data.train) == 40
+    assert data.manifest["source"] == str(tmp_path / "raw" / "text")
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(
+        DataError, match=r"give --source PATH, or put at .*raw/retrieval: .*lra_rel"
+    ):
+        prepare_task("retrieval", tmp_path)
+    with pytest.raises(DataError, match=r"--source .*nowhere: not found; expected aclImdb"):
+        prepare_task("text", tmp_path, tmp_path / "nowhere")
+    with pytest.raises(DataError, match="--task: expected one of listops, text"):
+        prepare_task("audio", tmp_path)
+    with pytest.raises(DataError, match="--num-examples: text is not generated"):
+        prepare_task("text", tmp_path, num_examples=20)
+
+
+def test_an_unreachable_hub_is_said(tmp_path, monkeypatch):
+    import datasets
+
+    def refuse(name):
+        raise ConnectionError(f"offline, no {name}")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=r"uoft-cs/cifar10 cannot be loaded .*cifar-10-python"):
+        prepare_task("image", tmp_path)
+
+
+def test_all_tasks_from_the_command_line(tmp_path, monkeypatch, capsys):
+    import datasets
+
+    review = {"text": "good", "label": 1}
+    reviews = {"train": [review, {"text": "bad", "label": 0}] * 20, "test": [review]}
+
+    def load(name):
+        if name != "stanfordnlp/imdb":
+            raise ConnectionError("offline")
+        return reviews
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    flags = ["--data-dir", str(tmp_path), "--num-examples", "10", "--workers", "1", "--verify"]
+    assert main(["--task", "all", *flags]) == 1
+    output = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(output["prepared"]) == {"listops", "text", "pathfinder"}
+    assert set(output["failed"]) == {"retrieval", "image"}
+    assert output["prepared"]["pathfinder"]["splits"]["train"]["examples"] == 8
+    assert output["prepared"]["text"]["splits"]["train"]["examples"] == 40
+    assert main(["--task", "listops", "text", "--data-dir", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    "flags", [["--num-examples", "9"], ["--workers", "0"], ["--seed", "-1"], ["--task", "audio"]]
+)
+def test_bad_flags(tmp_path, flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--task", "listops", "--data-dir", str(tmp_path), *flags])
+    assert stopped.value.code == 2
+    assert flags[0] in capsys.readouterr().err
