@@ -19,9 +19,10 @@ setup(
         "ponet_kernels.triton_kernels",
         "ponet_kernels.vectorised",
         "pretrain",
+        "lra",
     ],
     package_dir={"ponet_kernels": "kernels/ponet_kernels"},
-    package_data={"pretrain": ["configs/*.yaml", "deepspeed.json"]},
+    package_data={"pretrain": ["configs/*.yaml", "deepspeed.json"], "lra": ["configs/*.yaml"]},
     install_requires=[
         # the upper bound keeps the tested builds; a CPU-only build of 2.13 satisfies it too
         "torch>=2.11,<2.14",
@@ -38,7 +39,9 @@ setup(
         "pyyaml>=6.0",
         "tensorboard>=2.19",
         "tqdm>=4.66",
-        # plots of the benchmarks
+        # images of Long Range Arena
+        "pillow>=11",
+        # plots
         "matplotlib>=3.9",
     ],
     extras_require={

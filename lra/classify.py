@@ -1,0 +1,139 @@
+"""The task itself: its loss, and its accuracy on the development and test sets by protocol."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lra.batches import DEV, TEST, TRAIN, Batch, ShuffledBatches, batches_of_all, collect
+from lra.cache import Split, TaskData
+from lra.model import LongRangeClassifier
+from lra.protocol import ModelInputs, model_inputs
+from lra.settings import RunSettings
+from lra.tasks import TASKS
+from lra.trainer import autocast
+
+
+def read(
+    split: Split, indices: np.ndarray, settings: RunSettings, device: torch.device
+) -> tuple[ModelInputs, Batch]:
+    """Examples in the form of the run's protocol, and the plain batch, both on a device."""
+    batch = collect(split, indices).to(device)
+    inputs = model_inputs(
+        batch.ids,
+        batch.lengths,
+        protocol=settings.protocol,
+        task=TASKS[settings.task],
+        mixer=settings.model,
+        num_segments=settings.num_segments,
+    )
+    return inputs, batch
+
+
+class Classification:
+    """Loss and accuracies of a classifier on a task.
+
+    published   The development set is an endless shuffled stream of full batches, of which an
+                evaluation takes the next `eval_batches`; the test leaves out what fills no batch.
+                All batches being equal, the published mean of batch means is the share of right
+                answers.
+    clean       Evaluations take all examples, or the same drawn ones when told to take fewer.
+    """
+
+    def __init__(
+        self,
+        model: LongRangeClassifier,
+        data: TaskData,
+        settings: RunSettings,
+        device: torch.device,
+    ) -> None:
+        """Arrange the batches.
+
+        Args:
+            model: on the device.
+            data: of the task, in the variant of the protocol.
+            settings: of the run.
+            device: of the model.
+
+        Raises:
+            DataError: a split does not fill one batch.
+        """
+        self.model = model
+        self._data = data
+        self._settings = settings
+        self._device = device
+        clean = settings.protocol == "clean"
+        self._train = self._shuffled(data.train, TRAIN, by_length=clean)
+        self._dev = None if clean else self._shuffled(data.dev, DEV)
+        self._test = None if clean else self._shuffled(data.test, TEST)
+
+    def _shuffled(self, split: Split, purpose: int, by_length: bool = False) -> ShuffledBatches:
+        settings = self._settings
+        return ShuffledBatches(
+            split,
+            settings.batch_size,
+            seed=settings.seed,
+            purpose=purpose,
+            by_length=by_length,
+        )
+
+    def loss(self, step: int) -> Tensor:
+        """Mean cross-entropy on the batch of a training step."""
+        inputs, batch = read(
+            self._data.train, self._train.indices(step), self._settings, self._device
+        )
+        return F.cross_entropy(self.model(inputs).float(), batch.labels)
+
+    def dev_batches(self, evaluation: int) -> list[np.ndarray]:
+        """Examples of an evaluation on the development set, counted from 0."""
+        settings = self._settings
+        if self._dev is None:
+            count = settings.eval_batches
+            limit = None if count is None else count * settings.batch_size
+            return self._all(self._data.dev, DEV, limit)
+        assert settings.eval_batches is not None
+        first = evaluation * settings.eval_batches
+        return [self._dev.indices(first + i) for i in range(settings.eval_batches)]
+
+    def test_batches(self) -> list[np.ndarray]:
+        """Examples of the test."""
+        limit = self._settings.test_examples
+        if self._test is None:
+            return self._all(self._data.test, TEST, limit)
+        count = self._test.per_pass
+        if limit is not None:
+            count = min(count, max(1, limit // self._settings.batch_size))
+        return [self._test.indices(i) for i in range(count)]
+
+    def _all(self, split: Split, purpose: int, limit: int | None) -> list[np.ndarray]:
+        settings = self._settings
+        return batches_of_all(
+            split, settings.batch_size, limit=limit, seed=settings.seed, purpose=purpose
+        )
+
+    def dev_accuracy(self, evaluation: int) -> float:
+        """Share of right answers in an evaluation, counted from 0."""
+        return self._accuracy(self._data.dev, self.dev_batches(evaluation))
+
+    def test_accuracy(self) -> float:
+        """Share of right answers in the test."""
+        return self._accuracy(self._data.test, self.test_batches())
+
+    def _accuracy(self, split: Split, batches: Iterable[np.ndarray]) -> float:
+        counts = torch.zeros(2, dtype=torch.long, device=self._device)
+        for right in self.answers(split, batches):
+            counts += torch.stack([right.sum(), right.new_tensor(len(right), dtype=torch.long)])
+        correct, total = counts.tolist()
+        return correct / total
+
+    @torch.no_grad()
+    def answers(self, split: Split, batches: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        """Whether the model is right about each example of each batch: `[B]` bool."""
+        self.model.eval()
+        for indices in batches:
+            inputs, batch = read(split, indices, self._settings, self._device)
+            with autocast(self._settings.precision, self._device):
+                logits = self.model(inputs)
+            yield logits.argmax(dim=1) == batch.labels

@@ -1,0 +1,101 @@
+"""Self-pretraining: predict hidden tokens of the task's own training set, then learn the task.
+
+After "Never Train from Scratch" (arXiv 2310.02980), with the encoder of the task and a masked-LM
+head in place of the classifier. Only ids of the training set are used, never labels or test data.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lra.batches import PRETRAIN, ShuffledBatches
+from lra.cache import TaskData
+from lra.classify import read
+from lra.model import initialise_linear_layers
+from lra.protocol import ModelInputs
+from lra.settings import RunSettings
+from lra.tasks import Task
+from lra.trainer import Plan
+from ponet import PoNetForMaskedLM
+from ponet.model import IGNORED_LABEL
+
+_WARMUP_SHARE = 0.1
+
+
+def build_masked_lm(settings: RunSettings) -> PoNetForMaskedLM:
+    """The encoder of a task under a masked-LM head, initialised like the classifier's."""
+    model = PoNetForMaskedLM(settings.model_config())
+    initialise_linear_layers(model.ponet)
+    return model
+
+
+def hide_tokens(inputs: ModelInputs, task: Task) -> tuple[Tensor, Tensor]:
+    """Hide a share of the real tokens, each by an independent draw of PyTorch's generator.
+
+    Args:
+        inputs: with the tokens as they are.
+        task: decides share and id of hidden tokens.
+
+    Returns:
+        Ids with hidden tokens replaced, and labels: the original id at hidden tokens, -100 at
+        others; both like `inputs.input_ids`.
+    """
+    ids = inputs.input_ids
+    hidden = inputs.real & (torch.rand(ids.shape, device=ids.device) < task.mask_ratio)
+    return ids.masked_fill(hidden, task.mask_id), ids.masked_fill(~hidden, IGNORED_LABEL)
+
+
+class MaskedPrediction:
+    """Loss of self-pretraining."""
+
+    def __init__(
+        self,
+        model: PoNetForMaskedLM,
+        data: TaskData,
+        settings: RunSettings,
+        device: torch.device,
+    ) -> None:
+        """Arrange the batches.
+
+        Args:
+            model: on the device.
+            data: of the task; the training set alone is read.
+            settings: of the run.
+            device: of the model.
+
+        Raises:
+            DataError: the training set does not fill one batch.
+        """
+        self._model = model
+        self._data = data
+        self._settings = settings
+        self._device = device
+        self._batches = ShuffledBatches(
+            data.train,
+            settings.batch_size,
+            seed=settings.seed,
+            purpose=PRETRAIN,
+            by_length=settings.protocol == "clean",
+        )
+
+    def plan(self) -> Plan:
+        """The passes as steps, a tenth of them with rising learning rate."""
+        steps = max(1, math.ceil(self._settings.pretrain_epochs * self._batches.per_pass))
+        return Plan(
+            steps=steps,
+            warmup_steps=round(_WARMUP_SHARE * steps),
+            learning_rate=self._settings.pretrain_learning_rate,
+            eval_every=steps,
+        )
+
+    def loss(self, step: int) -> Tensor:
+        """Mean cross-entropy at the hidden tokens of the batch of a step."""
+        inputs, _ = read(
+            self._data.train, self._batches.indices(step), self._settings, self._device
+        )
+        hidden, labels = hide_tokens(inputs, self._data.task)
+        arguments = inputs.encoder_arguments() | {"input_ids": hidden}
+        loss = self._model(**arguments, labels=labels).loss
+        assert loss is not None
+        return loss
