@@ -99,6 +99,7 @@ def _speed_table(group: Group) -> str:
 
 def _incomplete_table(group: Group) -> str:
     head = ["task", "model", "seed", "steps", "of", "accuracy", "commonest class", "steps/s"]
+    head.append("not as published")
     rows = [
         [
             TITLES[run.task],
@@ -109,6 +110,7 @@ def _incomplete_table(group: Group) -> str:
             _figure(100 * run.test_accuracy),
             _figure(100 * run.majority_rate),
             f"{run.steps_per_s:.3g}",
+            ", ".join(map(str, run.departures)) or "data",
         ]
         for run in group.incomplete
     ]

@@ -31,6 +31,8 @@ class Result:
     """Seed of the run."""
     complete: bool
     """Whether it is the whole published run on the whole data."""
+    departures: list
+    """Names of the settings that are not the published ones."""
     steps: int
     """Training steps done."""
     published_steps: int

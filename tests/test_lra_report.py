@@ -29,6 +29,7 @@ def save(root: Path, **changes: Any) -> Path:
         "seed": 0,
         "pretrain_epochs": 0,
         "complete": True,
+        "departures": [],
         "steps": 20000,
         "planned_steps": 20000,
         "published_steps": 20000,
@@ -93,12 +94,18 @@ def test_average_needs_all_five_tasks(tmp_path: Path):
 
 def test_incomplete_runs_are_listed_but_not_averaged(tmp_path: Path):
     save(tmp_path, seed=0, test_accuracy=0.70)
-    save(tmp_path, seed=1, test_accuracy=0.10, complete=False, steps=40, data={"digest": "tiny"})
+    changes = {"complete": False, "steps": 40, "data": {"digest": "tiny"}}
+    save(tmp_path, seed=1, test_accuracy=0.10, departures=["steps", "dropout"], **changes)
+    save(tmp_path, seed=2, **changes)
     text = write_report(tmp_path)
     assert row(text, "PoNet")[1] == "70.00 (1)"
     listed = text.split("### Incomplete runs")[1]
-    cells = [cell.strip() for cell in listed.splitlines()[4].strip("|").split("|")]
-    assert cells == ["Text", "PoNet", "1", "40", "20000", "10.00", "50.00", "4"]
+    first, second = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in listed.splitlines()[4:6]
+    )
+    assert first == ["Text", "PoNet", "1", "40", "20000", "10.00", "50.00", "4", "steps, dropout"]
+    # all settings are the published ones
+    assert second[-1] == "data"
 
 
 def test_report_of_incomplete_runs_alone(tmp_path: Path):
