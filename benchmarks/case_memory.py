@@ -1,6 +1,5 @@
 """Peak memory of a process, and a limit on what it may take, so that no machine starts to swap."""
 
-import ctypes
 import re
 import resource
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ponet.measure import peak_memory_mib
+from ponet.measure import peak_memory_mib, return_free_memory
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -31,20 +30,12 @@ def available_mib() -> float:
     return free / _MIB
 
 
-def hand_back(device: torch.device) -> None:
-    """Give freed memory back, so that the next process finds it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 class MemoryMeter:
     """Peak memory above the level at which it was made: resident on a CPU, allocated on a GPU."""
 
     def __init__(self, device: torch.device, limit_mib: float | None) -> None:
         self._device = device
-        hand_back(device)
+        return_free_memory(device)
         self._start = self._level()
         self._cap = None if limit_mib is None else self._data() + limit_mib
         if device.type == "cuda" and limit_mib is not None:
@@ -53,7 +44,7 @@ class MemoryMeter:
 
     def begin(self) -> None:
         """Forget the peak so far and, on a CPU, set the limit to what is there now."""
-        hand_back(self._device)
+        return_free_memory(self._device)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return

@@ -17,11 +17,11 @@ from types import TracebackType
 from typing import Any, TextIO
 
 import torch
-from case_memory import MemoryMeter, hand_back, is_out_of_memory, missing_memory
+from case_memory import MemoryMeter, is_out_of_memory, missing_memory
 from torch import Tensor
 from workloads import Case, Workload, build_workload
 
-from ponet.measure import synchronise
+from ponet.measure import return_free_memory, synchronise
 
 Answer = dict[str, Any]
 
@@ -75,7 +75,7 @@ class CaseServer:
                 raise
             message = missing_memory(error)
         # outside the handler, whose traceback would keep the tensors alive
-        hand_back(self._device)
+        return_free_memory(self._device)
         return {"out_of_memory": message}
 
     def _build(self) -> Answer:
@@ -114,7 +114,7 @@ class CaseServer:
         self._check(kind, out)
         peak = self._meter.peak_mib()
         del out
-        hand_back(self._device)
+        return_free_memory(self._device)
         return {"ms": times[skip:], "skipped_ms": times[:skip], "peak_mib": peak}
 
     def _check(self, kind: str, out: Tensor) -> None:

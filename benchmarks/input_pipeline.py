@@ -29,8 +29,10 @@ from tokenizers import Tokenizer
 
 from ponet.measure import source_commit
 from ponet.model import IGNORED_LABEL
+from ponet.sentences import split_sentences
+from ponet.tokenizer import load_tokenizer
 from pretrain.batches import EpochBatches, MicroBatchSampler, make_loader, pack_bins
-from pretrain.corpus import build_corpus, load_corpus, split_sentences
+from pretrain.corpus import build_corpus, load_corpus
 from pretrain.objectives import (
     ExampleSettings,
     TokenCorpus,
@@ -38,7 +40,7 @@ from pretrain.objectives import (
     plan_epoch,
 )
 from pretrain.sources import iter_documents
-from pretrain.vocabulary import load_tokenizer, train_tokenizer
+from pretrain.vocabulary import train_tokenizer
 
 # values of BERT's vocabulary; other ids cost the same time
 CLS, SEP, MASK = 101, 102, 103

@@ -13,12 +13,11 @@ import sys
 from pathlib import Path
 
 import torch
-from case_memory import hand_back
 from cases import SUB_LAYER, build_case
 from layouts import Batch, dtype_name, make_batch
 from parts import Candidate
 
-from ponet.measure import peak_memory_mib
+from ponet.measure import peak_memory_mib, return_free_memory
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FORMS = ("ours", "public", "sdpa", "sdpa flash", "sdpa cudnn")
@@ -38,7 +37,7 @@ def _start(device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 2**20
     # what the set-up freed would serve the call unseen
-    hand_back(device)
+    return_free_memory(device)
     try:
         _RESET.write_text("5")
     except OSError:

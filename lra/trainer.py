@@ -24,7 +24,7 @@ from tqdm import tqdm
 from lra.schedule import one_cycle
 from ponet.checkpoint import CheckpointError, write_atomically
 from ponet.log import MetricsWriter
-from ponet.measure import peak_memory_mib, synchronise
+from ponet.measure import peak_memory_mib, return_free_memory, synchronise
 
 _BETA2, _EPSILON = 0.999, 1e-6
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -245,6 +245,8 @@ class Trainer:
     def _report(self, interval: "_Interval", writer: MetricsWriter) -> None:
         progress, plan = self.progress, self._plan
         loss, seconds = interval.finish()
+        if self._place.device.type == "cpu":
+            return_free_memory(self._place.device)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"{self._name}: the loss became {loss} in the {interval.steps} steps before step "
