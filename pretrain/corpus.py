@@ -11,7 +11,6 @@ The folder appears complete or not at all, and its bytes do not depend on the nu
 """
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -29,21 +28,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencex
 from filelock import FileLock
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ponet.checkpoint import current_umask
+from ponet.sentences import split_sentences, splitter_version
+from ponet.tokenizer import tokenizer_fingerprint
 from pretrain.sources import SourceReport
-from pretrain.vocabulary import SentenceEncoder, token_dtype, tokenizer_fingerprint
+from pretrain.vocabulary import SentenceEncoder, token_dtype
 
 FORMAT_VERSION = 1
 """Part of every cache key: raise it when the same documents give other files."""
 
 _MANIFEST = "corpus.json"
 _FILES = ("tokens.bin", "sentences.bin", "documents.bin")
-_LANGUAGE = "en"
 # characters handed to a worker at once: seconds of work would starve the others at the end,
 # and far less would be spent on handing over
 _BATCH_CHARACTERS = 2**20
@@ -256,25 +255,12 @@ def load_corpus(folder: str | Path, *, verify: bool = True) -> Corpus:
     )
 
 
-def split_sentences(document: str) -> list[str]:
-    """Sentences of a document; none crosses the end of a paragraph.
-
-    Args:
-        document: paragraphs separated by newlines.
-    """
-    paragraphs = filter(None, document.split("\n"))
-    # the package gives its type checkers no stubs
-    segment = sentencex.segment  # pyright: ignore[reportAttributeAccessIssue]
-    segments = chain.from_iterable(segment(_LANGUAGE, paragraph) for paragraph in paragraphs)
-    return list(filter(None, map(str.strip, segments)))
-
-
 def _settings(tokenizer: Tokenizer, key_parts: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that decides the bytes of a corpus."""
     return {
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "sentence_splitter": f"sentencex {importlib.metadata.version('sentencex')} {_LANGUAGE}",
+        "sentence_splitter": splitter_version(),
         "sources": dict(key_parts),
     }
 

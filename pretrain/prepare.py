@@ -10,18 +10,18 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from ponet.cli import UsageError
+from ponet.tokenizer import (
+    SpecialTokens,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_fingerprint,
+)
 from pretrain.corpus import Corpus, build_corpus
 from pretrain.launch import Launch
 from pretrain.objectives import ExampleSettings
 from pretrain.settings import PretrainConfig
 from pretrain.sources import SourceReport, content_key, iter_documents
-from pretrain.vocabulary import (
-    SpecialTokens,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_fingerprint,
-    train_tokenizer,
-)
+from pretrain.vocabulary import train_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from ponet.measure import (
     training_flops,
 )
 from ponet.model import IGNORED_LABEL
+from ponet.tokenizer import SpecialTokens, save_tokenizer
 from pretrain.batches import MicroBatchSampler, evaluation_batches, make_loader
 from pretrain.checkpoints import CheckpointStore, Progress
 from pretrain.corpus import Corpus
@@ -55,7 +56,6 @@ from pretrain.trainer import (
     no_sums,
     train_step,
 )
-from pretrain.vocabulary import SpecialTokens, save_tokenizer
 
 logger = logging.getLogger("pretrain")
 

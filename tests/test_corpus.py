@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from ponet.sentences import split_sentences
 from pretrain import corpus as corpus_module
-from pretrain.corpus import Corpus, DamagedCacheError, build_corpus, load_corpus, split_sentences
+from pretrain.corpus import Corpus, DamagedCacheError, build_corpus, load_corpus
 from pretrain.sources import SourceReport
 from pretrain.vocabulary import train_tokenizer
 
@@ -260,7 +261,7 @@ class TestCache:
         program = (
             "import sys\n"
             "from pretrain.corpus import build_corpus\n"
-            "from pretrain.vocabulary import load_tokenizer\n"
+            "from ponet.tokenizer import load_tokenizer\n"
             "documents = [f'Document {i} begins. It ends.' for i in range(20000)]\n"
             "corpus = build_corpus(documents, load_tokenizer(sys.argv[1]),\n"
             "    cache_dir=sys.argv[1] + '/cache', key_parts={})\n"
