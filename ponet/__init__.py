@@ -1,7 +1,7 @@
 """PoNet: a long-sequence encoder that mixes tokens by pooling (arXiv 2110.02442)."""
 
 from ponet.checkpoint import CheckpointError
-from ponet.config import ConfigError, PoNetConfig
+from ponet.config import ConfigError, PoNetConfig, PoolerConfig
 from ponet.model import (
     PoNetForMaskedLM,
     PoNetForPreTraining,
@@ -19,4 +19,5 @@ __all__ = [
     "PoNetForSequenceClassification",
     "PoNetForTokenClassification",
     "PoNetModel",
+    "PoolerConfig",
 ]

@@ -22,6 +22,40 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PoolerConfig:
+    """How the states of a sequence become one vector; see `ponet.poolers`.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    name: str = "cls"
+    """Key of `ponet.poolers.POOLERS`."""
+    reading: Literal["literal", "sound"] = "sound"
+    """sound: padding, scale and chance change nothing; literal: as the pooler's source has it."""
+    num_layers: int = 3
+    """Last layers read by the poolers that read several; the published number."""
+    num_heads: int = 4
+    """Heads of the poolers with attention, which divide the hidden size; the published number."""
+    layer_choice: Literal["own", "norm"] = "own"
+    """own: layers as the pooler defines; norm: for each token, of the last `num_layers` layers the
+    one with the longest vector."""
+    window: int = 2
+    """Neighbouring features in a softmax of mswap; divides the hidden size."""
+    num_draws: int = 1
+    """Tokens that stochastic draws for a feature."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "window", "num_draws"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"pooler {name} must be at least 1, found {getattr(self, name)}")
+        for name, allowed in (("reading", ("literal", "sound")), ("layer_choice", ("own", "norm"))):
+            if getattr(self, name) not in allowed:
+                found = getattr(self, name)
+                raise ConfigError(f"pooler {name} must be {' or '.join(allowed)}, found {found!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PoNetConfig:
     """Sizes and switches of a PoNet encoder; the defaults are the published base model.
 
@@ -99,6 +133,8 @@ class PoNetConfig:
     """Classes of the sentence objective: 3 for SSO, 2 for NSP, 0 for none."""
     num_labels: int = 2
     """Classes of a sequence or token classifier; 1 makes the sequence classifier a regression."""
+    pooler: PoolerConfig = PoolerConfig()
+    """What a sequence classifier reads."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
@@ -148,6 +184,8 @@ class PoNetConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         fields = {_PUBLISHED_NAMES.get(key, key): value for key, value in content.items()}
         try:
+            if "pooler" in fields:
+                fields["pooler"] = _pooler_from(fields["pooler"])
             return cls(**{key: value for key, value in fields.items() if key in names})
         except (ConfigError, TypeError) as error:
             raise ConfigError(f"{origin}: {error}") from error
@@ -168,3 +206,9 @@ class PoNetConfig:
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
         return cls.from_dict(content, str(path))
+
+
+def _pooler_from(content: Any) -> PoolerConfig:
+    if not isinstance(content, dict):
+        raise ConfigError(f"pooler: expected a JSON object, found {content!r}")
+    return PoolerConfig(**content)

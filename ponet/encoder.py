@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ponet.config import ConfigError, PoNetConfig
 from ponet.mixers import MIXERS
@@ -79,12 +80,19 @@ class Encoder(nn.Module):
             raise ConfigError(f"mixer must be one of {sorted(MIXERS)}, found {config.mixer!r}")
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.final_norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.recomputes = False
+        """Layers keep nothing for the backward pass, which computes them again: less memory."""
 
     def forward(self, hidden: Tensor, layout: PackedLayout) -> list[Tensor]:
         """States after the embedding and after each layer, L + 1 tensors `[T, C]`."""
         states = [hidden]
         for layer in self.layers:
-            states.append(layer(states[-1], layout))
+            if self.recomputes and torch.is_grad_enabled():
+                state = checkpoint(layer, states[-1], layout, use_reentrant=False)
+                assert isinstance(state, Tensor)
+            else:
+                state = layer(states[-1], layout)
+            states.append(state)
         states[-1] = self.final_norm(states[-1])
         return states
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.checkpoint import PreTrainedModel
-from ponet.config import PoNetConfig
+from ponet.config import ConfigError, PoNetConfig
 from ponet.encoder import Embeddings, Encoder, initialise
 from ponet.packing import PackedLayout, TokenStream, layout_of, stream_of_packed, stream_of_rows
+from ponet.poolers import build_pooler, first_tokens
 
 IGNORED_LABEL = -100
 _HALF = (torch.float16, torch.bfloat16)
@@ -83,10 +84,7 @@ class EncodedStream:
 
     def first_tokens(self) -> Tensor:
         """State of the first token of each sequence, zero for an empty one: `[B, C]`."""
-        offsets = self.stream.cu_seqlens.long()
-        padded = torch.cat([self.last, self.last.new_zeros(1, self.last.shape[1])])
-        empty = offsets[1:] == offsets[:-1]
-        return padded.index_select(0, torch.where(empty, self.last.shape[0], offsets[:-1]))
+        return first_tokens(self.last, self.stream.cu_seqlens)
 
     def hidden_states(self, wanted: bool) -> tuple[Tensor, ...] | None:
         """The states in the caller's layout."""
@@ -315,15 +313,29 @@ def _encode(
 
 
 class PoNetForSequenceClassification(PreTrainedModel):
-    """Dropout and a linear layer on the pooled first token."""
+    """Dropout and a linear layer on the vector of the pooler that the configuration names.
 
-    new_weights = ("classifier.",)
+    The pooler `cls` is the encoder's own and comes with a checkpoint; others start afresh.
+
+    Raises:
+        ConfigError: the pooler does not fit the encoder.
+    """
+
+    new_weights = ("classifier.", "pooler.")
 
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__(config)
-        self.ponet = PoNetModel(config)
+        self.ponet = PoNetModel(config, add_pooler=config.pooler.name == "cls")
+        self.pooler = build_pooler(
+            config.pooler, config.hidden_size, config.initializer_range, dense=self.ponet.pooler
+        )
+        if self.pooler.num_layers > config.num_hidden_layers:
+            raise ConfigError(
+                f"pooler {config.pooler.name} reads the last {self.pooler.num_layers} layers, "
+                f"num_hidden_layers is {config.num_hidden_layers}"
+            )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(self.pooler.output_size, config.num_labels)
         initialise(self.classifier, config)
 
     def forward(
@@ -335,7 +347,9 @@ class PoNetForSequenceClassification(PreTrainedModel):
             labels: `[B]`, int64 classes, or floats when `num_labels` is 1 (mean squared error).
         """
         encoded, states = _encode(self.ponet, input_ids, inputs)
-        logits = self.classifier(self.dropout(self.ponet.pool(encoded)))
+        stream = encoded.stream
+        pooled = self.pooler(encoded.states, stream.cu_seqlens, stream.row_length)
+        logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None and self.config.num_labels == 1:
             loss = F.mse_loss(logits.squeeze(1), labels.to(logits.dtype))

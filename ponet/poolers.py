@@ -1,0 +1,328 @@
+"""Sentence poolers: the states of a sequence become one vector, on the packed stream of any mixer.
+
+    name          vector                                                            source
+    cls           tanh(W h + b), h the first token                                  BERT
+    max_cls       element-wise maximum of the first token over the last k layers    MaxPoolBERT
+    mha           multi-head attention of the first token over all tokens           MaxPoolBERT
+    maxseq_mha    mha on the element-wise maximum of the last k layers              MaxPoolBERT
+    meanseq_mha   mha on the mean of the last k layers                              MaxPoolBERT
+    meanmax       tanh(W [mean; m] + b), m the token with the longest vector        CS475
+    mswap         relu(h * softmax(h)), softmax in windows of w features of h       CS475
+    stochastic    tanh(W s + b), s a token drawn for each feature                   CS475
+    mean, max     element-wise over the tokens                                      -
+
+MaxPoolBERT is arXiv 2505.15696, CS475 a course's report on poolers for BERT. Layers are those of
+the encoder, the embedding is none of them. Everything is over real tokens, [CLS] and [SEP] included
+and padding excluded, with these exceptions in the literal reading of a source:
+
+    mha, ...      the softmax has a term for each padding token of the row, whose state is zero, so
+                  the vector depends on the longest sequence of the batch
+    meanmax       a sum in place of the mean, which saturates tanh for long sequences
+    stochastic    draws are added up in place of averaged, and made in evaluation too
+
+In the sound reading stochastic follows Zeiler and Fergus (arXiv 1301.3557): in evaluation the
+expectation of a draw. The sources let the model compute states at padding; here there are none,
+`PoNetModel` returns zero, and zero is what the literal reading takes.
+
+An empty sequence counts as one token with the state zero.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ponet.config import ConfigError, PoolerConfig
+from ponet_kernels import global_mean, segment_max
+
+__all__ = ["POOLERS", "PoolerConfig", "SentencePooler", "build_pooler", "first_tokens"]
+
+LayerRule = Literal["last", "max", "mean", "norm"]
+"""How the states of a token in several layers become one."""
+
+
+def _tokens_at(tokens: Tensor, cu_seqlens: Tensor, places: Tensor | int) -> Tensor:
+    """The token at a place of each sequence, zero for an empty one: `[T, C]` -> `[B, C]`."""
+    offsets = cu_seqlens.long()
+    padded = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])
+    empty = offsets[1:] == offsets[:-1]
+    return padded.index_select(0, torch.where(empty, tokens.shape[0], offsets[:-1] + places))
+
+
+def first_tokens(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The first token of each sequence, zero for an empty one.
+
+    Args:
+        tokens: `[T, C]`.
+        cu_seqlens: `[B + 1]`, int32.
+
+    Returns:
+        `[B, C]`.
+    """
+    return _tokens_at(tokens, cu_seqlens, 0)
+
+
+def _real_tokens(cu_seqlens: Tensor, row_length: int) -> Tensor:
+    """Where rows that begin with their tokens have one: `[B, N]` bool."""
+    columns = torch.arange(row_length, device=cu_seqlens.device)
+    return columns < cu_seqlens.diff().unsqueeze(1)
+
+
+def _rows(tokens: Tensor, real: Tensor) -> Tensor:
+    """`[T, ...]` -> `[B, N, ...]`, zero where `real` is not."""
+    rows = tokens.new_zeros(*real.shape, *tokens.shape[1:])
+    rows[real] = tokens
+    return rows
+
+
+def _join_layers(layers: Sequence[Tensor], rule: LayerRule) -> Tensor:
+    """One state of each token from those of k layers `[M, C]`; the first layer wins ties."""
+    if rule == "last":
+        return layers[-1]
+    stacked = torch.stack(tuple(layers))
+    if rule == "max":
+        return stacked.max(dim=0).values
+    if rule == "mean":
+        return stacked.mean(dim=0)
+    longest = stacked.detach().norm(dim=2).argmax(dim=0)
+    return stacked[longest, torch.arange(stacked.shape[1], device=stacked.device)]
+
+
+class SentencePooler(nn.Module):
+    """What all poolers share: the choice of layers, and a last projection where there is one."""
+
+    def __init__(
+        self,
+        config: PoolerConfig,
+        hidden_size: int,
+        layer_rule: LayerRule,
+        dense: nn.Linear | None,
+    ) -> None:
+        """Take the settings.
+
+        Args:
+            config: of the pooler.
+            hidden_size: width of the states.
+            layer_rule: the pooler's own choice of layers.
+            dense: projection before a tanh; None: neither.
+        """
+        super().__init__()
+        self.layer_rule: LayerRule = "norm" if config.layer_choice == "norm" else layer_rule
+        self.num_layers = 1 if self.layer_rule == "last" else config.num_layers
+        self.literal = config.reading == "literal"
+        self.config = config
+        self.output_size = hidden_size
+        self.dense = dense
+
+    def forward(
+        self, states: Sequence[Tensor], cu_seqlens: Tensor, row_length: int | None = None
+    ) -> Tensor:
+        """Pool each sequence.
+
+        Args:
+            states: `[T, C]` each, after the embedding and after each layer.
+            cu_seqlens: `[B + 1]`, int32, offsets of the sequences.
+            row_length: tokens of a row with its padding, at least the longest sequence, which it
+                is when None; the sound readings do not depend on it.
+
+        Returns:
+            `[B, output_size]`.
+
+        Raises:
+            ValueError: there are fewer layers than the pooler reads.
+        """
+        if self.num_layers > len(states) - 1:
+            raise ValueError(
+                f"the pooler reads the last {self.num_layers} layers, found {len(states) - 1}"
+            )
+        if row_length is None:
+            row_length = int(cu_seqlens.diff().max())
+        vectors = self._pool(states[-self.num_layers :], cu_seqlens, row_length)
+        return vectors if self.dense is None else torch.tanh(self.dense(vectors))
+
+    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
+        """Pool the states of the layers that the pooler reads: `[B, C]`, before the projection."""
+        raise NotImplementedError
+
+
+class FirstTokenPooler(SentencePooler):
+    """The first token: cls and max_cls."""
+
+    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
+        del row_length
+        # chosen before layers are joined, which then costs B states and not T
+        return _join_layers([first_tokens(x, cu_seqlens) for x in layers], self.layer_rule)
+
+
+class SwapPooler(FirstTokenPooler):
+    """mswap: each feature weighted by a softmax over its window, then ReLU."""
+
+    def __init__(
+        self,
+        config: PoolerConfig,
+        hidden_size: int,
+        layer_rule: LayerRule,
+        dense: nn.Linear | None,
+    ) -> None:
+        super().__init__(config, hidden_size, layer_rule, dense)
+        _require_divisor("window", config.window, hidden_size)
+
+    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
+        vectors = super()._pool(layers, cu_seqlens, row_length)
+        windows = vectors.unflatten(1, (-1, self.config.window))
+        return F.relu(windows * windows.softmax(dim=2)).flatten(1)
+
+
+class MeanPooler(SentencePooler):
+    """mean: over the tokens."""
+
+    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
+        return global_mean(_join_layers(layers, self.layer_rule), cu_seqlens, row_length)
+
+
+class MaxPooler(SentencePooler):
+    """max: over the tokens, element by element; the first token wins ties."""
+
+    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
+        del row_length
+        tokens = _join_layers(layers, self.layer_rule)
+        lengths = cu_seqlens.diff().long()
+        sequences = torch.arange(len(lengths), device=tokens.device).repeat_interleave(
+            lengths, output_size=len(tokens)
+        )
+        maxima = segment_max(tokens, cu_seqlens, sequences)
+        return maxima.masked_fill((lengths == 0).unsqueeze(1), 0.0)
+
+
+class MeanMaxPooler(SentencePooler):
+    """meanmax: the mean, or literally the sum, beside the token with the longest vector."""
+
+    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
+        tokens = _join_layers(layers, self.layer_rule)
+        average = global_mean(tokens, cu_seqlens, row_length)
+        if self.literal:
+            average = average * cu_seqlens.diff().unsqueeze(1)
+        norms = _rows(tokens.detach().norm(dim=1), _real_tokens(cu_seqlens, max(row_length, 1)))
+        # the first of equal norms, so padding, whose norm is zero, never comes before a token
+        longest = _tokens_at(tokens, cu_seqlens, norms.argmax(dim=1))
+        return torch.cat([average, longest], dim=1)
+
+
+class StochasticPooler(SentencePooler):
+    """stochastic: for each feature the activation of a token, drawn in proportion to it."""
+
+    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
+        activations = F.relu(_join_layers(layers, self.layer_rule))
+        if self.training or self.literal:
+            real = _real_tokens(cu_seqlens, max(row_length, 1))
+            return self._draw(_rows(activations, real))
+        # sum_t p_t a_t with p_t = a_t / sum_s a_s; zero where nothing is active
+        total = global_mean(activations, cu_seqlens, row_length)
+        squares = global_mean(activations.square(), cu_seqlens, row_length)
+        return squares / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+    def _draw(self, rows: Tensor) -> Tensor:
+        """Activations `[B, N, C]` -> `[B, C]`, summed in the literal reading, else averaged."""
+        rates = rows.detach().float()
+        # of clocks that ring after exponential times, p_t is the chance of that of rate a_t to be
+        # the first
+        drawn = [
+            (rates / torch.empty_like(rates).exponential_()).argmax(dim=1)
+            for _ in range(self.config.num_draws)
+        ]
+        values = rows.gather(1, torch.stack(drawn, dim=1))
+        return values.sum(dim=1) if self.literal else values.mean(dim=1)
+
+
+class AttentionPooler(SentencePooler):
+    """mha, maxseq_mha, meanseq_mha: attention of the first token, without residual or norm."""
+
+    def __init__(
+        self,
+        config: PoolerConfig,
+        hidden_size: int,
+        layer_rule: LayerRule,
+        dense: nn.Linear | None,
+    ) -> None:
+        super().__init__(config, hidden_size, layer_rule, dense)
+        _require_divisor("num_heads", config.num_heads, hidden_size)
+        # PyTorch's initial weights, as published, in place of BERT's
+        self.attention = nn.MultiheadAttention(hidden_size, config.num_heads, batch_first=True)
+
+    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
+        real = _real_tokens(cu_seqlens, max(row_length, 1))
+        rows = _rows(_join_layers(layers, self.layer_rule), real)
+        ignored = None
+        if not self.literal:
+            ignored = ~real
+            # a softmax over nothing is undefined: an empty sequence has one token, zero
+            ignored[:, 0] = False
+        vectors, _ = self.attention(
+            rows[:, :1], rows, rows, key_padding_mask=ignored, need_weights=False
+        )
+        return vectors.squeeze(1)
+
+
+class PoolerKind(NamedTuple):
+    """An entry of `POOLERS`."""
+
+    build: type[SentencePooler]
+    """The class."""
+    layer_rule: LayerRule
+    """Its own choice of layers."""
+    dense_inputs: int
+    """Vectors that the projection before the tanh reads; 0: no projection, no tanh."""
+
+
+POOLERS: dict[str, PoolerKind] = {
+    "cls": PoolerKind(FirstTokenPooler, "last", 1),
+    "meanmax": PoolerKind(MeanMaxPooler, "last", 2),
+    "mswap": PoolerKind(SwapPooler, "last", 0),
+    "stochastic": PoolerKind(StochasticPooler, "last", 1),
+    "max_cls": PoolerKind(FirstTokenPooler, "max", 0),
+    "mha": PoolerKind(AttentionPooler, "last", 0),
+    "maxseq_mha": PoolerKind(AttentionPooler, "max", 0),
+    "meanseq_mha": PoolerKind(AttentionPooler, "mean", 0),
+    "mean": PoolerKind(MeanPooler, "last", 0),
+    "max": PoolerKind(MaxPooler, "last", 0),
+}
+"""The poolers by name."""
+
+
+def build_pooler(
+    config: PoolerConfig,
+    hidden_size: int,
+    initializer_range: float,
+    *,
+    dense: nn.Linear | None = None,
+) -> SentencePooler:
+    """Make a pooler.
+
+    Args:
+        config: which one, and its settings.
+        hidden_size: width of the states.
+        initializer_range: standard deviation of a new projection's weights, BERT's rule.
+        dense: projection to share in place of a new one: that of a pre-trained encoder, for cls.
+
+    Returns:
+        The pooler; `output_size` is the width of its vectors, `num_layers` counts the last layers
+        that it reads.
+
+    Raises:
+        ConfigError: there is no such pooler, or the hidden size does not fit it.
+    """
+    if config.name not in POOLERS:
+        raise ConfigError(f"pooler name must be one of {', '.join(POOLERS)}, found {config.name!r}")
+    kind = POOLERS[config.name]
+    if dense is None and kind.dense_inputs:
+        dense = nn.Linear(kind.dense_inputs * hidden_size, hidden_size)
+        nn.init.normal_(dense.weight, std=initializer_range)
+        nn.init.zeros_(dense.bias)
+    return kind.build(config, hidden_size, kind.layer_rule, dense)
+
+
+def _require_divisor(name: str, value: int, hidden_size: int) -> None:
+    if hidden_size % value:
+        raise ConfigError(f"hidden_size {hidden_size} is not a multiple of pooler {name} {value}")
