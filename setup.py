@@ -20,9 +20,14 @@ setup(
         "ponet_kernels.vectorised",
         "pretrain",
         "lra",
+        "glue",
     ],
     package_dir={"ponet_kernels": "kernels/ponet_kernels"},
-    package_data={"pretrain": ["configs/*.yaml", "deepspeed.json"], "lra": ["configs/*.yaml"]},
+    package_data={
+        "pretrain": ["configs/*.yaml", "deepspeed.json"],
+        "lra": ["configs/*.yaml"],
+        "glue": ["configs/*.yaml"],
+    },
     install_requires=[
         # the upper bound keeps the tested builds; a CPU-only build of 2.13 satisfies it too
         "torch>=2.11,<2.14",
@@ -39,6 +44,9 @@ setup(
         "pyyaml>=6.0",
         "tensorboard>=2.19",
         "tqdm>=4.66",
+        # metrics of GLUE
+        "scikit-learn>=1.6",
+        "scipy>=1.14",
         # images of Long Range Arena
         "pillow>=11",
         # plots

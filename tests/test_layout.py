@@ -14,7 +14,7 @@ from pretrain.settings import PRESETS, PretrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
     path
-    for folder in ("ponet", "kernels/ponet_kernels", "pretrain", "lra", "benchmarks")
+    for folder in ("ponet", "kernels/ponet_kernels", "pretrain", "lra", "glue", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
@@ -35,7 +35,7 @@ def test_script_folders_shadow_no_library(path):
     assert path.stem not in taken | set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("package", ["ponet", "ponet_kernels", "pretrain", "lra"])
+@pytest.mark.parametrize("package", ["ponet", "ponet_kernels", "pretrain", "lra", "glue"])
 def test_every_module_imports(package):
     folder = ROOT / ("kernels/ponet_kernels" if package == "ponet_kernels" else package)
     for path in folder.rglob("*.py"):
@@ -46,7 +46,10 @@ def test_every_module_imports(package):
 
 def test_imports_run_one_way():
     """Kernels know nothing of the rest, the library nothing of the programs."""
-    forbidden = {"kernels": ("ponet", "pretrain"), "ponet": ("pretrain", "lra", "benchmarks")}
+    forbidden = {
+        "kernels": ("ponet", "pretrain"),
+        "ponet": ("pretrain", "lra", "glue", "benchmarks"),
+    }
     for path in SOURCES:
         top = path.relative_to(ROOT).parts[0]
         for name in forbidden.get(top, ()):

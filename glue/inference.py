@@ -1,0 +1,67 @@
+"""What a classifier says of all rows of a split."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from glue.batches import Batch, batches_of_all, collect
+from glue.encoding import EncodedRows
+from ponet import PoNetForSequenceClassification
+from ponet.model import ClassifierOutput
+
+Precision = Literal["fp32", "bf16"]
+
+_MAX_TOKENS = 16_384
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """The arithmetic of a forward pass."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def apply(model: PoNetForSequenceClassification, batch: Batch) -> ClassifierOutput:
+    """Run a batch through a model."""
+    # some encoders know no second text
+    types = batch.token_type_ids if model.config.type_vocab_size > 1 else None
+    return model(
+        batch.input_ids,
+        cu_seqlens=batch.cu_seqlens,
+        token_type_ids=types,
+        segment_ids=batch.segment_ids,
+        labels=batch.labels,
+    )
+
+
+@torch.inference_mode()
+def outputs_of(
+    model: PoNetForSequenceClassification, rows: EncodedRows, precision: Precision = "fp32"
+) -> np.ndarray:
+    """Logits, or the numbers of a regression.
+
+    Args:
+        model: put into evaluation mode.
+        rows: N examples.
+        precision: arithmetic.
+
+    Returns:
+        `[N, num_labels]` float32, in the order of the rows.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    outputs = np.empty((len(rows), model.config.num_labels), dtype=np.float32)
+    for indices in batches_of_all(rows.lengths, _MAX_TOKENS):
+        with autocast(precision, device):
+            logits = apply(model, collect(rows, indices, device)).logits
+        outputs[indices] = logits.float().cpu().numpy()
+    return outputs
+
+
+def predictions_of(outputs: np.ndarray) -> np.ndarray:
+    """Classes `[N]` int64 from logits, or numbers `[N]` float64 from a regression's outputs."""
+    if outputs.shape[1] == 1:
+        return outputs[:, 0].astype(np.float64)
+    return outputs.argmax(axis=1)

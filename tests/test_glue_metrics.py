@@ -1,0 +1,95 @@
+"""Metrics against their definitions, with ties, constant predictions, one class."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+
+from glue.metrics import METRICS, constant_prediction, mean_of, score
+
+
+def classes(text: str) -> np.ndarray:
+    return np.array([int(letter) for letter in text])
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.parametrize(
+    ("said", "true", "accuracy", "f1", "matthews"),
+    [
+        # 3 true positives, 1 false one, 1 missed, 1 true negative
+        ("111010", "111100", 4 / 6, 2 * 3 / (2 * 3 + 1 + 1), (3 * 1 - 1 * 1) / math.sqrt(64)),
+        ("1100", "1100", 1.0, 1.0, 1.0),
+        ("0011", "1100", 0.0, 0.0, -1.0),
+        # always the commoner class: F1 is defined, the correlation is not
+        ("1111", "1110", 3 / 4, 6 / 7, None),
+        ("0000", "1110", 1 / 4, 0.0, None),
+        # one class only
+        ("0000", "0000", 1.0, None, None),
+        ("0100", "0000", 3 / 4, 0.0, None),
+        ("1", "1", 1.0, 1.0, None),
+    ],
+)
+def test_classes(said, true, accuracy, f1, matthews):
+    found = score(["accuracy", "f1", "matthews"], classes(said), classes(true))
+    expected = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
+    for name, value in expected.items():
+        assert found[name] is None if value is None else found[name] == pytest.approx(value), name
+
+
+def test_correlation_of_three_classes():
+    """R_3 of Gorodkin: covariance of the two assignments over that of each."""
+    said, true = classes("012201"), classes("012012")
+    one_hot = [np.eye(3)[x] for x in (said, true)]
+    centred = [x - x.mean(axis=0) for x in one_hot]
+    products = {(i, j): (centred[i] * centred[j]).sum() for i in (0, 1) for j in (0, 1)}
+    expected = products[0, 1] / math.sqrt(products[0, 0] * products[1, 1])
+    assert METRICS["matthews"](said, true) == pytest.approx(expected)
+
+
+def test_numbers_with_ties():
+    said, true = np.array([1.0, 2.0, 2.0, 4.0]), np.array([0.0, 1.0, 5.0, 5.0])
+    found = score(["pearson", "spearman"], said, true)
+    covariance = ((said - 2.25) * (true - 2.75)).sum()
+    expected = covariance / math.sqrt(((said - 2.25) ** 2).sum() * ((true - 2.75) ** 2).sum())
+    assert found["pearson"] == pytest.approx(expected)
+    # ranks 1, 2.5, 2.5, 4 and 1, 2, 3.5, 3.5; both have the mean 2.5
+    ranks = np.array([1, 2.5, 2.5, 4]) - 2.5, np.array([1, 2, 3.5, 3.5]) - 2.5
+    expected = (ranks[0] * ranks[1]).sum() / math.sqrt(
+        (ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()
+    )
+    assert found["spearman"] == pytest.approx(expected)
+    assert METRICS["spearman"](np.exp(true), true) == pytest.approx(1.0)
+
+
+def test_constant_numbers_have_no_correlation():
+    numbers = np.array([1.0, 2.0, 3.0])
+    for name in ("pearson", "spearman"):
+        assert METRICS[name](np.full(3, 2.5), numbers) is None
+        assert METRICS[name](numbers, np.full(3, 2.5)) is None
+
+
+def test_names_and_refusals():
+    assert score(["accuracy"], classes("1"), classes("1"), prefix="ax_") == {"ax_accuracy": 1.0}
+    with pytest.raises(ValueError, match="at least one"):
+        score(["accuracy"], classes(""), classes(""))
+    with pytest.raises(ValueError, match="as many"):
+        score(["accuracy"], classes("11"), classes("1"))
+
+
+def test_mean_of_two_is_undefined_with_one_of_them():
+    assert mean_of({"accuracy": 0.8, "f1": 0.9}, ("accuracy", "f1")) == pytest.approx(0.85)
+    assert mean_of({"accuracy": 0.8, "f1": None}, ("accuracy", "f1")) is None
+    assert mean_of({"accuracy": 0.8}, ("accuracy", "f1")) is None
+
+
+def test_constant_prediction():
+    assert constant_prediction(classes("01112"), 3).tolist() == [1, 1, 1]
+    assert constant_prediction(classes("0110"), 1).tolist() == [0]
+    assert constant_prediction(np.array([1.0, 2.0, 4.5]), 2).tolist() == [2.5, 2.5]

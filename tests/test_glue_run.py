@@ -1,0 +1,476 @@
+"""Fine-tuning from the command line to `result.json`, on tiny files and a tiny checkpoint."""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from glue.encoding import RowEncoder
+from glue.inference import outputs_of
+from glue.model_folder import Meaning, read_meaning
+from glue.models import build_classifier, read_checkpoint, tile_positions
+from glue.run import main
+from glue.sources import load_task
+from glue.tasks import NINE_COLUMNS, TASKS
+from glue.trainer import Trainer, learning_rate_factor
+from ponet import (
+    PoNetConfig,
+    PoNetForPreTraining,
+    PoNetForSequenceClassification,
+    PoolerConfig,
+)
+from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer, load_tokenizer, save_tokenizer
+
+GOOD, BAD = "good fine great", "bad poor sad"
+FILLERS = "the a film is it was very and so then ."
+WORDS = (*SPECIAL_TOKENS, *f"{GOOD} {BAD} {FILLERS}".split())
+TINY = ["--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3", "--device", "cpu"]
+TIMES = {"seconds", "steps_per_s", "peak_memory_mib"}
+
+
+def checkpoint_at(folder: Path, **changes: Any) -> Path:
+    torch.manual_seed(0)
+    config = PoNetConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        cls_token_id=2,
+        sep_token_id=3,
+    )
+    PoNetForPreTraining(config.replace(**changes)).save_pretrained(folder)
+    save_tokenizer(bert_tokenizer({word: i for i, word in enumerate(WORDS)}), folder)
+    return folder
+
+
+def sentence(rng: random.Random, label: int, length: int = 6) -> str:
+    words = rng.choices(FILLERS.split(), k=length)
+    words[rng.randrange(length)] = rng.choice((BAD, GOOD)[label].split())
+    return " ".join(words)
+
+
+def table(header: str | None, lines: list[str]) -> str:
+    return "".join(f"{line}\n" for line in ([header] if header else []) + lines)
+
+
+def official_files(root: Path) -> None:
+    """Every GLUE task in the official layout, 16 / 8 / 4 rows."""
+    rng = random.Random(0)
+    sizes = {"train": 16, "dev": 8, "test": 4}
+
+    def put(path: str, header: str | None, lines: list[str]) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(table(header, lines), "utf-8")
+
+    def one(i: int) -> str:
+        return sentence(rng, i % 2)
+
+    for split, n in sizes.items():
+        if split == "test":
+            put("CoLA/test.tsv", "index\tsentence", [f"{i}\t{one(i)}" for i in range(n)])
+            put("SST-2/test.tsv", "index\tsentence", [f"{i}\t{one(i)}" for i in range(n)])
+        else:
+            put(f"CoLA/{split}.tsv", None, [f"gj04\t{i % 2}\t\t{one(i)}" for i in range(n)])
+            put(f"SST-2/{split}.tsv", "sentence\tlabel", [f"{one(i)}\t{i % 2}" for i in range(n)])
+        pairs = {
+            "MRPC": ("#1 String\t#2 String", "Quality", ("0", "1")),
+            "STS-B": ("sentence1\tsentence2", "score", ("0.500", "4.800")),
+            "QQP": ("question1\tquestion2", "is_duplicate", ("0", "1")),
+            "QNLI": ("question\tsentence", "label", ("not_entailment", "entailment")),
+            "RTE": ("sentence1\tsentence2", "label", ("not_entailment", "entailment")),
+            "WNLI": ("sentence1\tsentence2", "label", ("0", "1")),
+        }
+        for folder, (texts, label, names) in pairs.items():
+            header = f"index\t{texts}" + ("" if split == "test" else f"\t{label}")
+            lines = [
+                f"{i}\t{one(i)}\t{one(i)}" + ("" if split == "test" else f"\t{names[i % 2]}")
+                for i in range(n)
+            ]
+            put(f"{folder}/{split}.tsv", header, lines)
+    names = TASKS["mnli"].labels
+    for split, n in (("train", 18), ("dev_matched", 6), ("dev_mismatched", 9)):
+        lines = [f"{one(i)}\t{one(i)}\tx\t{names[i % 3]}" for i in range(n)]
+        put(f"MNLI/{split}.tsv", "sentence1\tsentence2\tlabel1\tgold_label", lines)
+    for split in ("test_matched", "test_mismatched"):
+        lines = [f"{i}\t{one(i)}\t{one(i)}" for i in range(4)]
+        put(f"MNLI/{split}.tsv", "index\tsentence1\tsentence2", lines)
+    put("AX/diagnostic.tsv", "index\tsentence1\tsentence2", [f"{i}\tgood\tbad" for i in range(5)])
+    lines = [f"x\t{one(i)}\t{one(i)}\t{names[i % 3]}" for i in range(5)]
+    put("AX/diagnostic-full.tsv", "Logic\tPremise\tHypothesis\tLabel", lines)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with `data` and the checkpoint `tiny`, the current one."""
+    official_files(tmp_path / "data")
+    checkpoint_at(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
+    """Run the program; gives what its last line says, with its exit status and log."""
+
+    def run(*flags: str, checkpoint: str = "tiny") -> dict[str, Any]:
+        arguments = ["--checkpoint", checkpoint, "--threads", "1", *flags]
+        monkeypatch.setattr(sys, "argv", ["glue/run.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        output = capsys.readouterr()
+        lines = output.out.splitlines()
+        last = json.loads(lines[-1]) if lines else {}
+        return {**last, "status": ended.value.code, "log": output.err}
+
+    return run
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name not in TIMES}
+
+
+def test_all_tasks_from_data_to_submission(command, workplace):
+    found = command("--task", "all", "wnli", "ax", *TINY)
+    assert (found["status"], found["failures"], len(found["runs"])) == (0, [], 9)
+    results = {run["task"]: run for run in found["runs"]}
+    for name, result in results.items():
+        folder = workplace / "runs" / "glue" / "tiny" / f"{name}-cls-b8-lr0.001-seed0"
+        assert json.loads((folder / "result.json").read_text()) == result
+        assert not (folder / "checkpoint.pt").exists()
+        assert (result["checkpoint"], result["mixer"]) == ("tiny", "ponet")
+        assert (result["pooler"], result["reading"]) == ("cls", "sound")
+        assert result["from_scratch"] is False
+        assert result["complete"] is False
+        size = 18 if name == "mnli" else 16
+        assert (result["num_train"], result["steps"]) == (size, 2 * -(-size // 8))
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        kinds = [(entry["kind"], entry["step"]) for entry in map(json.loads, lines)]
+        per_pass = result["steps"] // 2
+        expected = [(kind, step) for step in (per_pass, 2 * per_pass) for kind in ("train", "eval")]
+        assert kinds == expected
+        written = sorted(path.stem for path in (folder / "submission").iterdir())
+        submissions = set(TASKS[name].submissions) | ({"AX"} if name == "mnli" else set())
+        assert written == sorted(submissions)
+    assert results["mrpc"]["majority_metrics"] == {"accuracy": 0.5, "f1": 0.0}
+    assert results["mrpc"]["majority"] == 0.25
+    assert results["cola"]["majority"] is None
+    assert results["stsb"]["majority"] is None
+    assert set(results["mnli"]["metrics"]) == {
+        "matched_accuracy",
+        "mismatched_accuracy",
+        "ax_matthews",
+    }
+    assert results["mnli"]["num_eval"] == 15
+    (summary,) = found["summary"]
+    columns = summary["columns"]
+    assert set(columns) == {*NINE_COLUMNS, "WNLI", "AX"}
+    # CoLA is undefined where a model says the same of all sentences
+    nine = [columns[title] for title in NINE_COLUMNS]
+    average = None if None in nine else pytest.approx(np.mean(nine))
+    assert summary["average"] == average
+    assert columns["RTE"] == 100 * results["rte"]["metrics"]["accuracy"]
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb", "qnli"])
+def test_model_folder_loads_and_repeats_the_submission(command, workplace, task):
+    result = command("--task", task, "--pooler", "maxseq_mha", *TINY)["runs"][0]
+    folder = Path(result["run"])
+    model = PoNetForSequenceClassification.from_pretrained(folder / "model")
+    meaning = read_meaning(folder / "model")
+    labels = TASKS[task].labels
+    assert meaning == Meaning(
+        task=task,
+        labels=labels,
+        num_texts=1 if task == "sst2" else 2,
+        max_length=128,
+        segments="texts",
+    )
+    tokenizer = load_tokenizer(folder / "model")
+    data = load_task(TASKS[task], workplace / "data")
+    (rows,) = data.submissions.values()
+    encoder = RowEncoder(tokenizer, max_length=128, segments="texts")
+    outputs = outputs_of(model, encoder.encode(rows))
+    (path,) = (folder / "submission").iterdir()
+    header, *lines = path.read_text().splitlines()
+    assert header == "index\tprediction"
+    if task == "stsb":
+        expected = [f"{min(max(value, 0.0), 5.0):.3f}" for value in outputs[:, 0].tolist()]
+    elif task == "qnli":
+        expected = [labels[number] for number in outputs.argmax(axis=1)]
+    else:
+        expected = [str(number) for number in outputs.argmax(axis=1)]
+    assert lines == [f"{i}\t{value}" for i, value in enumerate(expected)]
+
+
+def test_it_learns_what_there_is_to_learn(command, workplace):
+    rng = random.Random(1)
+    for split, size in (("train", 160), ("dev", 60)):
+        lines = [f"{sentence(rng, i % 2)}\t{i % 2}" for i in range(size)]
+        (workplace / "data" / "SST-2" / f"{split}.tsv").write_text(
+            table("sentence\tlabel", lines), "utf-8"
+        )
+    flags = ["--epochs", "8", "--batch-size", "8", "--learning-rate", "5e-3", "--no-save-models"]
+    found = command("--task", "sst2", "--pooler", "max", *flags)
+    (result,) = found["runs"]
+    assert result["metrics"]["accuracy"] == 1.0
+    assert result["majority"] == 0.5
+    assert not (Path(result["run"]) / "model").exists()
+
+
+class Interrupted(Exception):
+    """Stands for the end of a process."""
+
+
+def test_interrupted_grid_continues(command, workplace, monkeypatch):
+    grid = ["--task", "rte", "cola", "--grid", "poolers", "--epochs", "2", "--learning-rate"]
+    grid += ["1e-3", "--device", "cpu", "--seeds", "2", "--pooler", "cls", "stochastic"]
+    grid += ["--checkpoint-minutes", "0", "--log-every", "1", "--no-save-models"]
+    whole = command(*grid, "--output-dir", "whole")
+    assert len(whole["runs"]) == 2 * 3 * 2 * 2
+    assert {run["batch_size"] for run in whole["runs"]} == {16, 32, 64}
+
+    steps = 0
+    train = Trainer.step
+
+    def interrupted(self: Trainer, step: int) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 12:
+            raise Interrupted
+        return train(self, step)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(Interrupted):
+        command(*grid, "--output-dir", "parts")
+    # the run that was interrupted had done a step and kept it
+    parts = workplace / "parts" / "tiny"
+    finished = {path: path.stat().st_mtime_ns for path in parts.glob("*/result.json")}
+    assert len(finished) == 5
+    assert len(list(parts.glob("*/checkpoint.pt"))) == 1
+    again = command(*grid, "--output-dir", "parts")
+    assert again["status"] == 0
+    assert "5 of 24 runs are finished already" in again["log"]
+    assert "resuming after step 1" in again["log"]
+    for path, moment in finished.items():
+        assert path.stat().st_mtime_ns == moment
+    by_run = [
+        {Path(run["run"]).name: figures(run) | {"run": None} for run in found["runs"]}
+        for found in (whole, again)
+    ]
+    assert by_run[0] == by_run[1]
+    for path in parts.glob("*/metrics.jsonl"):
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        steps_of = [entry["step"] for entry in entries if entry["kind"] == "train"]
+        assert steps_of == sorted(set(steps_of))
+    # a third time there is nothing to do
+    monkeypatch.setattr(Trainer, "step", None)
+    assert command(*grid, "--output-dir", "parts")["status"] == 0
+
+
+def test_published_grid_has_twenty_runs(command):
+    found = command("--task", "wnli", "--grid", "published", "--epochs", "1", "--no-save-models")
+    points = {(run["batch_size"], run["learning_rate"]) for run in found["runs"]}
+    assert len(points) == len(found["runs"]) == 20
+    assert points == {(b, r) for b in (8, 16, 32, 64, 128) for r in (3e-5, 5e-5, 1e-4, 3e-4)}
+
+
+def test_from_scratch_keeps_sizes_alone(workplace):
+    checkpoint = read_checkpoint(workplace / "tiny")
+    shared = {
+        "num_labels": 2,
+        "max_length": 32,
+        "pooler": PoolerConfig(name="mean"),
+        "dropout": 0.0,
+    }
+    built = []
+    for from_scratch in (False, True):
+        torch.manual_seed(5)
+        built.append(build_classifier(checkpoint, from_scratch=from_scratch, **shared))
+    words = [model.ponet.embeddings.word.weight for model in built]
+    assert torch.equal(words[0], checkpoint.entries["ponet.embeddings.word_embeddings.weight"])
+    assert not torch.equal(*words)
+    assert torch.equal(built[0].classifier.weight, built[1].classifier.weight)
+
+
+def test_random_baseline_has_a_folder_of_its_own(command):
+    pretrained = command("--task", "rte", *TINY)["runs"][0]
+    scratch = command("--task", "rte", "--from-scratch", *TINY)["runs"][0]
+    assert Path(scratch["run"]).parent.name == "tiny-scratch"
+    assert (pretrained["from_scratch"], scratch["from_scratch"]) == (False, True)
+
+
+def test_head_of_another_task_is_left_behind(command):
+    """A fine-tuned model, of three classes and another pooler, is a checkpoint like any other."""
+    first = command("--task", "mnli", "--pooler", "mha", *TINY)["runs"][0]
+    found = command("--task", "rte", *TINY, checkpoint=f"{first['run']}/model")
+    assert found["status"] == 0
+    # named for the run, not for the folder "model" in it
+    assert found["runs"][0]["checkpoint"] == "mnli-mha-b8-lr0.001-seed0"
+
+
+def test_positions_repeat():
+    table = torch.arange(6.0).reshape(3, 2)
+    tiled = tile_positions(table, 8)
+    assert tiled.shape == (8, 2)
+    for position in range(8):
+        assert torch.equal(tiled[position], table[position % 3])
+    assert tile_positions(table, 2) is table
+
+
+def test_long_texts_and_recomputed_layers(command, workplace):
+    """Texts beyond the checkpoint's 32 positions; recomputing layers changes no figure."""
+    rng = random.Random(2)
+    folder = workplace / "data" / "hyperpartisan"
+    folder.mkdir()
+    for split, size in (("train", 8), ("dev", 4)):
+        texts = [" ".join(sentence(rng, i % 2, 20) for _ in range(4)) for i in range(size)]
+        lines = [
+            json.dumps({"text": text, "label": ("false", "true")[i % 2]})
+            for i, text in enumerate(texts)
+        ]
+        (folder / f"{split}.jsonl").write_text(table(None, lines), "utf-8")
+    losses = []
+    for flag in ("--gradient-checkpointing", "--no-gradient-checkpointing"):
+        found = command("--task", "hnd", flag, *TINY, "--output-dir", flag[2:])
+        (result,) = found["runs"]
+        assert (result["max_length"], result["segments"]) == (4096, "sentences")
+        metrics = Path(result["run"]) / "metrics.jsonl"
+        entries = [json.loads(line) for line in metrics.read_text().splitlines()]
+        losses.append([entry["loss"] for entry in entries if entry["kind"] == "train"])
+        model = PoNetForSequenceClassification.from_pretrained(Path(result["run"]) / "model")
+        assert model.config.max_position_embeddings == 4096
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_own_pairs_with_numbers(command, workplace):
+    rng = random.Random(3)
+    lines = [f'"{sentence(rng, i % 2)}","so, then",{i % 2}.5' for i in range(20)]
+    Path("mine.csv").write_text(table("x,y,z", lines), "utf-8")
+    Path("new.csv").write_text("x,y\ngood film,so\n", "utf-8")
+    flags = ["--task", "mine", "--train-file", "mine.csv", "--test-file", "new.csv"]
+    flags += ["--text-column", "x", "y", "--label-column", "z", "--regression", *TINY]
+    (result,) = command(*flags)["runs"]
+    assert (result["num_train"], result["num_eval"]) == (18, 2)
+    assert set(result["metrics"]) == {"pearson", "spearman"}
+    lines = (Path(result["run"]) / "submission" / "mine.tsv").read_text().splitlines()
+    assert len(lines) == 2
+    assert read_meaning(Path(result["run"]) / "model").labels == ()
+
+
+def test_settings_reach_the_run(command):
+    flags = ["--task", "rte", "--pooler", "meanmax", "--reading", "literal", "--segments"]
+    flags += ["sentences", "--max-train-examples", "9", "--layer-choice", "norm"]
+    (result,) = command(*flags, *TINY, "--pooler-layers", "2")["runs"]
+    assert Path(result["run"]).name == "rte-meanmax-literal-k2-norm-b8-lr0.001-seed0"
+    assert (result["reading"], result["segments"]) == ("literal", "sentences")
+    assert result["num_train"] == 9
+    assert "trained on 9 of 16 rows" in result["departures"]
+    assert result["pooler_settings"]["num_layers"] == 2
+    assert result["metrics"]["accuracy"] is not None
+
+
+def test_schedule():
+    """Up to the peak in the last step of the warm-up, and one step short of zero at the end."""
+    factors = [learning_rate_factor(i, steps=6, warmup_steps=2) for i in range(6)]
+    assert factors == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert learning_rate_factor(0, steps=4, warmup_steps=0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "squad"], "--task must be one of cola"),
+        (["--task", "rte", "--pooler", "best"], "--pooler must be one of cls"),
+        (["--task", "rte", "--train-file", "x.csv"], "give your task one new name by --task"),
+        (["--task", "rte", "--dev-file", "x.csv"], "--dev-file and --test-file belong to"),
+        (["--task", "rte", "--seeds", "0"], "--seeds must be at least 1"),
+        (["--task", "rte", "--checkpoint", "none"], "config.json: no such file"),
+        (["--task", "hnd"], "--task hnd has no data: expected train.jsonl in"),
+        (["--task", "rte", "--pooler", "mha", "--pooler-heads", "3"], "pooler num_heads 3"),
+        (["--task", "rte", "--pooler", "max_cls", "--pooler-layers", "4"], "the last 4 layers"),
+        (["--task", "rte", "--device", "cuda"], "PyTorch finds no GPU"),
+    ],
+)
+def test_complaints(command, flags, message):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    found = command(*flags)
+    assert found["status"] in (1, 2)
+    assert message in found["log"]
+    assert "Traceback" not in found["log"]
+    assert not Path("runs").exists()
+
+
+def test_complaints_about_files(command, workplace):
+    """What is wrong in the data of the second task is said before the first one runs."""
+    path = workplace / "data" / "RTE" / "train.tsv"
+    good = path.read_text()
+    for text, message in (
+        (good.replace("\tnot_entailment", "\tperhaps", 1), "line 2: unknown label 'perhaps'"),
+        (good.replace("sentence2", "text"), "no column 'sentence2'"),
+        (good + "16\t\tso\tentailment\n", "line 18: the text in column 'sentence1' is empty"),
+    ):
+        path.write_text(text)
+        found = command("--task", "cola", "rte", *TINY)
+        assert found["status"] == 1
+        assert f"{path.relative_to(workplace)}" in found["log"]
+        assert message in found["log"]
+    assert not Path("runs").exists()
+
+
+def test_complaints_about_checkpoints(command, workplace):
+    (checkpoint_at(workplace / "bare") / "tokenizer.json").unlink()
+    found = command("--task", "rte", checkpoint="bare")
+    assert found["status"] == 1
+    assert "bare: a checkpoint needs its tokenizer" in found["log"]
+    checkpoint_at(workplace / "other", cls_token_id=5)
+    found = command("--task", "rte", checkpoint="other")
+    assert "[CLS] and [SEP] are 2 and 3 to the tokenizer, 5 and 3 to config.json" in found["log"]
+    save_tokenizer(
+        bert_tokenizer({w: i for i, w in enumerate((*WORDS, "more"))}), workplace / "tiny"
+    )
+    found = command("--task", "rte")
+    assert f"the tokenizer has {len(WORDS) + 1} tokens" in found["log"]
+
+
+def test_folder_of_another_run_is_refused(command, workplace):
+    command("--task", "rte", *TINY)
+    found = command("--task", "rte", *TINY, "--dropout", "0.2")
+    assert found["status"] == 2
+    assert "holds a run with other settings (dropout 0.1, now 0.2)" in found["log"]
+    torch.manual_seed(1)
+    model = PoNetForPreTraining.from_pretrained(workplace / "tiny")
+    with torch.no_grad():
+        model.ponet.embeddings.word.weight.add_(1.0)
+    model.save_pretrained(workplace / "tiny")
+    found = command("--task", "rte", *TINY)
+    assert found["status"] == 2
+    assert "(checkpoint '" in found["log"]
+
+
+def test_diverging_run_is_a_failure_and_the_others_go_on(command, monkeypatch):
+    train = Trainer.step
+
+    def diverging(self: Trainer, step: int) -> torch.Tensor:
+        loss = train(self, step)
+        return loss * float("nan") if self._settings.seed == 0 else loss
+
+    monkeypatch.setattr(Trainer, "step", diverging)
+    found = command("--task", "rte", "--seeds", "2", *TINY)
+    assert found["status"] == 1
+    (failure,) = found["failures"]
+    assert "rte-cls-b8-lr0.001-seed0: the loss became nan" in failure
+    assert [run["seed"] for run in found["runs"]] == [1]
+
+
+def test_checkpoint_without_a_pooler(command, workplace):
+    """Pre-training without a sentence objective leaves none; cls then begins with a new one."""
+    checkpoint_at(workplace / "mlm", num_sentence_labels=0)
+    assert command("--task", "rte", *TINY, checkpoint="mlm")["status"] == 0

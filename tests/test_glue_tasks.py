@@ -1,0 +1,392 @@
+"""Tasks, their files, and their examples as tokens and batches."""
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from glue import encoding
+from glue.batches import ShuffledBatches, batches_of_all, collect
+from glue.encoding import RowEncoder
+from glue.readers import label_names, read_hub, read_table
+from glue.rows import DataError, Rows
+from glue.sources import OwnFiles, load_own, load_task
+from glue.tasks import NINE_COLUMNS, TASKS, Segments, Table
+from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+WORDS = (*SPECIAL_TOKENS, *"abcdefgh", "one", "two", "three", "##s", ".", ",", "!")
+PAIR = Table(file="x.tsv", texts=("a", "b"), label="l", index="id")
+ONE = Table(file="x.csv", texts=("t",), label="l")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return bert_tokenizer({word: number for number, word in enumerate(WORDS)})
+
+
+def written(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+    return path
+
+
+def rows(*texts: list[str], labels: list[int] | None = None) -> Rows:
+    return Rows(
+        texts=texts,
+        labels=None if labels is None else np.array(labels),
+        indices=[str(i) for i in range(len(texts[0]))],
+        origin="a test",
+    )
+
+
+class TestSharedData:
+    """The files beside this checkout: rows and label shares as their README states."""
+
+    @pytest.mark.parametrize(
+        ("name", "train", "dev", "departures"),
+        [
+            ("cola", 8551, 1043, 0),
+            ("sst2", 67349, 872, 0),
+            ("mrpc", 4076 - 408, 408, 2),
+            ("stsb", 5749, 1500, 0),
+            ("rte", 2490 - 249, 249, 1),
+            ("wnli", 635, 71, 0),
+            ("qnli", 4000 - 400, 400, 2),
+            ("qqp", 20000 - 2000, 2000, 2),
+            ("mnli", 20000, 3000, 2),
+            ("hnd", 516, 64, 0),
+            ("yelp5", 5000, 4000, 1),
+        ],
+    )
+    def test_rows(self, name, train, dev, departures):
+        if not DATA.is_dir():
+            pytest.skip("no data beside this checkout")
+        data = load_task(TASKS[name], DATA)
+        (found,) = data.evaluation.values()
+        assert (len(data.train), len(found)) == (train, dev)
+        assert len(data.departures) == departures
+        assert data.train.skipped == found.skipped == 0
+        assert len(data.train.texts) == len(found.texts)
+
+    @pytest.mark.parametrize(
+        ("name", "train", "dev"),
+        [
+            ("cola", {1: 6023}, {1: 721}),
+            ("sst2", {1: 37569}, {1: 444}),
+            ("hnd", {1: 187}, {1: 26}),
+        ],
+    )
+    def test_label_shares(self, name, train, dev):
+        if not DATA.is_dir():
+            pytest.skip("no data beside this checkout")
+        data = load_task(TASKS[name], DATA)
+        for split, expected in ((data.train, train), (data.evaluation["dev"], dev)):
+            assert split.labels is not None
+            assert {k: int((split.labels == k).sum()) for k in expected} == expected
+
+    @pytest.mark.parametrize(
+        ("name", "label", "count"),
+        [("mrpc", 1, 2753), ("rte", 0, 1249), ("qnli", 0, 1991), ("qqp", 1, 7423)],
+    )
+    def test_label_shares_of_what_is_cut(self, name, label, count):
+        if not DATA.is_dir():
+            pytest.skip("no data beside this checkout")
+        data = load_task(TASKS[name], DATA / "glue")
+        both = [data.train.labels, data.evaluation["dev"].labels]
+        assert int((np.concatenate([x for x in both if x is not None]) == label).sum()) == count
+
+    def test_similarities(self):
+        if not DATA.is_dir():
+            pytest.skip("no data beside this checkout")
+        data = load_task(TASKS["stsb"], DATA)
+        labels = data.train.labels
+        assert labels is not None
+        assert labels.dtype == np.float64
+        assert (labels.min(), labels.max()) == (0.0, 5.0)
+        assert labels[:3].tolist() == [5.0, 3.8, 3.8]
+        assert data.train.texts[1][0] == "An air plane is taking off."
+
+
+def test_every_task_is_whole():
+    assert set(TASKS) == {
+        *("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"),
+        *("hnd", "imdb", "yelp5", "arxiv11"),
+    }
+    assert len(NINE_COLUMNS) == 9
+    submitted = {name for task in TASKS.values() for name in task.submissions}
+    assert submitted == {
+        *("CoLA", "SST-2", "MRPC", "STS-B", "MNLI-m", "MNLI-mm", "QNLI", "QQP", "RTE", "WNLI"),
+        "AX",
+    }
+    for task in TASKS.values():
+        for files in task.files:
+            assert set(task.evaluation) & set(files.tables) or "train" in files.tables
+        assert (task.max_length == 4096) == (task.segments != "texts")
+
+
+class TestReading:
+    def test_unquoted_tsv(self, tmp_path):
+        """Quotes, other line separators and words that stand for nothing elsewhere are text."""
+        lines = ["id\ta\tb\tl", '7\t"one\ttwo " three\tyes', "8\tNA\tnull\u2028x\x85y\tno\r"]
+        path = written(tmp_path / "x.tsv", "\ufeff" + "\n".join(lines) + "\n\n")
+        found = read_table(path, PAIR, ("no", "yes"))
+        assert found.texts == (['"one', "NA"], ['two " three', "null\u2028x\x85y"])
+        assert found.labels is not None
+        assert found.labels.tolist() == [1, 0]
+        assert found.indices == ["7", "8"]
+
+    def test_quoted_csv(self, tmp_path):
+        long = "word " * 40_000
+        path = written(tmp_path / "x.csv", f't,l\n"a ""b"", c\nd",1\n{long},0\n')
+        assert read_table(path, ONE, ("0", "1")).texts == (['a "b", c\nd', long],)
+
+    def test_json_lines(self, tmp_path):
+        lines = [{"t": "x", "l": True, "more": [1]}, {"t": "y", "l": 2}, {"t": "z", "l": "a"}]
+        path = written(tmp_path / "x.jsonl", "\n".join(map(json.dumps, lines)))
+        assert label_names(path, ONE) == ("2", "a", "true")
+        found = read_table(path, ONE, ("a", "2", "true"))
+        assert found.labels is not None
+        assert found.labels.tolist() == [2, 1, 0]
+
+    @pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+    def test_compressed(self, tmp_path, ending, pack):
+        path = tmp_path / f"x.v1.csv{ending}"
+        path.write_bytes(pack(b"t,l\nhello,0\n"))
+        assert read_table(path, ONE, ("0",)).texts == (["hello"],)
+        path.write_bytes(path.read_bytes()[:20])
+        with pytest.raises(DataError, match=r"x\.v1\.csv.*cannot be read"):
+            read_table(path, ONE, ("0",))
+
+    def test_columns_by_place_and_a_number(self, tmp_path):
+        path = written(tmp_path / "x.tsv", "g\t2.5\tone\ng\t0\ttwo\tmore\n")
+        found = read_table(path, Table(file="x.tsv", texts=(2,), label=1), ())
+        assert found.labels is not None
+        assert found.labels.tolist() == [2.5, 0.0]
+        assert found.texts == (["one", "two"],)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("id\ta\tl\n", r"x\.tsv: no column 'b'; its header has id, a, l"),
+            ("", r"no column 'a'; its header has nothing"),
+            ("id\ta\tb\tl\n", "holds no examples"),
+            ("id\ta\tb\tl\n1\tx\ty\t2\n", "line 2: unknown label '2', expected one of 0, 1"),
+            ("id\ta\tb\tl\n1\tx\ty\n", "line 2: no column 'l'; it has id, a, b"),
+            ("id\ta\tb\tl\n1\tx\ty\t0\tz\n", "line 2: 5 columns, but 4 in the header"),
+            ("id\ta\tb\tl\n1\tx\ty\t0\n2\t \ty\t0\n", "line 3: the text in column 'a' is empty"),
+        ],
+    )
+    def test_complaints(self, tmp_path, text, message):
+        with pytest.raises(DataError, match=message):
+            read_table(written(tmp_path / "x.tsv", text), PAIR, ("0", "1"))
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            ("x.csv", 't,l\n"a,1\n', "not a CSV file"),
+            ("x.jsonl", '{"t": "x", "l": 1}\n{"t"', "line 2: not a JSON document"),
+            ("x.jsonl", "[1]", "expected a JSON object, found list"),
+            ("x.jsonl", '{"t": "x", "l": null}', "line 1: no column 'l'; it has t"),
+            ("x.xlsx", "", "expected a name that ends in .tsv"),
+        ],
+    )
+    def test_complaints_of_other_formats(self, tmp_path, name, text, message):
+        with pytest.raises(DataError, match=message):
+            read_table(written(tmp_path / name, text), ONE, ("0", "1"))
+
+    def test_complaints_about_bytes_and_numbers(self, tmp_path):
+        (tmp_path / "x.csv").write_bytes(b"t,l\ncaf\xe9,1\n")
+        with pytest.raises(DataError, match="cannot be read"):
+            read_table(tmp_path / "x.csv", ONE, ("0", "1"))
+        with pytest.raises(DataError, match="expected a number as label, found 'nan'"):
+            read_table(written(tmp_path / "y.csv", "t,l\nx,nan\n"), ONE, ())
+        with pytest.raises(DataError, match="at least two labels in 'l', found \\['1'\\]"):
+            label_names(written(tmp_path / "z.csv", "t,l\nx,1\n"), ONE)
+
+    def test_incomplete_rows_are_counted_where_they_are_known(self, tmp_path, caplog):
+        folder = tmp_path / "QQP"
+        header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+        good = "1\t1\t2\twhat ?\twho ?\t1\n" * 3
+        written(folder / "train.tsv", header + good + "2\t3\t4\thalf\n" + "3\t1\t1\tx\t\t0\n")
+        written(folder / "dev.tsv", header + good)
+        written(folder / "test.tsv", "id\tquestion1\tquestion2\n9\t\twhy ?\n")
+        data = load_task(TASKS["qqp"], tmp_path)
+        assert (len(data.train), data.train.skipped) == (3, 2)
+        assert "left out 2 rows" in caplog.text
+        # every row of a submission needs a prediction
+        assert data.submissions["QQP"].texts == ([""], ["why ?"])
+        assert data.submissions["QQP"].indices == ["9"]
+
+
+class TestSources:
+    def test_counts_are_compared_with_the_published_ones(self, tmp_path, caplog):
+        for split, size in (("train", 4), ("dev", 2)):
+            written(tmp_path / "CoLA" / f"{split}.tsv", "gj04\t1\t\tThat is so.\n" * size)
+        written(tmp_path / "CoLA" / "test.tsv", "index\tsentence\n0\tIs it ?\n")
+        data = load_task(TASKS["cola"], tmp_path)
+        assert data.departures == (
+            "train has 4 of 8,551 rows",
+            "dev has 2 of 1,043 rows",
+            "test has 1 of 1,063 rows",
+        )
+        assert "train.tsv: 4 rows, published were 8551" in caplog.text
+
+    def test_cut_is_the_same_every_time(self, tmp_path):
+        lines = [f"{i}\tpremise {i}\thypothesis\tentailment" for i in range(50)]
+        written(
+            tmp_path / "glue" / "RTE" / "train.tsv",
+            "\n".join(["index\tsentence1\tsentence2\tlabel", *lines]),
+        )
+        first, second = (load_task(TASKS["rte"], tmp_path) for _ in range(2))
+        assert first.digest == second.digest
+        assert (len(first.train), len(first.evaluation["dev"])) == (45, 5)
+        both = first.train.texts[0] + first.evaluation["dev"].texts[0]
+        assert sorted(both) == sorted(f"premise {i}" for i in range(50))
+
+    def test_no_data(self, tmp_path):
+        with pytest.raises(DataError, match=r"--task hnd has no data: expected train\.jsonl in"):
+            load_task(TASKS["hnd"], tmp_path)
+        with pytest.raises(DataError, match=r"--task rte has no data: no train\.tsv in .*the hub"):
+            load_task(TASKS["rte"], tmp_path)
+
+    def test_hub(self, tmp_path, monkeypatch):
+        """Splits, columns and names of rows of the hub; labels that are kept secret are none."""
+        asked = []
+
+        def load(name: str, config: str | None, split: str) -> datasets.Dataset:
+            asked.append((name, config, split))
+            if config == "ax":
+                raise ConnectionError("no network")
+            size = {"train": 30, "test_matched": 2}.get(split, 4)
+            label = -1 if split.startswith("test") else 2
+            return datasets.Dataset.from_dict(
+                {
+                    "premise": ["p"] * size,
+                    "hypothesis": ["h"] * size,
+                    "label": [label] * size,
+                    "idx": list(range(5, size + 5)),
+                }
+            )
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        data = load_task(TASKS["mnli"], tmp_path)
+        assert ("nyu-mll/glue", "mnli", "validation_mismatched") in asked
+        assert len(data.train) == 30
+        assert data.train.labels is not None
+        assert set(data.train.labels.tolist()) == {2}
+        assert set(data.evaluation) == {"matched", "mismatched"}
+        assert data.submissions["MNLI-m"].labels is None
+        assert data.submissions["MNLI-m"].indices == ["5", "6"]
+        assert "train has 30 of 392,702 rows" in data.departures
+        hub = TASKS["mnli"].hub
+        assert hub is not None
+        with pytest.raises(DataError, match=r"mnli.*expected labels from 0 to 1, found 2 to 2"):
+            read_hub(hub, "train", ("0", "1"))
+
+    def test_own_files(self, tmp_path):
+        lines = [f"good thing {i},so,fine\nbad thing {i},so,poor" for i in range(10)]
+        train = written(tmp_path / "mine.csv", "x,y,z\n" + "\n".join(lines) + "\n")
+        test = written(tmp_path / "test.csv", "y,x\nso,what\n")
+        own = OwnFiles(
+            train=train, dev=None, test=test, texts=("x", "y"), label="z", is_regression=False
+        )
+        data = load_own("mine", own)
+        assert data.task.labels == ("fine", "poor")
+        assert data.task.metrics == ("accuracy", "f1")
+        assert (len(data.train), len(data.evaluation["dev"])) == (18, 2)
+        assert data.submissions["mine"].texts == (["what"], ["so"])
+        assert data.submissions["mine"].labels is None
+
+
+class TestEncoding:
+    @settings(deadline=None, max_examples=60)
+    @given(st.data())
+    def test_pairs_equal_the_library(self, data):
+        """Ids, token types and cutting are those of the tokenizer's own template."""
+        tokenizer = bert_tokenizer({word: number for number, word in enumerate(WORDS)})
+        text = st.lists(st.sampled_from(["a", "bs", "One", "zz", "two,"]), max_size=9)
+        first, second = (" ".join(data.draw(text)) for _ in range(2))
+        length = data.draw(st.integers(5, 16))
+        tokenizer.enable_truncation(length, strategy="longest_first")
+        expected = tokenizer.encode(first, second)
+        encoder = RowEncoder(tokenizer, max_length=length, segments="texts")
+        encoded = encoder.encode(rows([first], [second]))
+        assert encoded.ids.tolist() == expected.ids
+        types = np.arange(len(encoded.ids)) >= encoded.second[0]
+        assert types.tolist() == [bool(kind) for kind in expected.type_ids]
+        single = encoder.encode(rows([first]))
+        assert single.ids.tolist() == tokenizer.encode(first).ids
+        assert single.second.tolist() == single.lengths.tolist()
+
+    def test_special_tokens_in_text_are_text(self, tokenizer):
+        encoder = RowEncoder(tokenizer, max_length=20, segments="texts")
+        assert 3 not in encoder.encode(rows(["a [SEP] b"])).ids[1:-1]
+
+    def test_sentences_and_paragraphs(self, tokenizer):
+        text = "One two three. One two!\n\nThree."
+        expected: dict[Segments, list[int]] = {
+            "sentences": [0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4],
+            "paragraphs": [0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3],
+        }
+        for kind, numbers in expected.items():
+            encoder = RowEncoder(tokenizer, max_length=20, segments=kind)
+            encoded = encoder.encode(rows([text]))
+            assert encoded.segments is not None
+            assert encoded.segments.tolist() == numbers
+        encoder = RowEncoder(tokenizer, max_length=9, segments="sentences")
+        encoded = encoder.encode(rows([text, "a"], ["One! Two!", ""]))
+        # 3 tokens are left of each text of the first pair
+        assert encoded.segments is not None
+        assert encoded.segments.tolist() == [0, 1, 1, 1, 2, 3, 3, 4, 5, 0, 1, 2, 3]
+
+    def test_texts_are_encoded_a_few_at_a_time(self, tokenizer, monkeypatch):
+        texts = rows(list("abcde"), ["one", "two one", "", "three", "two"])
+        encoder = RowEncoder(tokenizer, max_length=20, segments="texts")
+        whole = encoder.encode(texts)
+        monkeypatch.setattr(encoding, "_CHUNK", 2)
+        parts = encoder.encode(texts)
+        assert parts.ids.tolist() == whole.ids.tolist()
+        assert parts.offsets.tolist() == whole.offsets.tolist() == [0, 5, 11, 15, 20, 25]
+
+    def test_batch(self, tokenizer):
+        encoder = RowEncoder(tokenizer, max_length=20, segments="sentences")
+        encoded = encoder.encode(rows(["a", "a b. c", ""], ["b", "d", "e"], labels=[4, 5, 6]))
+        batch = collect(encoded, np.array([2, 0]), torch.device("cpu"))
+        assert batch.input_ids.tolist() == [2, 3, 9, 3, 2, 5, 3, 6, 3]
+        assert batch.cu_seqlens.tolist() == [0, 4, 9]
+        assert batch.token_type_ids.tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1]
+        assert batch.segment_ids is not None
+        assert batch.segment_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4]
+        assert batch.labels is not None
+        assert batch.labels.tolist() == [6, 4]
+
+
+class TestBatches:
+    def test_every_pass_holds_every_example_once(self):
+        lengths = np.random.default_rng(0).integers(1, 50, 103)
+        batches = ShuffledBatches(lengths, 8, seed=3)
+        assert batches.per_pass == 13
+        passes = [[batches.indices(t * 13 + i) for i in range(13)] for t in range(2)]
+        for turn in passes:
+            assert sorted(np.concatenate(turn).tolist()) == list(range(103))
+            assert sorted(map(len, turn)) == [7] + [8] * 12
+        assert [x.tolist() for x in passes[0]] != [x.tolist() for x in passes[1]]
+        again = ShuffledBatches(lengths, 8, seed=3)
+        assert again.indices(17).tolist() == passes[1][4].tolist()
+        # examples of a batch are of similar length
+        spread = np.mean([np.ptp(lengths[batch]) for batch in passes[0]])
+        assert spread < 10
+
+    def test_all_rows_within_a_budget(self):
+        lengths = np.array([5, 60, 3, 5, 4, 5])
+        batches = batches_of_all(lengths, 15)
+        assert [batch.tolist() for batch in batches] == [[2, 4, 0], [3, 5], [1]]
