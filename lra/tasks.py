@@ -187,5 +187,5 @@ TASKS = {
 """The tasks by name. The published comparison has no row for pathx (Path-X): its settings are those
 of pathfinder at sixteen times the length, and no run of it is a reproduction."""
 
-COMPARED = ("listops", "text", "retrieval", "image", "pathfinder")
+COMPARED: tuple[str, ...] = ("listops", "text", "retrieval", "image", "pathfinder")
 """The tasks of the published table; "all" stands for them."""
