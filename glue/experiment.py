@@ -8,7 +8,6 @@ submission/     predictions for splits without labels, in GLUE's format
 result.json     the figures, when the run is finished
 """
 
-import json
 import logging
 import sys
 import time
@@ -29,12 +28,12 @@ from glue.rows import Rows, TaskData
 from glue.settings import RunSettings
 from glue.submission import write_submission
 from glue.tasks import TASKS, Task
-from glue.trainer import Place, Trainer, TrainingError
-from ponet import CheckpointError, PoNetForSequenceClassification
+from glue.trainer import Place, Trainer
+from ponet import PoNetForSequenceClassification
 from ponet.checkpoint import write_json
-from ponet.cli import UsageError
 from ponet.log import MetricsWriter
 from ponet.measure import peak_memory_mib, source_commit
+from ponet.training import TrainingError, read_record, refuse_other_run
 
 CONFIG, RESULT = "config.json", "result.json"
 _CHECKPOINT, _MODEL, _SUBMISSION = "checkpoint.pt", "model", "submission"
@@ -92,7 +91,7 @@ def finished_result(
         UsageError: the folder holds a run with other settings, data or checkpoint.
         CheckpointError: a file of the folder is damaged.
     """
-    record = _read_json(folder / CONFIG)
+    record = read_record(folder / CONFIG)
     if record is None:
         return None
     found = {
@@ -101,28 +100,8 @@ def finished_result(
         **record["settings"],
     }
     asked = {"data": digest, "checkpoint": checkpoint.digest, **asdict(settings)}
-    other = [
-        f"{name} {found.get(name)!r}, now {value!r}"
-        for name, value in asked.items()
-        if found.get(name) != value
-    ]
-    if other:
-        raise UsageError(
-            f"{folder}: holds a run with other settings ({'; '.join(other)}); give another "
-            "--output-dir, or delete the folder"
-        )
-    return _read_json(folder / RESULT)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path}: damaged ({error}); delete its folder to start the run again"
-        ) from error
+    refuse_other_run(folder, found, asked)
+    return read_record(folder / RESULT)
 
 
 def run_experiment(

@@ -1,7 +1,6 @@
 """What a classifier says of all rows of a split."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,17 +9,11 @@ from glue.batches import Batch, batches_of_all, collect
 from glue.encoding import EncodedRows
 from ponet import PoNetForSequenceClassification
 from ponet.model import ClassifierOutput
+from ponet.training import autocast
 
 Precision = Literal["fp32", "bf16"]
 
 _MAX_TOKENS = 16_384
-
-
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """The arithmetic of a forward pass."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def apply(model: PoNetForSequenceClassification, batch: Batch) -> ClassifierOutput:

@@ -22,9 +22,10 @@ from glue.settings import GlueConfig, RunSettings, parse
 from glue.sources import load_own, load_task
 from glue.summary import ResultError, read_summary
 from glue.tasks import NINE_COLUMNS
-from glue.trainer import Place, TrainingError, describe
+from glue.trainer import Place, describe
 from ponet.cli import UsageError
 from ponet.log import set_up_logging
+from ponet.training import TrainingError
 
 # causes outside the program: usage, data, checkpoints (all ValueErrors), a diverging loss, a disk
 _EXPECTED = (ValueError, TrainingError, OSError)

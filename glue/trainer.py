@@ -4,7 +4,6 @@ Everything random in a step follows from the seed and the number of the step, so
 no state of a random generator and no position in the data.
 """
 
-import io
 import logging
 import math
 import sys
@@ -12,32 +11,34 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from glue.batches import ShuffledBatches, collect
 from glue.encoding import EncodedRows
-from glue.inference import apply, autocast
+from glue.inference import apply
 from glue.settings import RunSettings
-from ponet import CheckpointError, PoNetForSequenceClassification
-from ponet.checkpoint import write_atomically
+from ponet import PoNetForSequenceClassification
 from ponet.log import MetricsWriter
-from ponet.measure import peak_memory_mib, return_free_memory, synchronise
+from ponet.measure import peak_memory_mib, return_free_memory
+from ponet.training import (
+    Interval,
+    TrainingError,
+    autocast,
+    damaged,
+    load_state,
+    save_state,
+    step_seed,
+)
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 _MAX_GRAD_NORM = 1.0
 _DROPOUT = 2
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the message says where it stopped and on what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +67,6 @@ class Progress:
     """Seconds of the run, scoring included."""
 
 
-def step_seed(*numbers: int) -> int:
-    """A seed for PyTorch from the seed of a run and counters."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int) -> float:
     """Share of the peak learning rate: up in a line, then down to nothing after the last step.
 
@@ -82,10 +78,6 @@ def learning_rate_factor(step: int, *, steps: int, warmup_steps: int) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return (steps - step) / (steps - warmup_steps)
-
-
-def _write(path: Path, content: memoryview) -> None:
-    path.write_bytes(content)
 
 
 class Trainer:
@@ -140,19 +132,13 @@ class Trainer:
         """
         if not path.exists():
             return False
+        state = load_state(path)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
             progress = Progress(**state["progress"])
             self._model.load_state_dict(state["model"])
             self._optimizer.load_state_dict(state["optimizer"])
-        except (
-            *(UnpicklingError, RuntimeError, EOFError, OSError),
-            *(KeyError, TypeError, ValueError),
-        ) as error:
-            raise CheckpointError(
-                f"{path}: damaged or not a checkpoint of this run ({error}); delete its folder to "
-                "start the run again"
-            ) from error
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise damaged(path, error) from error
         self.progress = progress
         return True
 
@@ -167,10 +153,7 @@ class Trainer:
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
-        # by way of memory, because torch.save reports a full disk as RuntimeError without its name
-        content = io.BytesIO()
-        torch.save(state, content)
-        write_atomically(path, lambda temporary: _write(temporary, content.getbuffer()))
+        save_state(path, state)
 
     def train(
         self,
@@ -194,7 +177,7 @@ class Trainer:
         """
         progress, place = self.progress, self._place
         scores: dict[str, float | None] = {}
-        interval = _Interval(place.device)
+        interval = Interval(place.device)
         hidden = not sys.stderr.isatty()
         bar = tqdm(initial=progress.step, total=self.steps, disable=hidden, dynamic_ncols=True)
         saved = time.perf_counter()
@@ -214,7 +197,7 @@ class Trainer:
                 if due and progress.step < self.steps:
                     self.save(checkpoint)
                     saved = time.perf_counter()
-                interval = _Interval(place.device)
+                interval = Interval(place.device)
         return scores
 
     def step(self, step: int) -> Tensor:
@@ -235,7 +218,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _report(self, interval: "_Interval", writer: MetricsWriter) -> None:
+    def _report(self, interval: Interval, writer: MetricsWriter) -> None:
         progress, name = self.progress, self._settings.name
         loss, seconds = interval.finish()
         if self._place.device.type == "cpu":
@@ -289,23 +272,3 @@ def describe(scores: dict[str, float | None]) -> str:
         f"{name} {'undefined' if value is None else f'{value:.4f}'}"
         for name, value in scores.items()
     )
-
-
-class _Interval:
-    """Mean loss and seconds of some steps; reads the device only at the end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.steps = 0
-        self._device = device
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._began = time.perf_counter()
-
-    def add(self, loss: Tensor) -> None:
-        """Take the loss of a step."""
-        self._sum += loss
-        self.steps += 1
-
-    def finish(self) -> tuple[float, float]:
-        """Mean loss, and seconds since the beginning."""
-        synchronise(self._device)
-        return float(self._sum) / self.steps, time.perf_counter() - self._began

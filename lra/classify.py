@@ -13,7 +13,7 @@ from lra.model import LongRangeClassifier
 from lra.protocol import ModelInputs, model_inputs
 from lra.settings import RunSettings
 from lra.tasks import TASKS
-from lra.trainer import autocast
+from ponet.training import autocast
 
 
 def read(

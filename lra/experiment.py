@@ -8,7 +8,6 @@ model.safetensors   the classifier of the best development accuracy
 result.json         the figures, when the run is finished
 """
 
-import json
 import logging
 import sys
 import time
@@ -25,11 +24,11 @@ from lra.classify import Classification
 from lra.model import LongRangeClassifier
 from lra.selfpretrain import MaskedPrediction, build_masked_lm
 from lra.settings import RunSettings
-from lra.trainer import Place, Plan, Progress, Trainer, step_seed, write_bytes
-from ponet.checkpoint import CheckpointError, write_json
-from ponet.cli import UsageError
+from lra.trainer import Place, Plan, Progress, Trainer
+from ponet.checkpoint import write_bytes, write_json
 from ponet.log import MetricsWriter
 from ponet.measure import source_commit
+from ponet.training import read_record, refuse_other_run, step_seed
 
 CONFIG, RESULT = "config.json", "result.json"
 _CHECKPOINT, _MODEL = "checkpoint.pt", "model.safetensors"
@@ -54,33 +53,13 @@ def finished_result(folder: Path, settings: RunSettings, data: TaskData) -> dict
     Raises:
         UsageError: the folder holds a run with other settings or data.
     """
-    record = _read_json(folder / CONFIG)
+    record = read_record(folder / CONFIG)
     if record is None:
         return None
     found = {"data": record["data"]["digest"], **record["settings"]}
     asked = {"data": data.manifest["digest"], **asdict(settings)}
-    other = [
-        f"{name} {found.get(name)!r}, now {value!r}"
-        for name, value in asked.items()
-        if found.get(name) != value
-    ]
-    if other:
-        raise UsageError(
-            f"{folder}: holds a run with other settings ({'; '.join(other)}); give another "
-            "--output-dir, or delete the folder"
-        )
-    return _read_json(folder / RESULT)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path}: damaged ({error}); delete its folder to start the run again"
-        ) from error
+    refuse_other_run(folder, found, asked)
+    return read_record(folder / RESULT)
 
 
 def run_experiment(
@@ -189,7 +168,7 @@ def _plan_of(
     place: Place,
 ) -> Plan:
     """The plan that the folder records, or a new one, recorded with all that the run is."""
-    record = _read_json(folder / CONFIG)
+    record = read_record(folder / CONFIG)
     if record is not None:
         return Plan(**record["plan"])
     if settings.max_minutes is None:

@@ -22,9 +22,10 @@ from lra.cache import load_task
 from lra.experiment import finished_result, run_experiment
 from lra.prepare import prepare_task
 from lra.settings import LRAConfig, RunSettings, parse
-from lra.trainer import Place, TrainingError
+from lra.trainer import Place
 from ponet.cli import UsageError
 from ponet.log import set_up_logging
+from ponet.training import TrainingError
 
 # causes outside the program: usage, data, checkpoints (all ValueErrors), a diverging loss, a disk
 _EXPECTED = (ValueError, TrainingError, OSError)

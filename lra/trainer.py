@@ -4,36 +4,35 @@ Everything random in a step follows from the seed and the number of the step, so
 no state of a random generator and no position in the data.
 """
 
-import io
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lra.schedule import one_cycle
-from ponet.checkpoint import CheckpointError, write_atomically
+from ponet.checkpoint import CheckpointError
 from ponet.log import MetricsWriter
-from ponet.measure import peak_memory_mib, return_free_memory, synchronise
+from ponet.measure import peak_memory_mib, return_free_memory
+from ponet.training import (
+    Interval,
+    TrainingError,
+    autocast,
+    damaged,
+    load_state,
+    save_state,
+    step_seed,
+)
 
 _BETA2, _EPSILON = 0.999, 1e-6
-_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the message says where it stopped and on what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,31 +79,6 @@ class Place:
     """Seconds between checkpoints, besides those after evaluations."""
     shows_bar: bool
     """A bar may be drawn: no other run writes to the same terminal."""
-
-
-def step_seed(*numbers: int) -> int:
-    """A seed for PyTorch from the seed of a run and counters."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically.
-
-    Raises:
-        OSError: it could not be written; the one before is as it was.
-    """
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_atomically(path, write)
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The arithmetic of a forward pass."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=_HALF[precision])
 
 
 class Trainer:
@@ -161,14 +135,11 @@ class Trainer:
         """
         if not path.exists():
             return False
+        state = load_state(path)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
             planned, progress = Plan(**state["plan"]), Progress(**state["progress"])
-        except (UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: damaged or not a checkpoint of this program ({error}); delete its folder "
-                "to start the run again"
-            ) from error
+        except (KeyError, TypeError) as error:
+            raise damaged(path, error) from error
         if planned != self._plan:
             raise CheckpointError(f"{path}: written under {planned}, running {self._plan}")
         self._model.load_state_dict(state["model"])
@@ -191,10 +162,7 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
-        # by way of memory, because torch.save reports a full disk as RuntimeError without its name
-        content = io.BytesIO()
-        torch.save(state, content)
-        write_bytes(path, content.getvalue())
+        save_state(path, state)
 
     def train(self, checkpoint: Path, writer: MetricsWriter) -> None:
         """Train from where the stage stands to its end.
@@ -204,7 +172,7 @@ class Trainer:
             OSError: a checkpoint could not be written.
         """
         plan, progress, device = self._plan, self.progress, self._place.device
-        interval = _Interval(device)
+        interval = Interval(device)
         hidden = not self._place.shows_bar or not sys.stderr.isatty()
         bar = tqdm(initial=progress.step, total=plan.steps, disable=hidden, dynamic_ncols=True)
         saved = time.perf_counter()
@@ -222,7 +190,7 @@ class Trainer:
                 if ends or time.perf_counter() - saved > self._place.checkpoint_seconds:
                     self.save(checkpoint)
                     saved = time.perf_counter()
-                interval = _Interval(device)
+                interval = Interval(device)
 
     def step(self, step: int) -> Tensor:
         """Do a step, counted from 0; returns the loss, a scalar on the device."""
@@ -242,7 +210,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _report(self, interval: "_Interval", writer: MetricsWriter) -> None:
+    def _report(self, interval: Interval, writer: MetricsWriter) -> None:
         progress, plan = self.progress, self._plan
         loss, seconds = interval.finish()
         if self._place.device.type == "cpu":
@@ -292,23 +260,3 @@ class Trainer:
             progress.best_accuracy,
             progress.best_step,
         )
-
-
-class _Interval:
-    """Mean loss and seconds of some steps; reads the device only at the end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.steps = 0
-        self._device = device
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._began = time.perf_counter()
-
-    def add(self, loss: Tensor) -> None:
-        """Take the loss of a step."""
-        self._sum += loss
-        self.steps += 1
-
-    def finish(self) -> tuple[float, float]:
-        """Mean loss, and seconds since the beginning."""
-        synchronise(self._device)
-        return float(self._sum) / self.steps, time.perf_counter() - self._began

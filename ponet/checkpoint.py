@@ -63,9 +63,14 @@ def current_umask() -> int:
     return mask
 
 
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file atomically."""
+    write_atomically(path, lambda temporary: _fill(temporary, content))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file atomically."""
-    write_atomically(path, lambda temporary: _write_bytes(temporary, text.encode()))
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -73,7 +78,7 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
+def _fill(path: Path, content: bytes | memoryview) -> None:
     path.write_bytes(content)
 
 
@@ -143,7 +148,7 @@ class PreTrainedModel(nn.Module):
         entries = {name: p.detach().contiguous().cpu() for name, p in parameters}
         content = save(entries, metadata={"format": "pt"})
         folder = Path(folder)
-        write_atomically(folder / WEIGHTS, lambda temporary: _write_bytes(temporary, content))
+        write_bytes(folder / WEIGHTS, content)
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
         write_json(folder / CONFIG, config)
 

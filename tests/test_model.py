@@ -465,7 +465,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(content[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ponet.checkpoint._write_bytes", full_disk)
+    monkeypatch.setattr("ponet.checkpoint._fill", full_disk)
     with torch.no_grad():
         model.sso_head.bias.add_(1)
     with pytest.raises(OSError, match="No space left"):
