@@ -109,7 +109,9 @@ def _documentation_below(folder: Path) -> Iterator[Path]:
     """Walk one folder in name order; `Path.walk` is younger than Python 3.10."""
     subfolders = []
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.name.lower().startswith(_SKIPPED_STEMS) or entry.name in _SKIPPED_FOLDERS:
+        # _test_common holds tests as well as test_common
+        stem = entry.name.lower().lstrip("_")
+        if stem.startswith(_SKIPPED_STEMS) or entry.name in _SKIPPED_FOLDERS:
             continue
         if entry.is_dir():
             subfolders.append(entry)
