@@ -28,12 +28,12 @@ from glue.rows import Rows, TaskData
 from glue.settings import RunSettings
 from glue.submission import write_submission
 from glue.tasks import TASKS, Task
-from glue.trainer import Place, Trainer
+from glue.trainer import Trainer
 from ponet import PoNetForSequenceClassification
 from ponet.checkpoint import write_json
 from ponet.log import MetricsWriter
 from ponet.measure import peak_memory_mib, source_commit
-from ponet.training import TrainingError, read_record, refuse_other_run
+from ponet.training import Place, TrainingError, read_record, refuse_other_run
 
 CONFIG, RESULT = "config.json", "result.json"
 _CHECKPOINT, _MODEL, _SUBMISSION = "checkpoint.pt", "model", "submission"
@@ -111,7 +111,8 @@ def run_experiment(
     checkpoint: Checkpoint,
     place: Place,
     *,
-    keep_model: bool,
+    recomputes: bool,
+    keeps_model: bool,
 ) -> dict[str, Any]:
     """Fine-tune, or continue to.
 
@@ -121,7 +122,8 @@ def run_experiment(
         task: to be learned.
         checkpoint: to start from.
         place: where to compute.
-        keep_model: write the model folder.
+        recomputes: compute layers again in the backward pass.
+        keeps_model: write the model folder.
 
     Returns:
         The content of `result.json`.
@@ -136,7 +138,8 @@ def run_experiment(
     data = task.data
     if not (folder / CONFIG).exists():
         _record(folder, settings, data, checkpoint)
-    model = _model(settings, data.task, checkpoint, place)
+    model = _model(settings, data.task, checkpoint).to(place.device)
+    model.ponet.encoder.recomputes = recomputes
     trainer = Trainer(model, task.train, settings, place)
     if trainer.restore(folder / _CHECKPOINT):
         logger.info("%s | resuming after step %d", settings.name, trainer.progress.step)
@@ -146,7 +149,7 @@ def run_experiment(
         )
     began = time.perf_counter()
     _submit(folder, model, task, settings)
-    if keep_model:
+    if keeps_model:
         save_model(folder / _MODEL, model, checkpoint.tokenizer, _meaning(settings, data))
     trainer.progress.seconds += time.perf_counter() - began
     result = _figures(settings, task, checkpoint, metrics) | {
@@ -184,10 +187,10 @@ def _record(folder: Path, settings: RunSettings, data: TaskData, checkpoint: Che
 
 
 def _model(
-    settings: RunSettings, task: Task, checkpoint: Checkpoint, place: Place
+    settings: RunSettings, task: Task, checkpoint: Checkpoint
 ) -> PoNetForSequenceClassification:
     torch.manual_seed(settings.seed)
-    model = build_classifier(
+    return build_classifier(
         checkpoint,
         num_labels=1 if task.is_regression else len(task.labels),
         max_length=settings.max_length,
@@ -195,8 +198,6 @@ def _model(
         dropout=settings.dropout,
         from_scratch=settings.from_scratch,
     )
-    model.ponet.encoder.recomputes = place.gradient_checkpointing
-    return model.to(place.device)
 
 
 def _predict(

@@ -22,7 +22,7 @@ from glue.inference import outputs_of
 from glue.model_folder import Meaning, read_meaning
 from glue.rows import DataError, Rows
 from ponet import CheckpointError, PoNetForSequenceClassification
-from ponet.cli import UsageError
+from ponet.jobs import choose_device, complain
 from ponet.log import set_up_logging
 from ponet.tokenizer import load_tokenizer
 
@@ -114,9 +114,11 @@ def _read_input(name: str, num_texts: int) -> tuple[list[str], ...]:
     """Texts of a file, or of standard input for "-".
 
     Raises:
-        DataError: the input is not UTF-8 or has no lines, or as for `read_texts`.
+        DataError: the input is a folder, not UTF-8 or has no lines, or as for `read_texts`.
         OSError: the file cannot be read.
     """
+    if name != "-" and Path(name).is_dir():
+        raise DataError(f"{name}: is a folder, expected a file with a text on each line")
     origin = "standard input" if name == "-" else name
     raw = sys.stdin.buffer if name == "-" else Path(name).open("rb")  # noqa: SIM115
     try:
@@ -162,13 +164,6 @@ def output_lines(
             yield _format(prediction, output_format)
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no GPU; use cpu or auto")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(found if name == "auto" else name)
-
-
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="label lines with a fine-tuned model", allow_abbrev=False
@@ -185,7 +180,7 @@ def main() -> None:
     set_up_logging(0)
     arguments = _parse()
     try:
-        predictor = Predictor.from_folder(arguments.model, _device(arguments.device))
+        predictor = Predictor.from_folder(arguments.model, choose_device(arguments.device))
         texts = _read_input(arguments.file, predictor.meaning.num_texts)
         for line in output_lines(predictor, texts, arguments.format):
             print(line)
@@ -194,8 +189,7 @@ def main() -> None:
         # the reader has had enough; Python would complain when it closes the stream
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"glue/predict.py: error: {error}\n")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(complain("glue/predict.py", error))
 
 
 if __name__ == "__main__":

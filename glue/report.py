@@ -4,20 +4,17 @@ Reads every `result.json` below the folder, prints Markdown and writes `report.m
 and `report.png` into it.
 """
 
-import argparse
 import statistics
-import sys
 from collections import Counter
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from glue.published import PUBLISHED, RATIOS, PublishedRow
 from glue.report_figure import draw
-from glue.summary import Cell, Column, Model, ResultError, Summary, read_summary
+from glue.summary import Cell, Column, Model, Summary, read_summary
 from glue.tasks import NINE_COLUMNS
-from ponet.checkpoint import write_atomically, write_json, write_text
+from ponet.results import figure_text, markdown_table, report_program, write_report_files
 
 _PLUS_MINUS, _DAGGER = "\N{PLUS-MINUS SIGN}", "\N{DAGGER}"
 
@@ -77,17 +74,8 @@ def markdown(summary: Summary) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _list(items: tuple[str, ...] | list[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def _italic(texts: list[str]) -> list[str]:
@@ -107,7 +95,7 @@ def _cell_text(cell: Cell | None) -> str:
 
 def _majority_text(summary: Summary, column: Column) -> str:
     value = summary.majority(column)
-    return _UNDEFINED if value is None else _figure(value)
+    return _UNDEFINED if value is None else figure_text(value)
 
 
 def _published_cells(row: PublishedRow, columns: list[Column]) -> list[str]:
@@ -115,7 +103,7 @@ def _published_cells(row: PublishedRow, columns: list[Column]) -> list[str]:
     for column in columns:
         figure, spread = row.figures.get(column.title), row.spreads.get(column.title)
         beside = "" if spread is None else f" {_PLUS_MINUS} {spread:.2f}"
-        cells.append(_figure(figure) + beside)
+        cells.append(figure_text(figure) + beside)
     return cells
 
 
@@ -128,8 +116,8 @@ def _score_table(summary: Summary) -> str:
     for row in published_beside(models):
         cells = _published_cells(row, columns)
         if row.batch_size is None and any(cells):
-            rows.append(_italic([row.name, *cells, _figure(row.average)]))
-    return _table(["model", *(column.title for column in columns), "average"], rows)
+            rows.append(_italic([row.name, *cells, figure_text(row.average)]))
+    return markdown_table(["model", *(column.title for column in columns), "average"], rows)
 
 
 def _average_text(summary: Summary, model: Model) -> str:
@@ -139,7 +127,7 @@ def _average_text(summary: Summary, model: Model) -> str:
     columns = [column for column in summary.columns if column.title in NINE_COLUMNS]
     cells = [summary.cell(model, column) for column in columns]
     departs = any(cell is not None and not cell.complete for cell in cells)
-    return _figure(average) + (_DAGGER if departs else "")
+    return figure_text(average) + (_DAGGER if departs else "")
 
 
 def _gains(summary: Summary) -> list[dict[str, Any]]:
@@ -180,7 +168,7 @@ def _gain_table(summary: Summary) -> str:
         ]
         for gain in _gains(summary)
     ]
-    return _table(head, rows) if rows else ""
+    return markdown_table(head, rows) if rows else ""
 
 
 def _ratios(summary: Summary) -> list[dict[str, Any]]:
@@ -212,7 +200,7 @@ def _ratio_table(summary: Summary) -> str:
         ]
         for ratio in _ratios(summary)
     ]
-    return _table(head, rows) if rows else ""
+    return markdown_table(head, rows) if rows else ""
 
 
 def _batch_sizes(summary: Summary, models: list[Model], column: Column) -> list[int]:
@@ -232,7 +220,7 @@ def _published_at(models: list[Model], column: Column, batch_size: int) -> list[
             and row.mixer == "attention"
             and batch_size == (row.batch_size or _MAXPOOL_BATCH_SIZE)
         ]
-        cells.append(" / ".join(map(_figure, found)))
+        cells.append(" / ".join(map(figure_text, found)))
     return cells
 
 
@@ -255,7 +243,7 @@ def _batch_size_tables(summary: Summary) -> str:
                 if any(published):
                     rows.append(_italic([f"{column.title}, BERT", str(size), *published]))
         head = ["task", "batch size", *(model.pooler_title for model in models)]
-        tables += [f"{encoder.encoder_title}:", _table(head, rows)]
+        tables += [f"{encoder.encoder_title}:", markdown_table(head, rows)]
     return "\n\n".join([_BATCH_SIZE_NOTE, *tables]) if tables else ""
 
 
@@ -274,7 +262,9 @@ def _cost_table(summary: Summary) -> str:
         [model.title, *(_cost_text(summary.cell(model, column)) for column in columns)]
         for model in summary.models
     ]
-    return f"{_COST_NOTE}\n\n" + _table(["model", *(column.task for column in columns)], rows)
+    return f"{_COST_NOTE}\n\n" + markdown_table(
+        ["model", *(column.task for column in columns)], rows
+    )
 
 
 def _departures(summary: Summary) -> str:
@@ -362,24 +352,16 @@ def write_report(folder: Path) -> str:
     """
     summary = read_summary(folder)
     text = markdown(summary)
-    write_text(folder / "report.md", text)
-    write_json(folder / "report.json", as_json(summary))
     figure = draw(summary, published_beside(summary.models))
-    write_atomically(folder / "report.png", partial(figure.savefig, format="png", dpi=130))
+    write_report_files(folder, text, as_json(summary), figure)
     return text
 
 
 def main() -> None:
     """Report on the runs that the command line names."""
-    parser = argparse.ArgumentParser(description="tables and a figure of fine-tuning runs")
-    parser.add_argument(
-        "folder", type=Path, nargs="?", default=Path("runs/glue"), help="of the runs [runs/glue]"
+    report_program(
+        "glue/report.py", "tables and a figure of fine-tuning runs", "runs/glue", write_report
     )
-    try:
-        print(write_report(parser.parse_args().folder), end="")
-    except (ResultError, OSError) as error:
-        sys.stderr.write(f"glue/report.py: error: {error}\n")
-        sys.exit(1)
 
 
 if __name__ == "__main__":

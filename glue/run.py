@@ -10,25 +10,25 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from glue.experiment import encode_task, finished_result, run_experiment
+from glue.experiment import EncodedTask, encode_task, finished_result, run_experiment
 from glue.models import Checkpoint, check_pooler, read_checkpoint
 from glue.rows import TaskData
 from glue.settings import GlueConfig, RunSettings, parse
 from glue.sources import load_own, load_task
-from glue.summary import ResultError, read_summary
+from glue.summary import read_summary
 from glue.tasks import NINE_COLUMNS
-from glue.trainer import Place, describe
-from ponet.cli import UsageError
+from glue.trainer import describe
+from ponet.jobs import EXPECTED, choose_device, complain, locked, run_all, threads_of_a_job
 from ponet.log import set_up_logging
-from ponet.training import TrainingError
+from ponet.results import ResultError
+from ponet.training import Place
 
-# causes outside the program: usage, data, checkpoints (all ValueErrors), a diverging loss, a disk
-_EXPECTED = (ValueError, TrainingError, OSError)
 # tokens beyond which layers are recomputed
 _LONG = 512
 
@@ -37,12 +37,22 @@ logger = logging.getLogger("glue")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run to do."""
+    """A run to do, as handed to a process."""
 
     settings: RunSettings
     """What to run."""
     folder: Path
     """Of the run."""
+    checkpoint: Path
+    """Folder of the model to start from."""
+    place: Place
+    """Where to compute."""
+    threads: int
+    """CPU threads."""
+    recomputes: bool
+    """Layers are computed again in the backward pass."""
+    keeps_model: bool
+    """The fine-tuned model is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +67,8 @@ class TaskJobs:
     """Figures of runs that are done already."""
 
 
-def choose_device(config: GlueConfig) -> torch.device:
-    """The device of all runs.
-
-    Raises:
-        UsageError: a GPU is asked for and there is none.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no GPU; use cpu or auto")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(found if config.device == "auto" else config.device)
+# once in each process
+_read_checkpoint = lru_cache(maxsize=1)(read_checkpoint)
 
 
 def load_tasks(config: GlueConfig) -> list[TaskData]:
@@ -86,7 +88,9 @@ def runs_folder(config: GlueConfig, checkpoint: Checkpoint) -> Path:
     return Path(config.output_dir) / name
 
 
-def plan(config: GlueConfig, data: TaskData, checkpoint: Checkpoint, device: str) -> TaskJobs:
+def plan(
+    config: GlueConfig, data: TaskData, checkpoint: Checkpoint, device: torch.device
+) -> TaskJobs:
     """Find out which runs of a task are left to do.
 
     Raises:
@@ -94,53 +98,78 @@ def plan(config: GlueConfig, data: TaskData, checkpoint: Checkpoint, device: str
         CheckpointError: the folder of a run is damaged.
     """
     parent = runs_folder(config, checkpoint)
-    jobs = [
-        Job(settings=settings, folder=parent / settings.name)
-        for settings in config.runs_of(data.task, device)
-    ]
-    results = [finished_result(job.folder, job.settings, data.digest, checkpoint) for job in jobs]
-    return TaskJobs(
-        data=data,
-        left=[job for job, result in zip(jobs, results, strict=True) if result is None],
-        finished=[result for result in results if result is not None],
-    )
-
-
-def execute(
-    config: GlueConfig, jobs: TaskJobs, checkpoint: Checkpoint, device: torch.device
-) -> Iterator[dict[str, Any] | str]:
-    """Do the runs of a task that are left; yields figures, or what went wrong with a run."""
-    if not jobs.left:
-        return
-    # all runs of a task in one command see the same tokens
-    settings = jobs.left[0].settings
-    task = encode_task(jobs.data, settings, checkpoint)
-    recomputes = config.gradient_checkpointing
-    if recomputes is None:
-        recomputes = settings.max_length > _LONG
     place = Place(
         device=device,
-        gradient_checkpointing=recomputes,
         log_every=config.log_every,
         checkpoint_seconds=60 * config.checkpoint_minutes,
+        shows_bar=config.jobs == 1,
     )
-    for job in jobs.left:
-        try:
-            result = run_experiment(
-                job.settings, job.folder, task, checkpoint, place, keep_model=config.save_models
-            )
-        except _EXPECTED as error:
-            yield f"{job.settings.name}: {error}"
+    left, finished = [], []
+    for settings in config.runs_of(data.task, device.type):
+        folder = parent / settings.name
+        result = finished_result(folder, settings, data.digest, checkpoint)
+        if result is not None:
+            finished.append(result)
             continue
-        logger.info(
-            "%s | %s (majority: %s) in %.0f s, %.3g step/s",
-            job.settings.name,
-            describe(result["metrics"]),
-            describe(result["majority_metrics"]),
-            result["seconds"],
-            result["steps_per_s"],
+        recomputes = config.gradient_checkpointing
+        left.append(
+            Job(
+                settings=settings,
+                folder=folder,
+                checkpoint=checkpoint.folder,
+                place=place,
+                threads=threads_of_a_job(config.threads, config.jobs),
+                recomputes=settings.max_length > _LONG if recomputes is None else recomputes,
+                keeps_model=config.save_models,
+            )
         )
-        yield result
+    return TaskJobs(data=data, left=left, finished=finished)
+
+
+def encode(tasks: list[TaskJobs], checkpoint: Checkpoint) -> Iterator[tuple[Job, EncodedTask]]:
+    """The runs that are left, each with its task in tokens."""
+    for jobs in tasks:
+        if jobs.left:
+            # all runs of a task in one command see the same tokens
+            task = encode_task(jobs.data, jobs.left[0].settings, checkpoint)
+            yield from ((job, task) for job in jobs.left)
+
+
+def execute(job: Job, task: EncodedTask) -> dict[str, Any] | str:
+    """Do a job, in whatever process.
+
+    Returns:
+        The figures, or what went wrong outside the program.
+    """
+    set_up_logging(0)
+    torch.set_num_threads(job.threads)
+    settings = job.settings
+    try:
+        checkpoint = _read_checkpoint(job.checkpoint)
+        with locked(job.folder):
+            # another command may have done it since this one looked
+            result = finished_result(job.folder, settings, task.data.digest, checkpoint)
+            if result is None:
+                result = run_experiment(
+                    settings,
+                    job.folder,
+                    task,
+                    checkpoint,
+                    job.place,
+                    recomputes=job.recomputes,
+                    keeps_model=job.keeps_model,
+                )
+    except EXPECTED as error:
+        return f"{settings.name}: {error}"
+    logger.info(
+        "%s | %s (majority: %s) in %.0f s, %.3g step/s",
+        settings.name,
+        describe(result["metrics"]),
+        describe(result["majority_metrics"]),
+        result["seconds"],
+        result["steps_per_s"],
+    )
+    return result
 
 
 def summarise(folder: Path) -> list[dict[str, Any]]:
@@ -182,45 +211,34 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Run the program."""
     set_up_logging(0)
+    # the folder may hold another model than at an earlier call
+    _read_checkpoint.cache_clear()
     try:
         config = parse()
-        device = choose_device(config)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        device = choose_device(config.device)
         assert config.checkpoint is not None
-        checkpoint = read_checkpoint(Path(config.checkpoint))
+        checkpoint = _read_checkpoint(Path(config.checkpoint))
         for pooler in config.poolers():
             check_pooler(checkpoint.config, pooler)
         # all conflicts are found before the first run starts
-        tasks = [plan(config, data, checkpoint, device.type) for data in load_tasks(config)]
-    except _EXPECTED as error:
-        sys.exit(_complain(error))
-    results = [result for jobs in tasks for result in jobs.finished]
-    if results:
-        total = len(results) + sum(len(jobs.left) for jobs in tasks)
-        logger.info("%d of %d runs are finished already", len(results), total)
-    failures = []
-    for jobs in tasks:
-        for outcome in execute(config, jobs, checkpoint, device):
-            if isinstance(outcome, str):
-                logger.error("glue: error: %s", outcome)
-                failures.append(outcome)
-            else:
-                results.append(outcome)
+        tasks = [plan(config, data, checkpoint, device) for data in load_tasks(config)]
+    except EXPECTED as error:
+        sys.exit(complain("glue", error))
+    finished = [result for jobs in tasks for result in jobs.finished]
+    left = sum(len(jobs.left) for jobs in tasks)
+    if finished:
+        logger.info("%d of %d runs are finished already", len(finished), len(finished) + left)
+    processes = config.jobs if left > 1 else 1
+    results, failures = run_all("glue", execute, encode(tasks, checkpoint), processes)
+    results = finished + results
     summary: list[dict[str, Any]] = []
     try:
         summary = summarise(runs_folder(config, checkpoint)) if results else []
     except ResultError as error:
-        logger.error("glue: error: %s", error)
+        complain("glue", error)
         failures.append(str(error))
     print(json.dumps({"runs": results, "summary": summary, "failures": failures}))
     sys.exit(1 if failures else 0)
-
-
-def _complain(error: Exception) -> int:
-    """Say what is wrong and nothing else; returns the exit status."""
-    sys.stderr.write(f"glue: error: {error}\n")
-    return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":

@@ -96,6 +96,10 @@ class GlueConfig:
     """Last layers that poolers of several layers read."""
     pooler_heads: int = 4
     """Heads of poolers with attention."""
+    pooler_window: int = 2
+    """Neighbouring features in a softmax of mswap."""
+    pooler_draws: int = 1
+    """Tokens that stochastic draws for a feature."""
     layer_choice: Literal["own", "norm"] = "own"
     """norm: for each token the layer with the longest vector, in place of the pooler's own rule."""
     grid: Literal["single", "published", "poolers"] = "single"
@@ -139,8 +143,10 @@ class GlueConfig:
     """Arithmetic; auto: bf16 on a GPU, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: a GPU if there is one."""
+    jobs: int = 1
+    """Runs at a time, each in a process of its own."""
     threads: int | None = None
-    """CPU threads; None: as PyTorch chooses."""
+    """CPU threads of a run; None: all cores, divided among the jobs."""
     gradient_checkpointing: bool | None = None
     """Compute layers again in the backward pass to save memory; None: beyond 512 tokens."""
     save_models: bool = True
@@ -158,7 +164,8 @@ class GlueConfig:
     def __post_init__(self) -> None:
         for name in self.pooler:
             _require(name in POOLERS, "pooler", name, f"one of {', '.join(POOLERS)}")
-        for name in ("seeds", "pooler_layers", "pooler_heads", "log_every"):
+        counts = ("seeds", "pooler_layers", "pooler_heads", "pooler_window", "pooler_draws")
+        for name in (*counts, "jobs", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("batch_size", "epochs", "max_train_examples", "threads"):
             value = getattr(self, name)
@@ -223,6 +230,8 @@ class GlueConfig:
                 num_layers=self.pooler_layers,
                 num_heads=self.pooler_heads,
                 layer_choice=self.layer_choice,
+                window=self.pooler_window,
+                num_draws=self.pooler_draws,
             )
             for name in dict.fromkeys(self.pooler)
         ]
@@ -302,14 +311,17 @@ class RunSettings:
     def pooler_label(self) -> str:
         """The pooler's name and what distinguishes it from its published form."""
         pooler, parts = self.pooler, [self.pooler.name]
-        if pooler.reading != _DEFAULT_POOLER.reading:
-            parts.append(pooler.reading)
-        if pooler.num_layers != _DEFAULT_POOLER.num_layers:
-            parts.append(f"k{pooler.num_layers}")
-        if pooler.num_heads != _DEFAULT_POOLER.num_heads:
-            parts.append(f"h{pooler.num_heads}")
-        if pooler.layer_choice != _DEFAULT_POOLER.layer_choice:
-            parts.append(pooler.layer_choice)
+        for name, prefix in (
+            ("reading", ""),
+            ("num_layers", "k"),
+            ("num_heads", "h"),
+            ("layer_choice", ""),
+            ("window", "w"),
+            ("num_draws", "n"),
+        ):
+            value = getattr(pooler, name)
+            if value != getattr(_DEFAULT_POOLER, name):
+                parts.append(f"{prefix}{value}")
         return "-".join(parts)
 
     @property

@@ -1,11 +1,9 @@
 """The results of runs, read from their folders and put together over seeds."""
 
-import json
 import math
 import statistics
-import typing
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,7 @@ from glue.tasks import NINE_COLUMNS, TASKS
 from ponet import ConfigError, PoolerConfig
 from ponet.mixers import MIXERS
 from ponet.poolers import POOLERS
-
-
-class ResultError(ValueError):
-    """A result that cannot be used, in words that name its file."""
+from ponet.results import RESULT, ResultError, read_object, read_runs, take_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,18 +312,9 @@ def read_summary(folder: Path) -> Summary:
     Raises:
         ResultError: none is finished, a result is damaged, or two are of the same run.
     """
-    paths = sorted(folder.rglob("result.json"))
-    if not paths:
-        raise ResultError(f"{folder}: holds no result.json, python glue/run.py makes them")
-    seen: dict[tuple[Any, ...], Path] = {}
-    results = []
-    for path in paths:
-        result = _read(path)
-        run = (result.model, result.task, result.point, result.seed)
-        if run in seen:
-            raise ResultError(f"{path}: the same run as {seen[run]}, expected one result a run")
-        seen[run] = path
-        results.append(result)
+    results = read_runs(
+        folder, _read, lambda run: (run.model, run.task, run.point, run.seed), "glue/run.py"
+    )
     return Summary(results=tuple(results), unfinished=tuple(_unfinished(folder)))
 
 
@@ -336,24 +322,12 @@ def _unfinished(folder: Path) -> Iterable[str]:
     for path in sorted(folder.rglob("config.json")):
         run = path.parent
         # model folders have a configuration, too
-        if not (run / "result.json").exists() and "settings" in _object(path):
+        if not (run / RESULT).exists() and "settings" in read_object(path):
             yield str(run.relative_to(folder))
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ResultError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
 def _read(path: Path) -> Result:
-    content, hints = _object(path), typing.get_type_hints(Result)
-    values = {f.name: _checked(path, content, f.name, hints[f.name]) for f in fields(Result)}
-    result = Result(**values)
+    result = take_fields(path, read_object(path), Result)
     try:
         pooler = result.model.pooler
     except (ConfigError, TypeError) as error:
@@ -365,31 +339,3 @@ def _read(path: Path) -> Result:
         if value not in known:
             raise ResultError(f"{path}: {name}: expected one of {', '.join(known)}, found {value}")
     return result
-
-
-def _checked(path: Path, content: Mapping[str, Any], name: str, expected: Any) -> Any:
-    """A field, of the type that it should have."""
-    if name not in content:
-        raise ResultError(f"{path}: {name}: missing")
-    value = content[name]
-    if not _fits(value, expected):
-        kind = getattr(expected, "__name__", str(expected))
-        raise ResultError(f"{path}: {name}: expected {kind}, found {value!r}")
-    return value
-
-
-def _fits(value: Any, expected: Any) -> bool:
-    arguments = typing.get_args(expected)
-    origin = typing.get_origin(expected)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(x, arguments[1]) for x in value.values())
-    if origin is list:
-        return isinstance(value, list) and all(_fits(x, arguments[0]) for x in value)
-    if arguments:
-        return any(_fits(value, kind) for kind in arguments)
-    if expected is Any:
-        return True
-    if expected is float:
-        # to Python true is an int, and JSON writes NaN
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is expected

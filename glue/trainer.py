@@ -5,17 +5,14 @@ no state of a random generator and no position in the data.
 """
 
 import logging
-import math
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from glue.batches import ShuffledBatches, collect
 from glue.encoding import EncodedRows
@@ -23,13 +20,15 @@ from glue.inference import apply
 from glue.settings import RunSettings
 from ponet import PoNetForSequenceClassification
 from ponet.log import MetricsWriter
-from ponet.measure import peak_memory_mib, return_free_memory
 from ponet.training import (
     Interval,
-    TrainingError,
+    Place,
+    Progress,
     autocast,
     damaged,
     load_state,
+    progress_bar,
+    report_interval,
     save_state,
     step_seed,
 )
@@ -39,32 +38,6 @@ _MAX_GRAD_NORM = 1.0
 _DROPOUT = 2
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where and how a run computes and reports; nothing here changes its figures."""
-
-    device: torch.device
-    """Of the model."""
-    gradient_checkpointing: bool
-    """Layers are computed again in the backward pass."""
-    log_every: int
-    """Steps between lines of the log."""
-    checkpoint_seconds: float
-    """Seconds between checkpoints."""
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """Where a run stands."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    train_seconds: float = 0.0
-    """Seconds of training steps."""
-    seconds: float = 0.0
-    """Seconds of the run, scoring included."""
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int) -> float:
@@ -178,10 +151,8 @@ class Trainer:
         progress, place = self.progress, self._place
         scores: dict[str, float | None] = {}
         interval = Interval(place.device)
-        hidden = not sys.stderr.isatty()
-        bar = tqdm(initial=progress.step, total=self.steps, disable=hidden, dynamic_ncols=True)
         saved = time.perf_counter()
-        with bar:
+        with progress_bar(progress, self.steps, place) as bar:
             while progress.step < self.steps:
                 interval.add(self.step(progress.step))
                 progress.step += 1
@@ -219,33 +190,15 @@ class Trainer:
         return loss.detach()
 
     def _report(self, interval: Interval, writer: MetricsWriter) -> None:
-        progress, name = self.progress, self._settings.name
-        loss, seconds = interval.finish()
-        if self._place.device.type == "cpu":
-            return_free_memory(self._place.device)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"{name}: the loss became {loss} in the {interval.steps} steps before step "
-                f"{progress.step}; lower --learning-rate or raise --warmup-fraction"
-            )
-        progress.train_seconds += seconds
-        progress.seconds += seconds
-        rate = self._optimizer.param_groups[0]["lr"]
-        speed = interval.steps / seconds
-        memory = peak_memory_mib(self._place.device)
-        remaining = (self.steps - progress.step) * progress.seconds / progress.step
-        values = {"loss": loss, "learning_rate": rate, "steps_per_s": speed}
-        writer.write("train", progress.step, values | {"peak_memory_mib": memory})
-        logger.info(
-            "%s | step %d/%d | loss %.4f | lr %.1e | %.3g step/s | %s MiB | eta %s",
-            name,
-            progress.step,
-            self.steps,
-            loss,
-            rate,
-            speed,
-            f"{memory:,.0f}",
-            f"{remaining / 60:.0f}m" if remaining >= 60 else f"{remaining:.0f}s",
+        report_interval(
+            interval,
+            self.progress,
+            self._place,
+            writer,
+            name=self._settings.name,
+            steps=self.steps,
+            learning_rate=self._optimizer.param_groups[0]["lr"],
+            remedy="lower --learning-rate or raise --warmup-fraction",
         )
 
     def _evaluate(

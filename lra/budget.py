@@ -14,9 +14,10 @@ from lra.cache import Split, TaskData
 from lra.classify import Classification
 from lra.settings import RunSettings
 from lra.tasks import TASKS
-from lra.trainer import Place, Plan, Trainer
+from lra.trainer import Plan, Trainer
 from ponet.cli import UsageError
 from ponet.measure import synchronise
+from ponet.training import Place
 
 _STEPS = 12
 _EVALUATION_BATCHES = 4

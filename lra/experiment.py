@@ -24,11 +24,11 @@ from lra.classify import Classification
 from lra.model import LongRangeClassifier
 from lra.selfpretrain import MaskedPrediction, build_masked_lm
 from lra.settings import RunSettings
-from lra.trainer import Place, Plan, Progress, Trainer
+from lra.trainer import Plan, StageProgress, Trainer
 from ponet.checkpoint import write_bytes, write_json
 from ponet.log import MetricsWriter
 from ponet.measure import source_commit
-from ponet.training import read_record, refuse_other_run, step_seed
+from ponet.training import Place, read_record, refuse_other_run, step_seed
 
 CONFIG, RESULT = "config.json", "result.json"
 _CHECKPOINT, _MODEL = "checkpoint.pt", "model.safetensors"
@@ -125,7 +125,7 @@ def run_experiment(
 
 
 def _figures(
-    settings: RunSettings, data: TaskData, plan: Plan, progress: Progress
+    settings: RunSettings, data: TaskData, plan: Plan, progress: StageProgress
 ) -> dict[str, Any]:
     departures = settings.departures()
     return {

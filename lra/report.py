@@ -4,17 +4,14 @@ Reads every `result.json` below the folder, prints Markdown and writes `report.m
 and `report.png` into it. Protocols, and runs with and without self-pretraining, are reported apart.
 """
 
-import argparse
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lra.published import PUBLISHED
 from lra.report_figure import draw
-from lra.summary import Cell, Group, ResultError, make_groups, read_results
+from lra.summary import Cell, Group, make_groups, read_results
 from lra.tasks import COMPARED
-from ponet.checkpoint import write_atomically, write_json, write_text
+from ponet.results import figure_text, markdown_table, report_program, write_report_files
 
 TITLES = {
     "listops": "ListOps",
@@ -56,15 +53,6 @@ def markdown(groups: list[Group]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 def _cell_text(cell: Cell | None) -> str:
     if cell is None:
         return ""
@@ -73,20 +61,20 @@ def _cell_text(cell: Cell | None) -> str:
 
 
 def _accuracy_table(group: Group) -> str:
-    rows = [["commonest class", *(_figure(group.majority[task]) for task in group.tasks), ""]]
+    rows = [["commonest class", *(figure_text(group.majority[task]) for task in group.tasks), ""]]
     for model in group.models:
         cells = [_cell_text(group.cells.get((model, task))) for task in group.tasks]
-        rows.append([model_title(model), *cells, _figure(group.average(model))])
+        rows.append([model_title(model), *cells, figure_text(group.average(model))])
         if model in PUBLISHED:
             published = PUBLISHED[model]
             row = [f"{published.model}, {published.source}"]
             for task in group.tasks:
                 accuracy = published.accuracy(task)
                 fails = task in COMPARED and accuracy is None
-                row.append("fails" if fails else _figure(accuracy))
-            row.append(_figure(published.average))
+                row.append("fails" if fails else figure_text(accuracy))
+            row.append(figure_text(published.average))
             rows.append([f"*{text}*" if text else "" for text in row])
-    return _table(["model", *(TITLES[task] for task in group.tasks), "average"], rows)
+    return markdown_table(["model", *(TITLES[task] for task in group.tasks), "average"], rows)
 
 
 def _speed_table(group: Group) -> str:
@@ -94,7 +82,7 @@ def _speed_table(group: Group) -> str:
     for model in group.models:
         cells = (group.cells.get((model, task)) for task in group.tasks)
         rows.append([model_title(model), *(f"{c.steps_per_s:.3g}" if c else "" for c in cells)])
-    return _table(["model", *(TITLES[task] for task in group.tasks)], rows)
+    return markdown_table(["model", *(TITLES[task] for task in group.tasks)], rows)
 
 
 def _incomplete_table(group: Group) -> str:
@@ -107,14 +95,14 @@ def _incomplete_table(group: Group) -> str:
             str(run.seed),
             str(run.steps),
             str(run.published_steps),
-            _figure(100 * run.test_accuracy),
-            _figure(100 * run.majority_rate),
+            figure_text(100 * run.test_accuracy),
+            figure_text(100 * run.majority_rate),
             f"{run.steps_per_s:.3g}",
             ", ".join(map(str, run.departures)) or "data",
         ]
         for run in group.incomplete
     ]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def as_json(groups: list[Group]) -> list[dict[str, Any]]:
@@ -175,24 +163,16 @@ def write_report(folder: Path) -> str:
     """
     groups = make_groups(read_results(folder))
     text = markdown(groups)
-    write_text(folder / "report.md", text)
-    write_json(folder / "report.json", as_json(groups))
     figure = draw(groups, TITLES, model_title)
-    write_atomically(folder / "report.png", partial(figure.savefig, format="png", dpi=130))
+    write_report_files(folder, text, as_json(groups), figure)
     return text
 
 
 def main() -> None:
     """Report on the runs that the command line names."""
-    parser = argparse.ArgumentParser(description="tables and a figure of Long Range Arena runs")
-    parser.add_argument(
-        "folder", type=Path, nargs="?", default=Path("runs/lra"), help="of the runs [runs/lra]"
+    report_program(
+        "lra/report.py", "tables and a figure of Long Range Arena runs", "runs/lra", write_report
     )
-    try:
-        print(write_report(parser.parse_args().folder), end="")
-    except (ResultError, OSError) as error:
-        sys.stderr.write(f"lra/report.py: error: {error}\n")
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,29 +6,20 @@ ones continue. Progress goes to stderr; the last line of stdout is one JSON docu
 
 import json
 import logging
-import multiprocessing
-import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from lra.cache import load_task
 from lra.experiment import finished_result, run_experiment
 from lra.prepare import prepare_task
 from lra.settings import LRAConfig, RunSettings, parse
-from lra.trainer import Place
-from ponet.cli import UsageError
+from ponet.jobs import EXPECTED, choose_device, complain, locked, run_all, threads_of_a_job
 from ponet.log import set_up_logging
-from ponet.training import TrainingError
-
-# causes outside the program: usage, data, checkpoints (all ValueErrors), a diverging loss, a disk
-_EXPECTED = (ValueError, TrainingError, OSError)
+from ponet.training import Place
 
 logger = logging.getLogger("lra")
 
@@ -49,18 +40,6 @@ class Job:
     """CPU threads."""
 
 
-def choose_device(config: LRAConfig) -> torch.device:
-    """The device of all runs.
-
-    Raises:
-        UsageError: a GPU is asked for and there is none.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no GPU; use cpu or auto")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(found if config.device == "auto" else config.device)
-
-
 def make_jobs(config: LRAConfig) -> list[Job]:
     """All runs of a command, with their data prepared.
 
@@ -68,7 +47,7 @@ def make_jobs(config: LRAConfig) -> list[Job]:
         UsageError: settings contradict each other or the device.
         DataError: the data of a task are missing or unfit.
     """
-    device = choose_device(config)
+    device = choose_device(config.device)
     runs = config.runs(device.type)
     data_folders = {
         task.name: prepare_task(task.name, config.data_dir, num_examples=config.num_examples)
@@ -80,7 +59,7 @@ def make_jobs(config: LRAConfig) -> list[Job]:
         checkpoint_seconds=60 * config.checkpoint_minutes,
         shows_bar=config.jobs == 1,
     )
-    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // config.jobs)
+    threads = threads_of_a_job(config.threads, config.jobs)
     return [
         Job(
             settings=settings,
@@ -116,15 +95,12 @@ def execute(job: Job) -> dict[str, Any] | str:
     settings = job.settings
     try:
         data = load_task(settings.task, job.data_folder, settings.protocol)
-        job.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(job.folder / ".lock", blocking=False):
+        with locked(job.folder):
             # another command may have done it since this one looked
             result = finished_result(job.folder, settings, data)
             if result is None:
                 result = run_experiment(settings, job.folder, data, job.place)
-    except Timeout:
-        return f"{settings.name}: another process is at this run in {job.folder}"
-    except _EXPECTED as error:
+    except EXPECTED as error:
         return f"{settings.name}: {error}"
     logger.info(
         "%s | test accuracy %.4f (majority %.4f) after %d steps, %.3g step/s%s",
@@ -138,18 +114,6 @@ def execute(job: Job) -> dict[str, Any] | str:
     return result
 
 
-def execute_all(jobs: list[Job], processes: int) -> Iterator[dict[str, Any] | str]:
-    """Do jobs, `processes` at a time; yields what `execute` returns as jobs end."""
-    if processes == 1 or len(jobs) <= 1:
-        yield from map(execute, jobs)
-        return
-    # a forked process must not touch a GPU or a thread pool of its parent
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for future in as_completed([pool.submit(execute, job) for job in jobs]):
-            yield future.result()
-
-
 def main() -> None:
     """Run the program."""
     set_up_logging(0)
@@ -157,28 +121,17 @@ def main() -> None:
         config = parse()
         jobs = make_jobs(config)
         # all conflicts are found before the first run starts
-        results = {job.settings: check(job) for job in jobs}
-    except _EXPECTED as error:
-        sys.exit(_complain(error))
-    finished = [result for result in results.values() if result is not None]
-    left = [job for job in jobs if results[job.settings] is None]
+        known = {job.settings: check(job) for job in jobs}
+    except EXPECTED as error:
+        sys.exit(complain("lra", error))
+    finished = [result for result in known.values() if result is not None]
+    left = [job for job in jobs if known[job.settings] is None]
     if finished:
         logger.info("%d of %d runs are finished already", len(finished), len(jobs))
-    failures = []
-    for outcome in execute_all(left, config.jobs):
-        if isinstance(outcome, str):
-            logger.error("lra: error: %s", outcome)
-            failures.append(outcome)
-        else:
-            finished.append(outcome)
-    print(json.dumps({"runs": finished, "failures": failures}))
+    processes = config.jobs if len(left) > 1 else 1
+    results, failures = run_all("lra", execute, [(job,) for job in left], processes)
+    print(json.dumps({"runs": finished + results, "failures": failures}))
     sys.exit(1 if failures else 0)
-
-
-def _complain(error: Exception) -> int:
-    """Say what is wrong and nothing else; returns the exit status."""
-    sys.stderr.write(f"lra: error: {error}\n")
-    return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":

@@ -1,18 +1,12 @@
 """The results of runs, read from their folders and put together over seeds."""
 
-import json
 import statistics
-import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lra.published import PUBLISHED
 from lra.tasks import COMPARED, TASKS
-
-
-class ResultError(ValueError):
-    """A result that cannot be used, in words that name its file."""
+from ponet.results import ResultError, read_object, read_runs, take_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +25,7 @@ class Result:
     """Seed of the run."""
     complete: bool
     """Whether it is the whole published run on the whole data."""
-    departures: list
+    departures: list[str]
     """Names of the settings that are not the published ones."""
     steps: int
     """Training steps done."""
@@ -111,45 +105,21 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         ResultError: there is none, one is damaged, or two are of the same run.
     """
-    paths = sorted(folder.rglob("result.json"))
-    if not paths:
-        raise ResultError(f"{folder}: holds no result.json, python lra/run.py makes them")
-    seen: dict[tuple[str, str, str, int], Path] = {}
-    results = []
-    for path in paths:
-        result = _read(path)
-        run = (result.group, result.task, result.model, result.seed)
-        if run in seen:
-            raise ResultError(f"{path}: the same run as {seen[run]}, expected one result a run")
-        seen[run] = path
-        results.append(result)
-    return results
+    return read_runs(
+        folder, _read, lambda run: (run.group, run.task, run.model, run.seed), "lra/run.py"
+    )
 
 
 def _read(path: Path) -> Result:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
+    content = read_object(path)
+    if not isinstance(content.get("data"), dict):
         raise ResultError(f"{path}: expected an object with the field 'data'")
-    content["data_digest"] = content["data"].get("digest")
-    hints = typing.get_type_hints(Result)
-    values = {field.name: _checked(path, content, field.name, hints) for field in fields(Result)}
-    if values["task"] not in TASKS:
+    result = take_fields(path, content | {"data_digest": content["data"].get("digest")}, Result)
+    if result.task not in TASKS:
         raise ResultError(
-            f"{path}: task: expected one of {', '.join(TASKS)}, found {values['task']!r}"
+            f"{path}: task: expected one of {', '.join(TASKS)}, found {result.task!r}"
         )
-    return Result(**values)
-
-
-def _checked(path: Path, content: dict[str, Any], name: str, hints: dict[str, Any]) -> Any:
-    value, expected = content.get(name), hints[name]
-    allowed = (int, float) if expected is float else expected
-    # to Python true is an int
-    if not isinstance(value, allowed) or isinstance(value, bool) != (expected is bool):
-        raise ResultError(f"{path}: {name}: expected {expected.__name__}, found {value!r}")
-    return value
+    return result
 
 
 def make_groups(results: list[Result]) -> list[Group]:

@@ -5,8 +5,6 @@ no state of a random generator and no position in the data.
 """
 
 import logging
-import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,18 +12,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lra.schedule import one_cycle
 from ponet.checkpoint import CheckpointError
 from ponet.log import MetricsWriter
-from ponet.measure import peak_memory_mib, return_free_memory
 from ponet.training import (
     Interval,
-    TrainingError,
+    Place,
+    Progress,
     autocast,
     damaged,
     load_state,
+    progress_bar,
+    report_interval,
     save_state,
     step_seed,
 )
@@ -50,35 +49,15 @@ class Plan:
 
 
 @dataclass(kw_only=True)
-class Progress:
+class StageProgress(Progress):
     """Where a stage stands."""
 
-    step: int = 0
-    """Optimizer steps done."""
     evaluations: int = 0
     """Evaluations done."""
     best_accuracy: float = -1.0
     """Highest accuracy of an evaluation; -1 before the first."""
     best_step: int = 0
     """Step of the first evaluation that reached it."""
-    train_seconds: float = 0.0
-    """Seconds of training steps."""
-    seconds: float = 0.0
-    """Seconds of the stage, evaluations included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where and how a run computes and reports; nothing here changes its figures."""
-
-    device: torch.device
-    """Of the model."""
-    log_every: int
-    """Steps between lines of the log."""
-    checkpoint_seconds: float
-    """Seconds between checkpoints, besides those after evaluations."""
-    shows_bar: bool
-    """A bar may be drawn: no other run writes to the same terminal."""
 
 
 class Trainer:
@@ -120,7 +99,7 @@ class Trainer:
             model.parameters(), lr=plan.learning_rate, eps=_EPSILON, weight_decay=0.0, fused=True
         )
         self._scaler = torch.amp.GradScaler(place.device.type, enabled=precision == "fp16")
-        self.progress = Progress()
+        self.progress = StageProgress()
         self.best: dict[str, Tensor] | None = None
         """Weights of the best evaluation, on the CPU."""
 
@@ -137,7 +116,7 @@ class Trainer:
             return False
         state = load_state(path)
         try:
-            planned, progress = Plan(**state["plan"]), Progress(**state["progress"])
+            planned, progress = Plan(**state["plan"]), StageProgress(**state["progress"])
         except (KeyError, TypeError) as error:
             raise damaged(path, error) from error
         if planned != self._plan:
@@ -173,10 +152,8 @@ class Trainer:
         """
         plan, progress, device = self._plan, self.progress, self._place.device
         interval = Interval(device)
-        hidden = not self._place.shows_bar or not sys.stderr.isatty()
-        bar = tqdm(initial=progress.step, total=plan.steps, disable=hidden, dynamic_ncols=True)
         saved = time.perf_counter()
-        with bar:
+        with progress_bar(progress, plan.steps, self._place) as bar:
             while progress.step < plan.steps:
                 interval.add(self.step(progress.step))
                 progress.step += 1
@@ -211,33 +188,15 @@ class Trainer:
         return loss.detach()
 
     def _report(self, interval: Interval, writer: MetricsWriter) -> None:
-        progress, plan = self.progress, self._plan
-        loss, seconds = interval.finish()
-        if self._place.device.type == "cpu":
-            return_free_memory(self._place.device)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"{self._name}: the loss became {loss} in the {interval.steps} steps before step "
-                f"{progress.step}; lower --learning-rate or raise --warmup-steps"
-            )
-        progress.train_seconds += seconds
-        progress.seconds += seconds
-        rate = self._optimizer.param_groups[0]["lr"]
-        speed = interval.steps / seconds
-        memory = peak_memory_mib(self._place.device)
-        remaining = (plan.steps - progress.step) * progress.seconds / progress.step
-        values = {"loss": loss, "learning_rate": rate, "steps_per_s": speed}
-        writer.write("train", progress.step, values | {"peak_memory_mib": memory})
-        logger.info(
-            "%s | step %d/%d | loss %.4f | lr %.1e | %.3g step/s | %s MiB | eta %s",
-            self._name,
-            progress.step,
-            plan.steps,
-            loss,
-            rate,
-            speed,
-            f"{memory:,.0f}",
-            f"{remaining / 60:.0f}m" if remaining >= 60 else f"{remaining:.0f}s",
+        report_interval(
+            interval,
+            self.progress,
+            self._place,
+            writer,
+            name=self._name,
+            steps=self._plan.steps,
+            learning_rate=self._optimizer.param_groups[0]["lr"],
+            remedy="lower --learning-rate or raise --warmup-steps",
         )
 
     def _select(self, evaluate: Callable[[int], float], writer: MetricsWriter) -> None:

@@ -1,9 +1,13 @@
-"""What training programs share: seeds, arithmetic, intervals of the log, files of a run."""
+"""What training programs share: seeds, arithmetic, progress and its log, files of a run."""
 
 import io
 import json
+import logging
+import math
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,12 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ponet.checkpoint import CheckpointError, write_bytes
 from ponet.cli import UsageError
-from ponet.measure import synchronise
+from ponet.log import MetricsWriter
+from ponet.measure import peak_memory_mib, return_free_memory, synchronise
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
@@ -53,6 +61,92 @@ class Interval:
         """Mean loss, and seconds since the beginning."""
         synchronise(self._device)
         return float(self._sum) / self.steps, time.perf_counter() - self._began
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and how a run computes and reports; nothing here changes its figures."""
+
+    device: torch.device
+    """Of the model."""
+    log_every: int
+    """Steps between lines of the log."""
+    checkpoint_seconds: float
+    """Seconds between checkpoints."""
+    shows_bar: bool
+    """A bar may be drawn: no other run writes to the same terminal."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    train_seconds: float = 0.0
+    """Seconds of training steps."""
+    seconds: float = 0.0
+    """Seconds of the run, evaluations included."""
+
+
+def progress_bar(progress: Progress, steps: int, place: Place) -> tqdm:
+    """A bar over the steps of a run, where a person watches."""
+    hidden = not place.shows_bar or not sys.stderr.isatty()
+    return tqdm(initial=progress.step, total=steps, disable=hidden, dynamic_ncols=True)
+
+
+def report_interval(
+    interval: Interval,
+    progress: Progress,
+    place: Place,
+    writer: MetricsWriter,
+    *,
+    name: str,
+    steps: int,
+    learning_rate: float,
+    remedy: str,
+) -> None:
+    """Record and log the steps since the last time, and count their seconds.
+
+    Args:
+        interval: the steps.
+        progress: of the run, after them.
+        place: where it runs.
+        writer: of its metrics.
+        name: of the run.
+        steps: of the whole run.
+        learning_rate: in the last step.
+        remedy: what helps against a loss that is not finite.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    loss, seconds = interval.finish()
+    if place.device.type == "cpu":
+        return_free_memory(place.device)
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"{name}: the loss became {loss} in the {interval.steps} steps before step "
+            f"{progress.step}; {remedy}"
+        )
+    progress.train_seconds += seconds
+    progress.seconds += seconds
+    speed = interval.steps / seconds
+    memory = peak_memory_mib(place.device)
+    remaining = (steps - progress.step) * progress.seconds / progress.step
+    values = {"loss": loss, "learning_rate": learning_rate, "steps_per_s": speed}
+    writer.write("train", progress.step, values | {"peak_memory_mib": memory})
+    logger.info(
+        "%s | step %d/%d | loss %.4f | lr %.1e | %.3g step/s | %s MiB | eta %s",
+        name,
+        progress.step,
+        steps,
+        loss,
+        learning_rate,
+        speed,
+        f"{memory:,.0f}",
+        f"{remaining / 60:.0f}m" if remaining >= 60 else f"{remaining:.0f}s",
+    )
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

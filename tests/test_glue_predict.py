@@ -185,6 +185,9 @@ def test_bad_input_leaves_nothing_on_standard_output(tmp_path: Path, run: Progra
     _, err, status = run("--model", str(folder), str(tmp_path / "absent.txt"))
     assert status == 1
     assert "absent.txt" in err
+    _, err, status = run("--model", str(folder), str(tmp_path))
+    assert status == 1
+    assert f"{tmp_path}: is a folder, expected a file" in err
     _, err, status = run("--model", str(tmp_path / "nothing"), stdin=b"one\n")
     assert status == 1
     assert "nothing/meaning.json: no such file" in err

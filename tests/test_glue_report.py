@@ -12,9 +12,10 @@ import pytest
 
 from glue.published import PONET, PUBLISHED
 from glue.report import write_report
-from glue.summary import ResultError, read_summary
+from glue.summary import read_summary
 from glue.tasks import NINE_COLUMNS, TASKS
 from ponet import PoolerConfig
+from ponet.results import ResultError
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {

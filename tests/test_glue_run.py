@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from glue.encoding import RowEncoder
 from glue.inference import outputs_of
@@ -274,6 +275,31 @@ def test_interrupted_grid_continues(command, workplace, monkeypatch):
     assert command(*grid, "--output-dir", "parts")["status"] == 0
 
 
+def test_jobs_give_the_figures_of_one_process(command):
+    flags = ["--task", "rte", "cola", "--pooler", "cls", "stochastic", *TINY]
+    one = command(*flags, "--output-dir", "one")
+    two = command(*flags, "--output-dir", "two", "--jobs", "2")
+    assert (two["status"], two["failures"], len(two["runs"])) == (0, [], 4)
+    by_run = [
+        {Path(run["run"]).name: figures(run) | {"run": None} for run in found["runs"]}
+        for found in (one, two)
+    ]
+    assert by_run[0] == by_run[1]
+    assert two["summary"] == one["summary"]
+
+
+def test_a_run_that_is_going_on_is_left_alone(command, workplace):
+    folder = workplace / "runs" / "glue" / "tiny" / "rte-cls-b8-lr0.001-seed0"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        found = command("--task", "rte", "--seeds", "2", *TINY)
+    assert found["status"] == 1
+    (failure,) = found["failures"]
+    assert "another process is at this run in runs/glue/tiny/rte-cls-b8-lr0.001-seed0" in failure
+    assert [run["seed"] for run in found["runs"]] == [1]
+    assert command("--task", "rte", "--seeds", "2", *TINY)["status"] == 0
+
+
 def test_published_grid_has_twenty_runs(command):
     found = command("--task", "wnli", "--grid", "published", "--epochs", "1", "--no-save-models")
     points = {(run["batch_size"], run["learning_rate"]) for run in found["runs"]}
@@ -374,6 +400,11 @@ def test_settings_reach_the_run(command):
     assert "trained on 9 of 16 rows" in result["departures"]
     assert result["pooler_settings"]["num_layers"] == 2
     assert result["metrics"]["accuracy"] is not None
+    flags = ["--task", "rte", "--pooler", "stochastic", "--pooler-window", "4", "--pooler-draws"]
+    (result,) = command(*flags, "2", *TINY)["runs"]
+    assert Path(result["run"]).name == "rte-stochastic-w4-n2-b8-lr0.001-seed0"
+    settings = result["pooler_settings"]
+    assert (settings["window"], settings["num_draws"]) == (4, 2)
 
 
 def test_schedule():
@@ -394,6 +425,8 @@ def test_schedule():
         (["--task", "rte", "--checkpoint", "none"], "config.json: no such file"),
         (["--task", "hnd"], "--task hnd has no data: expected train.jsonl in"),
         (["--task", "rte", "--pooler", "mha", "--pooler-heads", "3"], "pooler num_heads 3"),
+        (["--task", "rte", "--pooler", "mswap", "--pooler-window", "3"], "pooler window 3"),
+        (["--task", "rte", "--pooler-draws", "0"], "--pooler-draws must be at least 1"),
         (["--task", "rte", "--pooler", "max_cls", "--pooler-layers", "4"], "the last 4 layers"),
         (["--task", "rte", "--device", "cuda"], "PyTorch finds no GPU"),
     ],

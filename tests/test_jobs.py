@@ -1,0 +1,81 @@
+"""Several runs in one command: order, failures, processes that die, locks, threads."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from ponet.cli import UsageError
+from ponet.jobs import choose_device, complain, locked, run_all, threads_of_a_job
+from ponet.training import TrainingError
+
+
+def work(number: int) -> dict[str, int] | str:
+    """Runs in a process of its own, which imports this module."""
+    if number == 13:
+        return "thirteen is bad luck"
+    if number < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"number": number, "process": os.getpid()}
+
+
+def test_one_process_works_in_order_and_takes_calls_one_by_one():
+    seen = []
+
+    def calls():
+        for number in (3, 13, 1):
+            seen.append(number)
+            yield (number,)
+
+    def work_and_look(number: int) -> dict[str, int] | str:
+        assert seen[-1] == number
+        return work(number)
+
+    results, failures = run_all("ponet", work_and_look, calls(), 1)
+    assert [result["number"] for result in results] == [3, 1]
+    assert failures == ["thirteen is bad luck"]
+    assert {result["process"] for result in results} == {os.getpid()}
+
+
+def test_processes_do_all_of_it(caplog):
+    results, failures = run_all("ponet", work, [(n,) for n in (1, 2, 13, 4)], 2)
+    assert sorted(result["number"] for result in results) == [1, 2, 4]
+    assert os.getpid() not in {result["process"] for result in results}
+    assert failures == ["thirteen is bad luck"]
+    assert "ponet: error: thirteen is bad luck" in caplog.text
+
+
+def test_a_killed_process_is_a_failure_and_not_a_traceback():
+    results, failures = run_all("ponet", work, [(-1,)], 2)
+    assert results == []
+    (failure,) = failures
+    assert "a process was killed" in failure
+    assert "--jobs 1" in failure
+
+
+def test_folder_is_held_by_one(tmp_path: Path):
+    folder = tmp_path / "runs" / "a"
+    with locked(folder):
+        assert folder.is_dir()
+        with pytest.raises(TrainingError, match=r"another process is at this run in .*runs/a"):
+            locked(folder).__enter__()
+    with FileLock(folder / ".lock", blocking=False):
+        pass
+
+
+def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(5))
+    assert [threads_of_a_job(None, jobs) for jobs in (1, 2, 5, 9)] == [5, 2, 1, 1]
+    assert threads_of_a_job(3, 2) == 3
+
+
+def test_missing_gpu_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
+    with pytest.raises(UsageError, match="--device cuda: PyTorch finds no GPU") as caught:
+        choose_device("cuda")
+    assert complain("glue", caught.value) == 2
+    assert complain("glue", OSError("no space")) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "glue: error: no space"
