@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from pretrain.corpus import Corpus, build_corpus
 from pretrain.launch import Launch
 from pretrain.objectives import ExampleSettings
 from pretrain.settings import PretrainConfig
-from pretrain.sources import SourceReport, content_key, iter_documents
+from pretrain.sources import SourceReport, content_key, in_turn, iter_documents
 from pretrain.vocabulary import train_tokenizer
+
+# part of the cache key: raise it when the same text gives another vocabulary
+_VOCABULARY_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +81,24 @@ def _prepare(config: PretrainConfig, run: Path | None) -> tuple[Tokenizer, Corpu
 def _tokenizer(config: PretrainConfig, cache: Path, text: str) -> Tokenizer:
     if config.vocab is not None:
         return load_tokenizer(config.vocab)
-    key = hashlib.sha256(json.dumps([text, config.vocab_size]).encode()).hexdigest()[:32]
+    settings = json.dumps([text, config.vocab_size, _VOCABULARY_VERSION])
+    key = hashlib.sha256(settings.encode()).hexdigest()[:32]
     folder = cache / "tokenizers" / key
     if not (folder / "tokenizer_config.json").is_file():
         logger.info("training a vocabulary of %d word pieces", config.vocab_size)
-        documents = iter_documents(
-            config.data, config.text_field, max_characters=config.max_characters
-        )
-        save_tokenizer(train_tokenizer(documents, config.vocab_size), folder)
+        save_tokenizer(train_tokenizer(vocabulary_text(config), config.vocab_size), folder)
     return load_tokenizer(folder)
+
+
+def vocabulary_text(config: PretrainConfig) -> Iterator[str]:
+    """Documents of all sources in turn, because a vocabulary is learned from the first of them.
+
+    Raises:
+        DataError: a source cannot be read.
+    """
+    if config.max_characters is not None:
+        return iter_documents(config.data, config.text_field, max_characters=config.max_characters)
+    return in_turn([iter_documents([source], config.text_field) for source in config.data])
 
 
 def check_unchanged(corpus: Corpus, saved: dict[str, Any], run: Path) -> None:

@@ -23,6 +23,7 @@ import json
 import lzma
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -126,6 +127,17 @@ def iter_documents(
     sources = _resolve_all(source_specs)
     report = SourceReport() if report is None else report
     return _draw(sources, text_field, max_characters, report)
+
+
+def in_turn(iterators: Iterable[Iterator[str]]) -> Iterator[str]:
+    """One document of each iterator after the other, of those that have not ended."""
+    waiting = deque(iterators)
+    while waiting:
+        documents = waiting.popleft()
+        document = next(documents, None)
+        if document is not None:
+            yield document
+            waiting.append(documents)
 
 
 def _draw(

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain import sources
-from pretrain.sources import DataError, SourceReport, content_key, iter_documents
+from pretrain.prepare import vocabulary_text
+from pretrain.settings import PretrainConfig
+from pretrain.sources import DataError, SourceReport, content_key, in_turn, iter_documents
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -411,6 +413,26 @@ class TestBuiltin:
         assert documents == read("builtin", max_characters=200_000)
         assert len(documents) > 50
         assert all(len(document) >= 400 for document in documents)
+
+
+def test_sources_take_turns() -> None:
+    drawn = in_turn([iter("abc"), iter(""), iter("d"), iter("ef")])
+    assert "".join(drawn) == "adebfc"
+    assert list(in_turn([])) == []
+
+
+def test_vocabulary_is_learned_from_all_sources(tmp_path: Path) -> None:
+    """It sees the first documents alone; a corpus is read source after source."""
+    names = []
+    for name in ("first", "second"):
+        names.append(str(tmp_path / f"{name}.jsonl"))
+        lines = [json.dumps({"text": f"{name} {number}"}) for number in range(2)]
+        Path(names[-1]).write_text("\n".join(lines))
+    turns = ["first 0", "second 0", "first 1", "second 1"]
+    assert list(vocabulary_text(PretrainConfig(data=tuple(names)))) == turns
+    # where reading stops early, the vocabulary sees nothing beyond it
+    few = PretrainConfig(data=tuple(names), max_characters=10)
+    assert list(vocabulary_text(few)) == ["first 0", "first 1"]
 
 
 def test_real_data() -> None:
