@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -80,7 +81,7 @@ def _outcomes(
         return
     # a forked process must not touch a GPU or a thread pool of its parent
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
         try:
             futures = [pool.submit(function, *arguments) for arguments in calls]
             for future in as_completed(futures):
@@ -90,6 +91,21 @@ def _outcomes(
                 "a process was killed, for want of memory perhaps; the same command goes on with "
                 "the runs that are not finished, --jobs 1 does them one after the other"
             )
+
+
+def _end_with_parent() -> None:
+    """Make this process end when the one that started it is gone, however that ended.
+
+    It would go on with its run, hold its folder, and then wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -2,8 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from filelock import FileLock
 
@@ -53,6 +58,49 @@ def test_a_killed_process_is_a_failure_and_not_a_traceback():
     (failure,) = failures
     assert "a process was killed" in failure
     assert "--jobs 1" in failure
+
+
+def wait_long(path: str) -> dict[str, int]:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(600)
+    return {}
+
+
+def test_processes_end_with_a_killed_parent(tmp_path: Path):
+    paths = [tmp_path / "one", tmp_path / "two"]
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from ponet.jobs import run_all\n"
+        "from test_jobs import wait_long\n"
+        "if __name__ == '__main__':\n"
+        f"    run_all('ponet', wait_long, [(p,) for p in {[str(path) for path in paths]!r}], 2)\n"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], env=environment)
+    try:
+        wait_until(lambda: all(path.exists() and path.read_text() for path in paths))
+    finally:
+        parent.kill()
+        parent.wait()
+    children = [int(path.read_text()) for path in paths]
+    wait_until(lambda: not any(map(is_running, children)))
+
+
+def is_running(process: int) -> bool:
+    """Nobody may have asked for the status of a process that has ended."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_folder_is_held_by_one(tmp_path: Path):
