@@ -2,14 +2,16 @@
 
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ponet.cli import add_flags
-from pretrain.settings import PRESETS, PretrainConfig
+import glue.settings
+import lra.settings
+import pretrain.settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
@@ -56,18 +58,41 @@ def test_imports_run_one_way():
             assert not re.search(rf"^(from|import) {name}\b", path.read_text(), re.M), path
 
 
-def test_readme_commands_use_flags_and_presets_that_exist():
-    import argparse
-
+def readme_commands() -> list[str]:
     text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^(?:deepspeed|python|torchrun) .*pretrain/run\.py(.*)$", text, re.M)
-    assert commands
-    parser = argparse.ArgumentParser()
-    add_flags(parser, PretrainConfig)
-    known = {flag for action in parser._actions for flag in action.option_strings} | {"--config"}
-    for command in commands:
-        assert set(re.findall(r"--[a-z-]+", command)) <= known
-        for preset in re.findall(r"--config (\w+)", command):
-            assert (PRESETS / f"{preset}.yaml").is_file()
-    for script in re.findall(r"python (benchmarks/\w+\.py)", text):
+    lines = [
+        line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.split("\n")
+    ]
+    return [part.strip() for line in lines if line for part in line.split("&&")]
+
+
+PARSERS = {
+    "pretrain/run.py": pretrain.settings.parse,
+    "lra/run.py": lra.settings.parse,
+    "glue/run.py": glue.settings.parse,
+}
+
+
+def test_readme_names_every_program():
+    commands = "\n".join(readme_commands())
+    for program in (
+        *PARSERS,
+        "lra/prepare.py",
+        "lra/report.py",
+        "glue/report.py",
+        "glue/predict.py",
+    ):
+        assert program in commands
+    for script in re.findall(r"python ([\w/]+\.py)", (ROOT / "README.md").read_text()):
         assert (ROOT / script).is_file()
+
+
+# --resume reads a run that has to be there
+PARSED = [c for c in readme_commands() if any(p in c for p in PARSERS) and "--resume" not in c]
+
+
+@pytest.mark.parametrize("command", PARSED)
+def test_readme_commands_parse(command: str):
+    words = shlex.split(command, comments=True)
+    (program,) = [word for word in words if word in PARSERS]
+    PARSERS[program](words[words.index(program) + 1 :])
