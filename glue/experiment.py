@@ -32,7 +32,7 @@ from glue.trainer import Trainer
 from ponet import PoNetForSequenceClassification
 from ponet.checkpoint import write_json
 from ponet.log import MetricsWriter
-from ponet.measure import peak_memory_mib, source_commit
+from ponet.measure import device_name, peak_memory_mib, source_commit
 from ponet.training import Place, TrainingError, read_record, refuse_other_run
 
 CONFIG, RESULT = "config.json", "result.json"
@@ -158,7 +158,7 @@ def run_experiment(
         "steps_per_s": trainer.steps / trainer.progress.train_seconds,
         "peak_memory_mib": peak_memory_mib(place.device),
         "num_parameters": sum(p.numel() for p in model.parameters()),
-        "device": _device_name(place.device),
+        "device": device_name(place.device),
         "commit": source_commit(),
         "run": str(folder),
     }
@@ -297,9 +297,3 @@ def _submit(
         predictions = _predict(model, rows, settings)
         path = folder / _SUBMISSION / f"{name}.tsv"
         write_submission(path, task.data.task, task.data.submissions[name], predictions)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"

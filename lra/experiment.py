@@ -27,7 +27,7 @@ from lra.settings import RunSettings
 from lra.trainer import Plan, StageProgress, Trainer
 from ponet.checkpoint import write_bytes, write_json
 from ponet.log import MetricsWriter
-from ponet.measure import source_commit
+from ponet.measure import device_name, source_commit
 from ponet.training import Place, read_record, refuse_other_run, step_seed
 
 CONFIG, RESULT = "config.json", "result.json"
@@ -115,7 +115,7 @@ def run_experiment(
         "num_test_examples": tested,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "seconds": pretrain_seconds + trainer.progress.seconds + test_seconds,
-        "device": _device_name(place.device),
+        "device": device_name(place.device),
     }
     write_json(folder / RESULT, result)
     # a finished run is never continued
@@ -152,12 +152,6 @@ def _figures(
 def _describe(data: TaskData) -> dict[str, Any]:
     sizes = {name: len(getattr(data, name)) for name in ("train", "dev", "test")}
     return {"digest": data.manifest["digest"], "source": data.manifest["source"], **sizes}
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def _plan_of(

@@ -20,6 +20,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def device_name(device: torch.device) -> str:
+    """What ran: the name of the GPU, or the CPU with this process's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """Peak memory so far in MiB: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":

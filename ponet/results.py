@@ -9,11 +9,13 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ponet.checkpoint import write_atomically, write_json, write_text
+
+if TYPE_CHECKING:
+    # programs that draw nothing read results, too, in each of their processes
+    from matplotlib.figure import Figure
 
 RESULT = "result.json"
 
@@ -126,7 +128,7 @@ def figure_text(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def write_report_files(folder: Path, text: str, content: Any, figure: Figure) -> None:
+def write_report_files(folder: Path, text: str, content: Any, figure: "Figure") -> None:
     """Write `report.md`, `report.json` and `report.png`, each whole or not at all.
 
     Raises:

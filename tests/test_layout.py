@@ -12,6 +12,7 @@ import pytest
 import glue.settings
 import lra.settings
 import pretrain.settings
+from ponet.cli import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
@@ -87,12 +88,14 @@ def test_readme_names_every_program():
         assert (ROOT / script).is_file()
 
 
-# --resume reads a run that has to be there
-PARSED = [c for c in readme_commands() if any(p in c for p in PARSERS) and "--resume" not in c]
-
-
-@pytest.mark.parametrize("command", PARSED)
+@pytest.mark.parametrize("command", [c for c in readme_commands() if any(p in c for p in PARSERS)])
 def test_readme_commands_parse(command: str):
     words = shlex.split(command, comments=True)
     (program,) = [word for word in words if word in PARSERS]
-    PARSERS[program](words[words.index(program) + 1 :])
+    arguments = words[words.index(program) + 1 :]
+    if "--resume" in arguments:
+        # unknown flags end the process; all else is right but for the run, which is not here
+        with pytest.raises(UsageError, match=r"--resume: .* holds no config\.yaml"):
+            PARSERS[program](arguments)
+    else:
+        PARSERS[program](arguments)
