@@ -96,7 +96,10 @@ def load_own(name: str, own: OwnFiles) -> TaskData:
 
 
 def cut(rows: Rows) -> tuple[Rows, Rows]:
-    """Cut a tenth off, the same for every run.
+    """Cut a tenth off, with all labels in proportion, the same for every run.
+
+    Rows are drawn at equal distances from a random order sorted by label (systematic sampling), so
+    each class, or range of numbers, has its share to within a row.
 
     Returns:
         The rest, and the tenth, in the order of the file.
@@ -106,9 +109,14 @@ def cut(rows: Rows) -> tuple[Rows, Rows]:
     """
     if len(rows) < 2:
         raise DataError(f"{rows.origin}: one row cannot be cut into a training and a dev set")
+    assert rows.labels is not None
     size = max(1, round(_CUT_SHARE * len(rows)))
     order = np.random.default_rng(_CUT_SEED).permutation(len(rows))
-    return rows.take(np.sort(order[size:])), rows.take(np.sort(order[:size]))
+    order = order[np.argsort(rows.labels[order], kind="stable")]
+    chosen = order[(2 * np.arange(size) + 1) * len(rows) // (2 * size)]
+    is_chosen = np.zeros(len(rows), dtype=bool)
+    is_chosen[chosen] = True
+    return rows.take(np.flatnonzero(~is_chosen)), rows.take(np.flatnonzero(is_chosen))
 
 
 def _find(task: Task, data_dir: Path) -> tuple[Path, Files] | None:

@@ -18,7 +18,7 @@ from glue.batches import ShuffledBatches, batches_of_all, collect
 from glue.encoding import RowEncoder
 from glue.readers import label_names, read_hub, read_table
 from glue.rows import DataError, Rows
-from glue.sources import OwnFiles, load_own, load_task
+from glue.sources import OwnFiles, cut, load_own, load_task
 from glue.tasks import NINE_COLUMNS, TASKS, Segments, Table
 from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer
 
@@ -101,8 +101,12 @@ class TestSharedData:
         if not DATA.is_dir():
             pytest.skip("no data beside this checkout")
         data = load_task(TASKS[name], DATA / "glue")
-        both = [data.train.labels, data.evaluation["dev"].labels]
-        assert int((np.concatenate([x for x in both if x is not None]) == label).sum()) == count
+        train, dev = data.train.labels, data.evaluation["dev"].labels
+        assert train is not None
+        assert dev is not None
+        assert int((np.concatenate([train, dev]) == label).sum()) == count
+        # a cut that is left to chance had 5 points more of one class in MRPC
+        assert abs(int((dev == label).sum()) - count * len(dev) / (len(train) + len(dev))) < 1
 
     def test_similarities(self):
         if not DATA.is_dir():
@@ -305,6 +309,29 @@ class TestSources:
         assert (len(data.train), len(data.evaluation["dev"])) == (18, 2)
         assert data.submissions["mine"].texts == (["what"], ["so"])
         assert data.submissions["mine"].labels is None
+
+
+class TestCut:
+    @settings(deadline=None, max_examples=100)
+    @given(st.lists(st.integers(0, 3), min_size=2, max_size=300))
+    def test_each_class_has_its_share(self, labels):
+        whole = rows([str(i) for i in range(len(labels))], labels=labels)
+        train, dev = cut(whole)
+        assert dev.labels is not None
+        assert len(dev) == max(1, round(len(labels) / 10))
+        assert sorted((*train.texts[0], *dev.texts[0])) == sorted(whole.texts[0])
+        for part in (train, dev):
+            places = [int(text) for text in part.texts[0]]
+            assert places == sorted(places)
+            assert part.labels is not None
+            assert part.labels.tolist() == [labels[place] for place in places]
+        for label in set(labels):
+            share = labels.count(label) * len(dev) / len(labels)
+            assert abs(int((dev.labels == label).sum()) - share) <= 1
+
+    def test_one_row(self):
+        with pytest.raises(DataError, match=r"a test: one row"):
+            cut(rows(["a"], labels=[0]))
 
 
 class TestEncoding:
