@@ -104,15 +104,16 @@ class GlueConfig:
     """norm: for each token the layer with the longest vector, in place of the pooler's own rule."""
     grid: Literal["single", "published", "poolers"] = "single"
     """single: one batch size and learning rate; published: PoNet's 20 runs a task; poolers: the
-    three batch sizes of the pooler study. A flag for either takes the place of its values."""
+    three batch sizes of the pooler study. A flag for either takes the place of its values, each
+    batch size meets each rate."""
     seeds: int = 1
     """Runs of each point of the grid, with consecutive seeds."""
     first_seed: int = 0
     """Seed of the first run: of new weights, order of examples and dropout."""
-    batch_size: int | None = None
-    """Examples in a step."""
-    learning_rate: float | None = None
-    """Peak learning rate."""
+    batch_size: tuple[int, ...] | None = None
+    """Examples in a step, one size or several."""
+    learning_rate: tuple[float, ...] | None = None
+    """Peak learning rates, one or several."""
     epochs: int | None = None
     """Passes over the training set."""
     warmup_fraction: float | None = None
@@ -167,14 +168,16 @@ class GlueConfig:
         counts = ("seeds", "pooler_layers", "pooler_heads", "pooler_window", "pooler_draws")
         for name in (*counts, "jobs", "log_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("batch_size", "epochs", "max_train_examples", "threads"):
+        for size in self.batch_size or ():
+            _require(size >= 1, "batch_size", size, "at least 1")
+        for rate in self.learning_rate or ():
+            _require(rate > 0, "learning_rate", rate, "above 0")
+        for name in ("epochs", "max_train_examples", "threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         # room for the special tokens of a pair and a token of each text
         length = self.max_length
         _require(length is None or length >= 5, "max_length", length, "at least 5")
-        rate = self.learning_rate
-        _require(rate is None or rate > 0, "learning_rate", rate, "above 0")
         warmup, decay = self.warmup_fraction, self.weight_decay
         _require(warmup is None or 0 <= warmup <= 1, "warmup_fraction", warmup, "from 0 to 1")
         _require(decay is None or decay >= 0, "weight_decay", decay, "at least 0")
@@ -260,8 +263,8 @@ class GlueConfig:
                 shared[name] = getattr(recipe, name)
         if self.precision == "auto":
             shared["precision"] = "bf16" if device == "cuda" else "fp32"
-        sizes = recipe.batch_sizes if self.batch_size is None else (self.batch_size,)
-        rates = recipe.learning_rates if self.learning_rate is None else (self.learning_rate,)
+        sizes = dict.fromkeys(self.batch_size or recipe.batch_sizes)
+        rates = dict.fromkeys(self.learning_rate or recipe.learning_rates)
         return [
             RunSettings(
                 **shared

@@ -54,8 +54,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
 
     Args:
         value: what was given.
-        hint: the field's annotation: int, float, str, bool, Literal, a tuple of str, or one of
-            these with None.
+        hint: the field's annotation: int, float, str, bool, Literal, a tuple of any number of
+            one of these, or all of them with None.
         where: the flag or file and key, for the error.
 
     Raises:
@@ -70,10 +70,9 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
             return value
         raise UsageError(f"{where}: expected one of {', '.join(allowed)}, found {value!r}")
     if typing.get_origin(inner) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
-            return tuple(items)
-        raise UsageError(f"{where}: expected a list of strings, found {value!r}")
+        kind, _ = typing.get_args(inner)
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(coerce(item, kind, where) for item in items)
     # YAML reads 1e-4 as a string, and true is an int to Python
     number = _number(value) if inner in (int, float) else None
     if number is not None and (inner is float or float(number).is_integer()):

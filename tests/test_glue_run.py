@@ -16,6 +16,7 @@ from glue.inference import outputs_of
 from glue.model_folder import Meaning, read_meaning
 from glue.models import build_classifier, read_checkpoint, tile_positions
 from glue.run import main
+from glue.settings import parse
 from glue.sources import load_task
 from glue.tasks import NINE_COLUMNS, TASKS
 from glue.trainer import Trainer, learning_rate_factor
@@ -25,6 +26,7 @@ from ponet import (
     PoNetForSequenceClassification,
     PoolerConfig,
 )
+from ponet.cli import UsageError
 from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer, load_tokenizer, save_tokenizer
 
 GOOD, BAD = "good fine great", "bad poor sad"
@@ -307,6 +309,20 @@ def test_published_grid_has_twenty_runs(command):
     assert points == {(b, r) for b in (8, 16, 32, 64, 128) for r in (3e-5, 5e-5, 1e-4, 3e-4)}
 
 
+def test_a_grid_of_ones_own(workplace):
+    """Each size meets each rate once, from flags and from a file, where one may stand alone."""
+    path = workplace / "mine.yaml"
+    path.write_text("batch_size: [8, 16, 8]\nlearning_rate: 1e-3\n")
+    flags = ["--config", str(path), "--checkpoint", str(workplace)]
+    for more, rates in (([], [1e-3]), (["--learning-rate", "1e-4", "3e-4"], [1e-4, 3e-4])):
+        runs = parse([*flags, *more]).runs_of(TASKS["rte"], "cpu")
+        expected = [(size, rate) for size in (8, 16) for rate in rates]
+        assert [(run.batch_size, run.learning_rate) for run in runs] == expected
+    path.write_text("batch_size: [8, many]\n")
+    with pytest.raises(UsageError, match=r"mine\.yaml: batch_size: expected int, found 'many'"):
+        parse(flags)
+
+
 def test_from_scratch_keeps_sizes_alone(workplace):
     checkpoint = read_checkpoint(workplace / "tiny")
     shared = {
@@ -426,6 +442,8 @@ def test_schedule():
         (["--task", "hnd"], "--task hnd has no data: expected train.jsonl in"),
         (["--task", "rte", "--pooler", "mha", "--pooler-heads", "3"], "pooler num_heads 3"),
         (["--task", "rte", "--pooler", "mswap", "--pooler-window", "3"], "pooler window 3"),
+        (["--task", "rte", "--batch-size", "8", "0"], "--batch-size must be at least 1, found 0"),
+        (["--task", "rte", "--learning-rate", "1e-4", "0"], "--learning-rate must be above 0"),
         (["--task", "rte", "--pooler-draws", "0"], "--pooler-draws must be at least 1"),
         (["--task", "rte", "--pooler", "max_cls", "--pooler-layers", "4"], "the last 4 layers"),
         (["--task", "rte", "--device", "cuda"], "PyTorch finds no GPU"),
