@@ -24,7 +24,7 @@ from glue.sources import load_own, load_task
 from glue.summary import read_summary
 from glue.tasks import NINE_COLUMNS
 from glue.trainer import describe
-from ponet.jobs import EXPECTED, choose_device, complain, locked, run_all, threads_of_a_job
+from ponet.jobs import EXPECTED, attempt, choose_device, complain, locked, run_all, threads_of_a_job
 from ponet.log import set_up_logging
 from ponet.results import ResultError
 from ponet.training import Place
@@ -141,26 +141,10 @@ def execute(job: Job, task: EncodedTask) -> dict[str, Any] | str:
     Returns:
         The figures, or what went wrong outside the program.
     """
-    set_up_logging(0)
-    torch.set_num_threads(job.threads)
     settings = job.settings
-    try:
-        checkpoint = _read_checkpoint(job.checkpoint)
-        with locked(job.folder):
-            # another command may have done it since this one looked
-            result = finished_result(job.folder, settings, task.data.digest, checkpoint)
-            if result is None:
-                result = run_experiment(
-                    settings,
-                    job.folder,
-                    task,
-                    checkpoint,
-                    job.place,
-                    recomputes=job.recomputes,
-                    keeps_model=job.keeps_model,
-                )
-    except EXPECTED as error:
-        return f"{settings.name}: {error}"
+    result = attempt(settings.name, job.threads, lambda: _run(job, task))
+    if isinstance(result, str):
+        return result
     logger.info(
         "%s | %s (majority: %s) in %.0f s, %.3g step/s",
         settings.name,
@@ -170,6 +154,22 @@ def execute(job: Job, task: EncodedTask) -> dict[str, Any] | str:
         result["steps_per_s"],
     )
     return result
+
+
+def _run(job: Job, task: EncodedTask) -> dict[str, Any]:
+    checkpoint = _read_checkpoint(job.checkpoint)
+    with locked(job.folder):
+        # another command may have done it since this one looked
+        result = finished_result(job.folder, job.settings, task.data.digest, checkpoint)
+        return result or run_experiment(
+            job.settings,
+            job.folder,
+            task,
+            checkpoint,
+            job.place,
+            recomputes=job.recomputes,
+            keeps_model=job.keeps_model,
+        )
 
 
 def summarise(folder: Path) -> list[dict[str, Any]]:

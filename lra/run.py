@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lra.cache import load_task
 from lra.experiment import finished_result, run_experiment
 from lra.prepare import prepare_task
 from lra.settings import LRAConfig, RunSettings, parse
-from ponet.jobs import EXPECTED, choose_device, complain, locked, run_all, threads_of_a_job
+from ponet.jobs import EXPECTED, attempt, choose_device, complain, locked, run_all, threads_of_a_job
 from ponet.log import set_up_logging
 from ponet.training import Place
 
@@ -90,18 +88,10 @@ def execute(job: Job) -> dict[str, Any] | str:
     Returns:
         The figures, or what went wrong outside the program.
     """
-    set_up_logging(0)
-    torch.set_num_threads(job.threads)
     settings = job.settings
-    try:
-        data = load_task(settings.task, job.data_folder, settings.protocol)
-        with locked(job.folder):
-            # another command may have done it since this one looked
-            result = finished_result(job.folder, settings, data)
-            if result is None:
-                result = run_experiment(settings, job.folder, data, job.place)
-    except EXPECTED as error:
-        return f"{settings.name}: {error}"
+    result = attempt(settings.name, job.threads, lambda: _run(job))
+    if isinstance(result, str):
+        return result
     logger.info(
         "%s | test accuracy %.4f (majority %.4f) after %d steps, %.3g step/s%s",
         settings.name,
@@ -112,6 +102,14 @@ def execute(job: Job) -> dict[str, Any] | str:
         "" if result["complete"] else ", not the complete published run",
     )
     return result
+
+
+def _run(job: Job) -> dict[str, Any]:
+    data = load_task(job.settings.task, job.data_folder, job.settings.protocol)
+    with locked(job.folder):
+        # another command may have done it since this one looked
+        result = finished_result(job.folder, job.settings, data)
+        return result or run_experiment(job.settings, job.folder, data, job.place)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ponet.cli import UsageError
+from ponet.log import set_up_logging
 from ponet.training import TrainingError
 
 EXPECTED = (ValueError, TrainingError, OSError)
@@ -106,6 +107,25 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def attempt(name: str, threads: int, run: Callable[[], Result]) -> Result | str:
+    """Do one run, in whatever process.
+
+    Args:
+        name: of the run.
+        threads: of the CPU.
+        run: raises one of `EXPECTED` where something outside the program goes wrong.
+
+    Returns:
+        What `run` returns, or what went wrong.
+    """
+    set_up_logging(0)
+    torch.set_num_threads(threads)
+    try:
+        return run()
+    except EXPECTED as error:
+        return f"{name}: {error}"
 
 
 @contextmanager
