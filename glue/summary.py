@@ -249,6 +249,9 @@ class Summary:
     def cell(self, model: Model, column: Column, batch_size: int | None = None) -> Cell | None:
         """The best point of a grid by the mean score over seeds, as published.
 
+        Points with fewer seeds than another are not in the running: the luck of one run would beat
+        the mean of several.
+
         Args:
             model: the row.
             column: of the table.
@@ -300,10 +303,10 @@ class Summary:
         return list(pairs), 100 * sum(above for above, _ in pairs.values()) / total
 
 
-def _rank(runs: list[Result]) -> float:
-    """A point with an undefined score comes after all others."""
+def _rank(runs: list[Result]) -> tuple[int, float]:
+    """Seeds, then the mean; of equally many, a point with an undefined score comes last."""
     scores = [run.score for run in runs if run.score is not None]
-    return statistics.fmean(scores) if len(scores) == len(runs) else -math.inf
+    return len(runs), statistics.fmean(scores) if len(scores) == len(runs) else -math.inf
 
 
 def read_summary(folder: Path) -> Summary:

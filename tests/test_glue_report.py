@@ -97,13 +97,14 @@ def test_mean_and_spread_over_seeds(tmp_path: Path):
 
 
 def test_best_point_of_a_grid_by_its_mean(tmp_path: Path):
-    for rate, values in ((3e-5, (0.70, 0.90)), (1e-4, (0.81, 0.82)), (3e-4, (None, 0.99))):
+    points = ((3e-5, (0.70, 0.90)), (1e-4, (0.81, 0.82)), (3e-4, (None, 0.99)), (5e-5, (0.98,)))
+    for rate, values in points:
         for seed, value in enumerate(values):
             save(tmp_path, learning_rate=rate, seed=seed, value=value)
     assert row(write_report(tmp_path), "small (ponet), cls")[1] == "81.50 ± 0.71 (2)"
     cell = json.loads((tmp_path / "report.json").read_text())["models"][0]["columns"]["SST-2"]
     assert cell["learning_rate"] == 1e-4
-    assert cell["points_of_the_grid"] == 3
+    assert cell["points_of_the_grid"] == 4
 
 
 def test_undefined_scores_are_no_numbers(tmp_path: Path):
