@@ -20,11 +20,12 @@ _PLUS_MINUS, _DAGGER = "\N{PLUS-MINUS SIGN}", "\N{DAGGER}"
 
 _NOTES = (
     f"In percent: mean {_PLUS_MINUS} standard deviation over (n) seeds, at the point of the grid "
-    "(batch size, learning rate, epochs) with the best mean, chosen on the development set that is "
-    "reported, as published. MNLI, QNLI, SST-2, RTE, WNLI: accuracy; QQP, MRPC: mean of accuracy "
-    "and F1; CoLA: Matthews correlation; STS-B: Spearman correlation; HND, IMDb: F1 of class 1; "
-    "Yelp-5, Arxiv-11: accuracy. The average is over the nine columns MNLI-m to RTE. Rows in "
-    f"italics are published figures, for BERT with the pooler named or for the model named. "
+    "(batch size, learning rate, epochs) with the best mean, among those with the most seeds, "
+    "chosen on the development set that is reported, as published. MNLI, QNLI, SST-2, RTE, WNLI: "
+    "accuracy; QQP, MRPC: mean of accuracy and F1; CoLA: Matthews correlation; STS-B: Spearman "
+    "correlation; HND, IMDb: F1 of class 1; Yelp-5, Arxiv-11: accuracy. The average is over the "
+    "nine columns MNLI-m to RTE. Rows in italics are published figures, for BERT with the pooler "
+    "named or for the model named. "
     f"{_DAGGER}: on other data than the published, see below; not to be compared with them."
 )
 _BATCH_SIZE_NOTE = (
