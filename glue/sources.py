@@ -113,10 +113,8 @@ def cut(rows: Rows) -> tuple[Rows, Rows]:
     size = max(1, round(_CUT_SHARE * len(rows)))
     order = np.random.default_rng(_CUT_SEED).permutation(len(rows))
     order = order[np.argsort(rows.labels[order], kind="stable")]
-    chosen = order[(2 * np.arange(size) + 1) * len(rows) // (2 * size)]
-    is_chosen = np.zeros(len(rows), dtype=bool)
-    is_chosen[chosen] = True
-    return rows.take(np.flatnonzero(~is_chosen)), rows.take(np.flatnonzero(is_chosen))
+    chosen = np.sort(order[(2 * np.arange(size) + 1) * len(rows) // (2 * size)])
+    return rows.take(np.setdiff1d(order, chosen)), rows.take(chosen)
 
 
 def _find(task: Task, data_dir: Path) -> tuple[Path, Files] | None:

@@ -54,8 +54,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
 
     Args:
         value: what was given.
-        hint: the field's annotation: int, float, str, bool, Literal, a tuple of any number of
-            one of these, or all of them with None.
+        hint: the field's annotation: int, float, str, bool, Literal, a tuple of one of these
+            of any length, or any of them with None.
         where: the flag or file and key, for the error.
 
     Raises:
