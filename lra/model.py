@@ -91,6 +91,5 @@ class LongRangeClassifier(nn.Module):
         states = encoded.last
         if inputs.mixes_padding:
             states = states * inputs.real.flatten().unsqueeze(1)
-        stream = encoded.stream
-        mean = global_mean(states, stream.cu_seqlens, stream.row_length)
+        mean = global_mean(states, encoded.layout)
         return mean * inputs.scale.unsqueeze(1)

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ponet.config import ConfigError, PoNetConfig
 from ponet.mixers import MIXERS
-from ponet.packing import PackedLayout
+from ponet.packing import BatchLayout
 
 
 def _norm(config: PoNetConfig) -> nn.LayerNorm:
@@ -62,7 +62,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.norm_first = config.norm_position == "pre"
 
-    def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
         if self.norm_first:
             hidden = hidden + self.dropout(self.mixer(self.mixer_norm(hidden), layout))
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
         self.recomputes = False
         """Layers keep nothing for the backward pass, which computes them again: less memory."""
 
-    def forward(self, hidden: Tensor, layout: PackedLayout) -> list[Tensor]:
+    def forward(self, hidden: Tensor, layout: BatchLayout) -> list[Tensor]:
         """States after the embedding and after each layer, L + 1 tensors `[T, C]`."""
         states = [hidden]
         for layer in self.layers:

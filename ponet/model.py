@@ -1,7 +1,9 @@
 """The PoNet encoder and its heads.
 
 All models take rows `[B, N]` with an `attention_mask`, or a packed stream `[T]` with `cu_seqlens`,
-and return tensors of the same kind. Inside, everything is packed (`ponet.packing`).
+and return tensors of the same kind. Inside, everything is packed (`ponet.packing`). A stream may
+come with the `layout` that `ponet.packing.layout_for` makes of it on the host: then a step on a GPU
+reads nothing back from it.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,15 @@ from torch.nn import functional as F
 from ponet.checkpoint import PreTrainedModel
 from ponet.config import ConfigError, PoNetConfig
 from ponet.encoder import Embeddings, Encoder, initialise
-from ponet.packing import PackedLayout, TokenStream, layout_of, stream_of_packed, stream_of_rows
+from ponet.mixers.pooling import is_plain
+from ponet.packing import (
+    BatchLayout,
+    TokenStream,
+    layout_for,
+    stream_of_layout,
+    stream_of_packed,
+    stream_of_rows,
+)
 from ponet.poolers import build_pooler, first_tokens
 
 IGNORED_LABEL = -100
@@ -76,6 +86,7 @@ class EncodedStream:
 
     states: list[Tensor]
     stream: TokenStream
+    layout: BatchLayout
 
     @property
     def last(self) -> Tensor:
@@ -84,7 +95,7 @@ class EncodedStream:
 
     def first_tokens(self) -> Tensor:
         """State of the first token of each sequence, zero for an empty one: `[B, C]`."""
-        return first_tokens(self.last, self.stream.cu_seqlens)
+        return first_tokens(self.last, self.layout.cu_seqlens)
 
     def hidden_states(self, wanted: bool) -> tuple[Tensor, ...] | None:
         """The states in the caller's layout."""
@@ -109,18 +120,25 @@ class PoNetModel(PreTrainedModel):
         segment_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        layout: BatchLayout | None = None,
     ) -> EncodedStream:
         """Encode to packed states, for heads; arguments as for `forward`."""
-        stream = _stream(input_ids, attention_mask, cu_seqlens)
+        if layout is None:
+            stream = _stream(input_ids, attention_mask, cu_seqlens)
+        else:
+            _refuse_besides_layout(input_ids, layout, attention_mask, segment_ids, cu_seqlens)
+            stream = stream_of_layout(layout)
         ids = stream.pack(input_ids)
         positions = stream.positions if position_ids is None else stream.pack(position_ids)
         if token_type_ids is not None and not self.config.type_vocab_size:
             raise ValueError("token_type_ids given to a model with type_vocab_size 0")
         types = torch.zeros_like(ids) if token_type_ids is None else stream.pack(token_type_ids)
         self._check_ids(ids, positions)
-        layout = self._layout(stream, ids, segment_ids)
+        if layout is None:
+            given = None if segment_ids is None else stream.pack(segment_ids)
+            layout = layout_for(self.config, stream, ids, given)
         states = self.encoder(self.embeddings(ids, positions, types), layout)
-        return EncodedStream(states=states, stream=stream)
+        return EncodedStream(states=states, stream=stream, layout=layout)
 
     def forward(
         self,
@@ -130,24 +148,26 @@ class PoNetModel(PreTrainedModel):
         segment_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        layout: BatchLayout | None = None,
         output_hidden_states: bool = False,
     ) -> EncoderOutput:
         """Encode a batch.
 
         Args:
-            input_ids: `[B, N]`, integer; `[T]` with `cu_seqlens`.
+            input_ids: `[B, N]`, integer; `[T]` with `cu_seqlens` or `layout`.
             attention_mask: `[B, N]`, non-zero at real tokens; None: all are real.
             token_type_ids: like `input_ids`; None: all 0, or none where the model knows no types.
             segment_ids: like `input_ids`, not decreasing in a sequence; None: as the config says.
             position_ids: like `input_ids`; None: counted from the first real token of each row.
             cu_seqlens: `[B + 1]`, int32, offsets of packed sequences; None: rows.
+            layout: of packed sequences, in place of `cu_seqlens` and `segment_ids`; it is trusted.
             output_hidden_states: return the states of all layers.
 
         Raises:
             ValueError: shapes, ids or positions do not fit the configuration.
         """
         encoded = self.encode(
-            input_ids, attention_mask, token_type_ids, segment_ids, position_ids, cu_seqlens
+            input_ids, attention_mask, token_type_ids, segment_ids, position_ids, cu_seqlens, layout
         )
         return EncoderOutput(
             last_hidden_state=encoded.stream.unpack(encoded.last),
@@ -159,14 +179,6 @@ class PoNetModel(PreTrainedModel):
         """BERT's pooler on the first tokens: `[B, C]`."""
         assert self.pooler is not None
         return torch.tanh(self.pooler(encoded.first_tokens()))
-
-    def _layout(self, stream: TokenStream, ids: Tensor, segment_ids: Tensor | None) -> PackedLayout:
-        config = self.config
-        special = torch.zeros_like(ids, dtype=torch.bool)
-        if config.separate_special_tokens:
-            special = (ids == config.cls_token_id) | (ids == config.sep_token_id)
-        given = None if segment_ids is None else stream.pack(segment_ids)
-        return layout_of(stream, special, given, config.num_segments)
 
     def _check_ids(self, ids: Tensor, positions: Tensor) -> None:
         # a device would answer with an assertion that names nothing; looking there costs a wait,
@@ -184,6 +196,14 @@ class PoNetModel(PreTrainedModel):
                 f"a sequence reaches position {int(positions.max())}, "
                 f"max_position_embeddings is {config.max_position_embeddings}"
             )
+
+
+def _refuse_besides_layout(input_ids: Tensor, layout: BatchLayout, *others: Tensor | None) -> None:
+    if input_ids.shape != (layout.num_tokens,) or any(other is not None for other in others):
+        raise ValueError(
+            f"with layout, input_ids must be [{layout.num_tokens}] and attention_mask, segment_ids "
+            f"and cu_seqlens None, found input_ids {tuple(input_ids.shape)}"
+        )
 
 
 def _stream(
@@ -215,22 +235,46 @@ class MaskedLMHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[M, C]` -> `[M, V]`."""
-        return self.decoder(self.norm(F.gelu(self.dense(hidden))))
+        return self.padded(hidden)[:, : self.decoder.out_features]
+
+    def padded(self, hidden: Tensor) -> Tensor:
+        """`[M, C]` -> `[M, V']`: V filled up as `fast_width` says, with -inf."""
+        hidden = self.norm(F.gelu(self.dense(hidden)))
+        missing = fast_width(self.decoder.out_features, hidden.device) - self.decoder.out_features
+        if not missing or not is_plain(self.decoder):
+            return self.decoder(hidden)
+        weight = F.pad(self.decoder.weight, (0, 0, 0, missing))
+        return F.linear(hidden, weight, F.pad(self.decoder.bias, (0, missing), value=-torch.inf))
+
+
+def fast_width(width: int, device: torch.device) -> int:
+    """Width to compute a product in: on a GPU rows of a multiple of 128 bytes, which is faster."""
+    return -(-width // 64) * 64 if device.type == "cuda" else width
 
 
 def _masked_lm(
-    head: MaskedLMHead, encoded: EncodedStream, labels: Tensor | None
+    head: MaskedLMHead,
+    encoded: EncodedStream,
+    labels: Tensor | None,
+    label_positions: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Logits and loss; logits of the whole vocabulary only where there is a label."""
     if labels is None:
         return encoded.stream.unpack(head(encoded.last)), None
-    packed = encoded.stream.pack(labels)
-    places = (packed != IGNORED_LABEL).nonzero().squeeze(1)
-    logits = head(encoded.last.index_select(0, places))
+    if label_positions is None:
+        packed = encoded.stream.pack(labels)
+        label_positions = (packed != IGNORED_LABEL).nonzero().squeeze(1)
+        labels = packed.index_select(0, label_positions)
+    elif labels.shape != label_positions.shape:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} and label_positions {tuple(label_positions.shape)} "
+            "must be as long as each other"
+        )
+    logits = head.padded(encoded.last.index_select(0, label_positions))
     precise = logits.float() if logits.dtype in _HALF else logits
-    total = F.cross_entropy(precise, packed[places], reduction="sum")
+    total = F.cross_entropy(precise, labels, reduction="sum")
     # an unlucky batch without a masked token must not turn the loss into NaN
-    return logits, total / max(len(places), 1)
+    return logits[:, : head.decoder.out_features], total / max(labels.shape[0], 1)
 
 
 class PoNetForPreTraining(PreTrainedModel):
@@ -257,6 +301,8 @@ class PoNetForPreTraining(PreTrainedModel):
         labels: Tensor | None = None,
         sso_labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        layout: BatchLayout | None = None,
+        label_positions: Tensor | None = None,
         output_hidden_states: bool = False,
     ) -> PreTrainingOutput:
         """MLM + SSO; arguments as for `PoNetModel.forward`, and:
@@ -265,11 +311,12 @@ class PoNetForPreTraining(PreTrainedModel):
             labels: like `input_ids`, the original token at masked positions, -100 elsewhere.
             sso_labels: `[B]`, 0 order kept, 1 parts swapped, 2 second part replaced (SSO), or
                 0 following, 1 random (NSP).
+            label_positions: `[M]`, int64, masked places of a packed stream; `labels` is `[M]` then.
         """
         encoded = self.ponet.encode(
-            input_ids, attention_mask, token_type_ids, segment_ids, position_ids, cu_seqlens
+            input_ids, attention_mask, token_type_ids, segment_ids, position_ids, cu_seqlens, layout
         )
-        mlm_logits, mlm_loss = _masked_lm(self.mlm_head, encoded, labels)
+        mlm_logits, mlm_loss = _masked_lm(self.mlm_head, encoded, labels, label_positions)
         sso_logits, sso_loss = None, None
         if self.sso_head is not None:
             sso_logits = self.sso_head(self.ponet.pool(encoded))
@@ -295,11 +342,16 @@ class PoNetForMaskedLM(PreTrainedModel):
         self.mlm_head = MaskedLMHead(config, self.ponet.embeddings.word)
 
     def forward(
-        self, input_ids: Tensor, *, labels: Tensor | None = None, **inputs: Any
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        label_positions: Tensor | None = None,
+        **inputs: Any,
     ) -> MaskedLMOutput:
         """Arguments as for `PoNetForPreTraining.forward` without `sso_labels`."""
         encoded, states = _encode(self.ponet, input_ids, inputs)
-        logits, loss = _masked_lm(self.mlm_head, encoded, labels)
+        logits, loss = _masked_lm(self.mlm_head, encoded, labels, label_positions)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=states)
 
 
@@ -347,8 +399,7 @@ class PoNetForSequenceClassification(PreTrainedModel):
             labels: `[B]`, int64 classes, or floats when `num_labels` is 1 (mean squared error).
         """
         encoded, states = _encode(self.ponet, input_ids, inputs)
-        stream = encoded.stream
-        pooled = self.pooler(encoded.states, stream.cu_seqlens, stream.row_length)
+        pooled = self.pooler(encoded.states, encoded.layout)
         logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None and self.config.num_labels == 1:

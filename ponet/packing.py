@@ -1,38 +1,71 @@
 """A batch as one stream of real tokens, and the offsets that the token mixers work with.
 
 Rows `[B, N]` with a mask become `[T]`: padding is taken out, so nothing needs a mask later and no
-work is done on padding. Everything here is computed once a forward pass, not once a layer.
+work is done on padding. Everything here is computed once per batch, not once per layer: in training
+by the collator on the host, otherwise by the model.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from ponet.config import PoNetConfig
 from ponet.segments import starts_around, starts_of_chunks, starts_of_given
-from ponet_kernels import token_marks
+from ponet_kernels import PackedLayout, token_marks
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedLayout:
-    """Offsets of sequences, segments and runs in a stream of T tokens."""
+class Rows:
+    """The rectangle `[B, N, C]` that some mixers and poolers are defined on, real tokens first."""
 
-    cu_seqlens: Tensor
-    """`[B + 1]` int32, where each sequence begins."""
-    cu_segments: Tensor
-    """`[S + 1]` int32, where each segment begins; a segment lies in one sequence."""
-    cu_runs: Tensor
-    """`[R + 1]` int32, where each run begins: tokens that local windows see as neighbours."""
-    token_segments: Tensor
-    """`[T]` int64, the segment of each token."""
-    segment_sequences: Tensor
-    """`[S]` int64, the sequence of each segment."""
-    special_tokens: Tensor
-    """`[X]` int64, tokens that receive global aggregation only."""
-    token_marks: Tensor
-    """`[T]` uint8, which neighbours a local window sees, and special tokens."""
-    max_seqlen: int
-    """No sequence has more tokens."""
+    num_rows: int
+    """B."""
+    length: int
+    """N, at least the longest sequence."""
+    mask: Tensor | None
+    """`[B, N]` bool, true at real tokens; None where all are real."""
+    places: Tensor | None
+    """`[T]` int64, where each token of the stream stands among the `B * N`; None where the stream
+    is the rectangle."""
+
+    def from_stream(self, stream: Tensor) -> Tensor:
+        """`[T, ...]` -> `[B, N, ...]`, zero at padding."""
+        shape = (self.num_rows, self.length)
+        if self.places is not None:
+            empty = stream.new_zeros(self.num_rows * self.length, *stream.shape[1:])
+            return empty.index_copy(0, self.places, stream).unflatten(0, shape)
+        rows = stream.unflatten(0, shape)
+        if self.mask is None:
+            return rows
+        padding = ~self.mask.reshape(*shape, *(1,) * (stream.ndim - 1))
+        return rows.masked_fill(padding, 0.0)
+
+    def to_stream(self, rows: Tensor) -> Tensor:
+        """`[B, N, ...]` -> `[T, ...]`."""
+        flat = rows.flatten(0, 1)
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLayout(PackedLayout):
+    """A layout, and the rectangle of its sequences."""
+
+    rows: Rows
+    """Made once per batch."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by field, those of the rectangle as `rows.<field>`."""
+        rows = {"rows.mask": self.rows.mask, "rows.places": self.rows.places}
+        return super().tensors() | {name: x for name, x in rows.items() if x is not None}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same layout with other tensors, such as copies on a device."""
+        own = {name: x for name, x in tensors.items() if not name.startswith("rows.")}
+        rows = replace(self.rows, mask=tensors.get("rows.mask"), places=tensors.get("rows.places"))
+        return replace(self, **own, rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +178,48 @@ def stream_of_packed(input_ids: Tensor, cu_seqlens: Tensor) -> TokenStream:
     )
 
 
+def stream_of_layout(layout: PackedLayout) -> TokenStream:
+    """Describe ids that are packed as a layout says; nothing is checked or read from a device."""
+    sequences = layout.token_sequences
+    places = torch.arange(layout.num_tokens, device=sequences.device)
+    return TokenStream(
+        cu_seqlens=layout.cu_seqlens,
+        sequences=sequences,
+        positions=places - layout.cu_seqlens.long().index_select(0, sequences),
+        row_length=layout.max_seqlen,
+        index=None,
+        rows=None,
+    )
+
+
 def _offsets_of_starts(starts: Tensor) -> Tensor:
     # shape[0], as below, because len() of a traced tensor asks for a number that is not known yet
     places = starts.nonzero().squeeze(1)
     return torch.cat([places, places.new_full((1,), starts.shape[0])]).int()
+
+
+def _longest(cu_segments: Tensor, bound: int) -> int:
+    """Tokens of the longest segment, or the bound where looking costs a wait for the device."""
+    looks = cu_segments.device.type == "cpu" and not torch.compiler.is_compiling()
+    return int(cu_segments.diff().max()) if looks and cu_segments.shape[0] > 1 else bound
+
+
+def rows_of(cu_seqlens: Tensor, sequences: Tensor, length: int) -> Rows:
+    """The rectangle of a stream.
+
+    Args:
+        cu_seqlens: `[B + 1]` int32.
+        sequences: `[T]` int64, the sequence of each token.
+        length: N, at least the longest sequence.
+    """
+    num_rows, num_tokens = cu_seqlens.shape[0] - 1, sequences.shape[0]
+    if num_tokens == num_rows * length:
+        return Rows(num_rows=num_rows, length=length, mask=None, places=None)
+    columns = torch.arange(num_tokens, device=sequences.device)
+    columns = columns - cu_seqlens.long().index_select(0, sequences)
+    mask = torch.arange(length, device=sequences.device) < cu_seqlens.diff().unsqueeze(1)
+    places = sequences * length + columns
+    return Rows(num_rows=num_rows, length=length, mask=mask, places=places)
 
 
 def layout_of(
@@ -156,7 +227,7 @@ def layout_of(
     special: Tensor,
     segment_ids: Tensor | None = None,
     num_segments: int | None = None,
-) -> PackedLayout:
+) -> BatchLayout:
     """Cut a stream into segments and runs.
 
     Args:
@@ -177,18 +248,37 @@ def layout_of(
         starts = apart | starts_of_chunks(stream.positions, stream.row_length, num_segments)
     else:
         starts = apart
+    # where padding was taken out between two tokens, local windows end
     gaps = torch.zeros_like(special)
     gaps[1:] = stream.positions[1:] != stream.positions[:-1] + 1
-    token_segments = starts.long().cumsum(0) - 1
-    special_tokens = special.nonzero().squeeze(1)
-    cu_runs = _offsets_of_starts(apart | gaps)
-    return PackedLayout(
+    cu_segments = _offsets_of_starts(starts)
+    return BatchLayout(
         cu_seqlens=stream.cu_seqlens,
-        cu_segments=_offsets_of_starts(starts),
-        cu_runs=cu_runs,
-        token_segments=token_segments,
-        segment_sequences=stream.sequences[starts],
-        special_tokens=special_tokens,
-        token_marks=token_marks(cu_runs, special.shape[0], special_tokens),
+        cu_segments=cu_segments,
+        token_segments=starts.long().cumsum(0) - 1,
+        segment_sequences=stream.sequences.index_select(0, cu_segments[:-1]),
+        token_marks=token_marks(apart | gaps, special),
         max_seqlen=stream.row_length,
+        max_segment_len=_longest(cu_segments, stream.row_length),
+        rows=rows_of(stream.cu_seqlens, stream.sequences, stream.row_length),
     )
+
+
+def layout_for(
+    config: PoNetConfig, stream: TokenStream, ids: Tensor, segment_ids: Tensor | None = None
+) -> BatchLayout:
+    """Cut a stream as a model does: at special tokens, at given segments, or into chunks.
+
+    Args:
+        config: of the model.
+        stream: the tokens.
+        ids: `[T]`, integer.
+        segment_ids: as for `layout_of`.
+
+    Raises:
+        ValueError: `segment_ids` decrease inside a sequence.
+    """
+    special = torch.zeros_like(ids, dtype=torch.bool)
+    if config.separate_special_tokens:
+        special = (ids == config.cls_token_id) | (ids == config.sep_token_id)
+    return layout_of(stream, special, segment_ids, config.num_segments)

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import ConfigError, PoolerConfig
-from ponet_kernels import global_mean, segment_max
+from ponet.packing import BatchLayout
+from ponet_kernels import PackedLayout, global_mean, segment_max
 
 __all__ = ["POOLERS", "PoolerConfig", "SentencePooler", "build_pooler", "first_tokens"]
 
@@ -64,17 +65,10 @@ def first_tokens(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     return _tokens_at(tokens, cu_seqlens, 0)
 
 
-def _real_tokens(cu_seqlens: Tensor, row_length: int) -> Tensor:
-    """Where rows that begin with their tokens have one: `[B, N]` bool."""
-    columns = torch.arange(row_length, device=cu_seqlens.device)
-    return columns < cu_seqlens.diff().unsqueeze(1)
-
-
-def _rows(tokens: Tensor, real: Tensor) -> Tensor:
-    """`[T, ...]` -> `[B, N, ...]`, zero where `real` is not."""
-    rows = tokens.new_zeros(*real.shape, *tokens.shape[1:])
-    rows[real] = tokens
-    return rows
+def _rows(tokens: Tensor, layout: BatchLayout) -> Tensor:
+    """`[T, ...]` -> `[B, N, ...]`, zero at padding, with at least one column."""
+    rows = layout.rows.from_stream(tokens)
+    return rows if layout.rows.length else rows.new_zeros(len(rows), 1, *rows.shape[2:])
 
 
 def _join_layers(layers: Sequence[Tensor], rule: LayerRule) -> Tensor:
@@ -116,16 +110,13 @@ class SentencePooler(nn.Module):
         self.output_size = hidden_size
         self.dense = dense
 
-    def forward(
-        self, states: Sequence[Tensor], cu_seqlens: Tensor, row_length: int | None = None
-    ) -> Tensor:
+    def forward(self, states: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         """Pool each sequence.
 
         Args:
             states: `[T, C]` each, after the embedding and after each layer.
-            cu_seqlens: `[B + 1]`, int32, offsets of the sequences.
-            row_length: tokens of a row with its padding, at least the longest sequence, which it
-                is when None; the sound readings do not depend on it.
+            layout: where the sequences lie, and how long their rows are with padding, which the
+                sound readings do not depend on.
 
         Returns:
             `[B, output_size]`.
@@ -137,12 +128,10 @@ class SentencePooler(nn.Module):
             raise ValueError(
                 f"the pooler reads the last {self.num_layers} layers, found {len(states) - 1}"
             )
-        if row_length is None:
-            row_length = int(cu_seqlens.diff().max())
-        vectors = self._pool(states[-self.num_layers :], cu_seqlens, row_length)
+        vectors = self._pool(states[-self.num_layers :], layout)
         return vectors if self.dense is None else torch.tanh(self.dense(vectors))
 
-    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
+    def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         """Pool the states of the layers that the pooler reads: `[B, C]`, before the projection."""
         raise NotImplementedError
 
@@ -150,10 +139,9 @@ class SentencePooler(nn.Module):
 class FirstTokenPooler(SentencePooler):
     """The first token: cls and max_cls."""
 
-    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
-        del row_length
+    def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         # chosen before layers are joined, which then costs B states and not T
-        return _join_layers([first_tokens(x, cu_seqlens) for x in layers], self.layer_rule)
+        return _join_layers([first_tokens(x, layout.cu_seqlens) for x in layers], self.layer_rule)
 
 
 class SwapPooler(FirstTokenPooler):
@@ -169,8 +157,8 @@ class SwapPooler(FirstTokenPooler):
         super().__init__(config, hidden_size, layer_rule, dense)
         _require_divisor("window", config.window, hidden_size)
 
-    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
-        vectors = super()._pool(layers, cu_seqlens, row_length)
+    def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
+        vectors = super()._pool(layers, layout)
         windows = vectors.unflatten(1, (-1, self.config.window))
         return F.relu(windows * windows.softmax(dim=2)).flatten(1)
 
@@ -178,49 +166,44 @@ class SwapPooler(FirstTokenPooler):
 class MeanPooler(SentencePooler):
     """mean: over the tokens."""
 
-    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
-        return global_mean(_join_layers(layers, self.layer_rule), cu_seqlens, row_length)
+    def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
+        return global_mean(_join_layers(layers, self.layer_rule), layout)
 
 
 class MaxPooler(SentencePooler):
     """max: over the tokens, element by element; the first token wins ties."""
 
-    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
-        del row_length
+    def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         tokens = _join_layers(layers, self.layer_rule)
-        lengths = cu_seqlens.diff().long()
-        sequences = torch.arange(len(lengths), device=tokens.device).repeat_interleave(
-            lengths, output_size=len(tokens)
-        )
-        maxima = segment_max(tokens, cu_seqlens, sequences)
-        return maxima.masked_fill((lengths == 0).unsqueeze(1), 0.0)
+        lengths = layout.cu_seqlens.diff()
+        whole = PackedLayout.of_sequences(layout.cu_seqlens, len(tokens), layout.max_seqlen)
+        return segment_max(tokens, whole).masked_fill((lengths == 0).unsqueeze(1), 0.0)
 
 
 class MeanMaxPooler(SentencePooler):
     """meanmax: the mean, or literally the sum, beside the token with the longest vector."""
 
-    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
+    def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         tokens = _join_layers(layers, self.layer_rule)
-        average = global_mean(tokens, cu_seqlens, row_length)
+        average = global_mean(tokens, layout)
         if self.literal:
-            average = average * cu_seqlens.diff().unsqueeze(1)
-        norms = _rows(tokens.detach().norm(dim=1), _real_tokens(cu_seqlens, max(row_length, 1)))
+            average = average * layout.cu_seqlens.diff().unsqueeze(1)
+        norms = _rows(tokens.detach().norm(dim=1), layout)
         # the first of equal norms, so padding, whose norm is zero, never comes before a token
-        longest = _tokens_at(tokens, cu_seqlens, norms.argmax(dim=1))
+        longest = _tokens_at(tokens, layout.cu_seqlens, norms.argmax(dim=1))
         return torch.cat([average, longest], dim=1)
 
 
 class StochasticPooler(SentencePooler):
     """stochastic: for each feature the activation of a token, drawn in proportion to it."""
 
-    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
+    def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         activations = F.relu(_join_layers(layers, self.layer_rule))
         if self.training or self.literal:
-            real = _real_tokens(cu_seqlens, max(row_length, 1))
-            return self._draw(_rows(activations, real))
+            return self._draw(_rows(activations, layout))
         # sum_t p_t a_t with p_t = a_t / sum_s a_s; zero where nothing is active
-        total = global_mean(activations, cu_seqlens, row_length)
-        squares = global_mean(activations.square(), cu_seqlens, row_length)
+        total = global_mean(activations, layout)
+        squares = global_mean(activations.square(), layout)
         return squares / total.clamp_min(torch.finfo(total.dtype).tiny)
 
     def _draw(self, rows: Tensor) -> Tensor:
@@ -251,14 +234,13 @@ class AttentionPooler(SentencePooler):
         # PyTorch's initial weights, as published, in place of BERT's
         self.attention = nn.MultiheadAttention(hidden_size, config.num_heads, batch_first=True)
 
-    def _pool(self, layers: Sequence[Tensor], cu_seqlens: Tensor, row_length: int) -> Tensor:
-        real = _real_tokens(cu_seqlens, max(row_length, 1))
-        rows = _rows(_join_layers(layers, self.layer_rule), real)
+    def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
+        rows = _rows(_join_layers(layers, self.layer_rule), layout)
         ignored = None
-        if not self.literal:
-            ignored = ~real
+        if not self.literal and layout.rows.mask is not None:
             # a softmax over nothing is undefined: an empty sequence has one token, zero
-            ignored[:, 0] = False
+            empty = (layout.cu_seqlens.diff() == 0).unsqueeze(1)
+            ignored = ~(layout.rows.mask | empty)
         vectors, _ = self.attention(
             rows[:, :1], rows, rows, key_padding_mask=ignored, need_weights=False
         )

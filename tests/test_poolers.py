@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ponet import (
     PoolerConfig,
 )
 from ponet.mixers import MIXERS
+from ponet.packing import BatchLayout, layout_of, stream_of_packed
 from ponet.poolers import POOLERS, build_pooler
 from ponet_kernels.testing import assert_close
 
@@ -49,6 +51,14 @@ SMALL = PoNetConfig(
 IDS = [[101, 7, 8, 102], [101, 9, 12, 13, 20, 55, 102], [101]]
 
 
+def layout(offsets: Tensor, row_length: int | None = None) -> BatchLayout:
+    """Sequences in rows of a length, of the longest when None."""
+    stream = stream_of_packed(torch.zeros(int(offsets[-1]), dtype=torch.long), offsets)
+    if row_length is not None:
+        stream = replace(stream, row_length=row_length)
+    return layout_of(stream, torch.zeros(int(offsets[-1]), dtype=torch.bool))
+
+
 def pooler_of(name: str, hidden_size: int = 2, **settings):
     torch.manual_seed(0)
     pooler = build_pooler(PoolerConfig(name=name, **settings), hidden_size, 0.5).double().eval()
@@ -76,7 +86,7 @@ def set_identity_attention(pooler) -> None:
 
 
 def check(pooler, expected: list[list[float]], **arguments) -> None:
-    found = pooler(STATES, OFFSETS, **arguments)
+    found = pooler(STATES, layout(OFFSETS, **arguments))
     assert_close(found, torch.tensor(expected, dtype=torch.float64), 1e-12, "vectors")
 
 
@@ -124,7 +134,7 @@ def test_mswap_by_hand():
         (4, [max(x, 0) * math.exp(x) / 11.8913945 for x in (1, -2, 0.5, 2)]),
     ):
         pooler = pooler_of("mswap", hidden_size=4, window=window)
-        found = pooler([token, token], torch.tensor([0, 1], dtype=torch.int32))
+        found = pooler([token, token], layout(torch.tensor([0, 1], dtype=torch.int32)))
         assert found.squeeze(0).tolist() == pytest.approx(wanted, abs=1e-7)
 
 
@@ -151,7 +161,7 @@ def test_meanmax_takes_the_first_of_equally_long_tokens():
     pooler = pooler_of("meanmax")
     set_dense(pooler, [[0, 0, 1, 0], [0, 0, 0, 1]], [0, 0])
     tokens = torch.tensor([[1.0, 0.0], [3.0, 4.0], [5.0, 0.0]], dtype=torch.float64)
-    found = pooler([tokens, tokens], torch.tensor([0, 3], dtype=torch.int32))
+    found = pooler([tokens, tokens], layout(torch.tensor([0, 3], dtype=torch.int32)))
     assert found.atanh().squeeze(0).tolist() == pytest.approx([3, 4])
 
 
@@ -171,7 +181,7 @@ def test_stochastic_draws_in_proportion(reading):
     tokens = STATES[-1][:3].repeat(count, 1)
     offsets = torch.arange(0, 3 * count + 1, 3, dtype=torch.int32)
     torch.manual_seed(1)
-    drawn = pooler([tokens, tokens], offsets, row_length=5).atanh()
+    drawn = pooler([tokens, tokens], layout(offsets, row_length=5)).atanh()
     for feature, shares in ((0, {1.0: 1 / 4, 3.0: 3 / 4}), (1, {0.5: 1 / 3, 1.0: 2 / 3})):
         values = drawn[:, feature]
         found = {v: int(((values - v).abs() < 1e-9).sum()) for v in shares}
@@ -184,16 +194,16 @@ def test_stochastic_in_training_and_evaluation():
     states, offsets = random_batch([6, 4])
     for reading, draws_in_evaluation in (("sound", False), ("literal", True)):
         pooler = pooler_of("stochastic", hidden_size=12, reading=reading)
-        again = [pooler(states, offsets) for _ in range(2)]
+        again = [pooler(states, layout(offsets)) for _ in range(2)]
         assert torch.equal(*again) is not draws_in_evaluation
         pooler.train()
-        assert not torch.equal(pooler(states, offsets), pooler(states, offsets))
+        assert not torch.equal(pooler(states, layout(offsets)), pooler(states, layout(offsets)))
     # sequences of one token leave nothing to chance: draws are averaged, or literally added up
     for reading, factor in (("sound", 1), ("literal", 3)):
         pooler = pooler_of("stochastic", reading=reading, num_draws=3).train()
         set_dense(pooler, [[1, 0], [0, 1]], [0, 0])
         alone = [state[3:] for state in STATES]
-        found = pooler(alone, torch.tensor([0, 1], dtype=torch.int32))
+        found = pooler(alone, layout(torch.tensor([0, 1], dtype=torch.int32)))
         assert found.atanh().squeeze(0).tolist() == pytest.approx([0.5 * factor, 2.0 * factor])
 
 
@@ -201,7 +211,7 @@ def test_stochastic_in_training_and_evaluation():
 def test_stochastic_without_activation(training):
     pooler = pooler_of("stochastic").train(training)
     tokens = torch.tensor([[-1.0, 0.0], [-2.0, -3.0]], dtype=torch.float64, requires_grad=True)
-    found = pooler([tokens, tokens], torch.tensor([0, 2], dtype=torch.int32))
+    found = pooler([tokens, tokens], layout(torch.tensor([0, 2], dtype=torch.int32)))
     assert torch.equal(found.squeeze(0), pooler.dense.bias.tanh())
     found.sum().backward()
     assert tokens.grad is not None
@@ -238,7 +248,7 @@ def test_attention_equals_the_library(name, num_heads):
     tokens = {"mha": states[-1], "maxseq_mha": stacked.amax(0), "meanseq_mha": stacked.mean(0)}
     parts = tokens[name].split(lengths)
     expected = torch.cat([library(x[None, :1], x[None], x[None])[0][0] for x in parts])
-    found = pooler(states, offsets)
+    found = pooler(states, layout(offsets))
     assert_close(found, expected, 1e-12, "vectors")
 
     weights = torch.randn_like(found)
@@ -270,7 +280,7 @@ def test_gradients(name, reading, layer_choice):
 
     def pooled(*inputs: Tensor) -> Tensor:
         torch.manual_seed(0)  # the literal reading of stochastic draws
-        return pooler([states[0], *inputs[: len(layers)]], offsets, row_length=4)
+        return pooler([states[0], *inputs[: len(layers)]], layout(offsets, row_length=4))
 
     assert torch.autograd.gradcheck(pooled, (*layers, *parameters), fast_mode=True)
 
@@ -284,7 +294,7 @@ def test_equal_maxima_send_the_gradient_to_the_first():
 
     layers = [torch.ones(1, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     pooler = pooler_of("max_cls", num_layers=2)
-    pooler(layers, torch.tensor([0, 1], dtype=torch.int32)).sum().backward()
+    pooler(layers, layout(torch.tensor([0, 1], dtype=torch.int32))).sum().backward()
     assert [x.grad is None or float(x.grad.sum()) for x in layers] == [True, 2, 0]
 
 
@@ -295,11 +305,11 @@ def test_sound_readings_depend_on_the_sequence_alone(name, layer_choice):
     states, offsets = random_batch(lengths)
     settings = {"num_heads": 3, "layer_choice": layer_choice}
     pooler = pooler_of(name, hidden_size=12, **settings)
-    together = pooler(states, offsets)
+    together = pooler(states, layout(offsets))
     assert together.shape == (4, pooler.output_size)
-    assert_close(pooler(states, offsets, row_length=17), together, 1e-12, "more padding")
+    assert_close(pooler(states, layout(offsets, row_length=17)), together, 1e-12, "more padding")
     for number, parts in enumerate(zip(*(s.split(lengths) for s in states), strict=True)):
-        alone = pooler(parts, torch.tensor([0, lengths[number]], dtype=torch.int32))
+        alone = pooler(parts, layout(torch.tensor([0, lengths[number]], dtype=torch.int32)))
         assert_close(alone[0], together[number], 1e-12, f"sequence {number}")
 
 
@@ -310,10 +320,10 @@ def test_literal_readings_that_the_batch_changes():
     for name in NAMES:
         pooler = pooler_of(name, hidden_size=12, num_heads=3, reading="literal")
         torch.manual_seed(0)
-        tight = pooler(states, offsets)
+        tight = pooler(states, layout(offsets))
         torch.manual_seed(0)
         if name != "stochastic" and not torch.allclose(
-            tight, pooler(states, offsets, row_length=17)
+            tight, pooler(states, layout(offsets, row_length=17))
         ):
             changed.add(name)
     assert changed == set(ATTENTION)
@@ -326,9 +336,9 @@ def test_empty_sequence_counts_as_a_zero_token(name, reading):
     settings = {"num_heads": 3, "reading": reading}
     pooler = pooler_of(name, hidden_size=12, **settings).eval()
     leaves = [state.requires_grad_() for state in states]
-    found = pooler(leaves, torch.tensor([0, 2, 2, 5, 5], dtype=torch.int32))
+    found = pooler(leaves, layout(torch.tensor([0, 2, 2, 5, 5], dtype=torch.int32)))
     zeros = [torch.zeros(1, 12, dtype=torch.float64)] * 4
-    expected = pooler(zeros, torch.tensor([0, 1], dtype=torch.int32))
+    expected = pooler(zeros, layout(torch.tensor([0, 1], dtype=torch.int32)))
     assert_close(found[1], expected[0], 1e-12, "in the middle")
     assert_close(found[3], expected[0], 1e-12, "at the end")
     found.sum().backward()
@@ -342,7 +352,7 @@ def test_one_layer_is_the_last():
     for name in ("maxseq_mha", "meanseq_mha"):
         pooler = pooler_of(name, hidden_size=12, num_heads=3, num_layers=1)
         pooler.load_state_dict(mha.state_dict())
-        assert torch.equal(pooler(states, offsets), expected)
+        assert torch.equal(pooler(states, layout(offsets)), expected)
     for name in NAMES:
         plain, by_norm = (
             pooler_of(name, hidden_size=12, num_layers=1, layer_choice=choice)
@@ -431,7 +441,7 @@ def test_every_pooler_on_every_mixer(mixer):
     encoded = encoder.encode(stream, cu_seqlens=offsets)
     for name in NAMES:
         pooler = pooler_of(name, hidden_size=24, num_layers=2)
-        vectors = pooler(encoded.states, encoded.stream.cu_seqlens, encoded.stream.row_length)
+        vectors = pooler(encoded.states, encoded.layout)
         assert vectors.shape == (3, 24)
         (vectors * torch.randn_like(vectors)).sum().backward(retain_graph=True)
         for key, parameter in pooler.named_parameters():
@@ -544,9 +554,9 @@ def test_bfloat16(name):
     states, offsets = random_batch([5, 1, 9], hidden_size=24)
     pooler = pooler_of(name, hidden_size=24, num_heads=3).float()
     states = [state.float() for state in states]
-    expected = pooler(states, offsets)
+    expected = pooler(states, layout(offsets))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = pooler(states, offsets)
+        found = pooler(states, layout(offsets))
     assert float((found.float() - expected).detach().abs().max()) < 0.05
     for state in states:
         state.requires_grad_()

@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -45,10 +45,12 @@ class Backend(Protocol):
         cu_segments: Tensor,
         token_segments: Tensor,
         place_dtype: torch.dtype | None,
+        has_empty: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Maxima `[S, C]` (-inf where empty), places of the first maximal tokens `[S, C]`.
 
-        Places count from the first token of the segment; None when `place_dtype` is None.
+        Places count from the first token of the segment; None when `place_dtype` is None. Without
+        `has_empty` no segment is empty.
         """
         ...
 
@@ -58,33 +60,24 @@ class Backend(Protocol):
         places: Tensor,
         cu_segments: Tensor,
         token_segments: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """`[T, C]` of `dtype`: `grad` `[S, C]` at the places, zero elsewhere."""
-        ...
-
-    def local_max_fwd(self, x: Tensor, token_marks: Tensor) -> Tensor:
-        """`[T, C]`: maximum over each token and the neighbours that it sees."""
-        ...
-
-    def local_max_bwd(self, grad: Tensor, x: Tensor, token_marks: Tensor) -> Tensor:
-        """`[T, C]`: each gradient goes to the first maximal token of its window."""
+        out: Tensor,
+    ) -> None:
+        """Write `out` `[T, C]`: `grad` `[S, C]` at the places, zero elsewhere."""
         ...
 
     def fusion_fwd(
         self,
         global_vectors: Tensor | None,
-        segment_vectors: Tensor | None,
+        maxima: Tensor | None,
         output: Tensor,
         local: Tensor | None,
         token_segments: Tensor,
         segment_sequences: Tensor,
-        token_marks: Tensor | None,
+        token_marks: Tensor,
     ) -> Tensor:
         """`[T, C]`, dtype of `output`: (g'_{b(t)} + S_{j(t)}) * O_t + L_t, None terms left out.
 
-        Without `token_marks`, `local` is L. With them it holds the values that L pools over the
-        local windows, and S and L count as zero at `SPECIAL` tokens.
+        L pools `local` over the local windows; S and L count as zero at `SPECIAL` tokens.
         """
         ...
 
@@ -92,18 +85,21 @@ class Backend(Protocol):
         self,
         grad: Tensor,
         global_vectors: Tensor | None,
-        segment_vectors: Tensor | None,
+        maxima: Tensor | None,
         output: Tensor,
         local: Tensor | None,
         cu_segments: Tensor,
         token_segments: Tensor,
         segment_sequences: Tensor,
-        token_marks: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """Gradients of global vectors `[B, C]` and segment vectors `[S, C]` in acc, output, local.
+        token_marks: Tensor,
+        grad_output: Tensor,
+        grad_local: Tensor | None,
+        has_empty: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of global vectors `[B, C]` and maxima `[S, C]` in acc, None where those are.
 
-        None for a term that is None. Without `token_marks` the gradient of L is `grad` itself and
-        None is returned for it. The gradient of S is zero for the segments of `SPECIAL` tokens.
+        Writes the gradients of `output` and `local` `[T, C]`. The gradient of S is zero for the
+        segments of `SPECIAL` tokens.
         """
         ...
 
@@ -111,8 +107,27 @@ class Backend(Protocol):
         """`[B, C]` acc: mean over the tokens of each sequence, zero where empty."""
         ...
 
+    def sequence_totals(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """`[B, C]` acc: sum over the tokens of each sequence."""
+        ...
+
     def token_scores(self, x: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """`[T, H]` acc: rows_{b(t), h} . x_t; `rows` `[B, H, C]` acc."""
+        ...
+
+    def score_gradients(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+        centre: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+    ) -> Tensor:
+        """`[T, H]` acc: weights_{t, h} (rows_{b(t), h} . x_t - centre_{b(t), h}).
+
+        `weights` `[T, H]`, `rows` `[B, H, C]`, `centre` `[B, H]`, all acc.
+        """
         ...
 
     def sequence_softmax(self, scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -127,15 +142,16 @@ class Backend(Protocol):
 
     def spread_rows(
         self,
-        weights: Tensor,
-        rows: Tensor,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        shared: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """`[T, C]` of `dtype`: sum over h of weights_{t, h} rows_{b(t), h}.
+        out: Tensor,
+    ) -> None:
+        """Write `out` `[T, C]`: shared_{b(t)} / n_{b(t)} + sum of weights_{t, h} rows_{b(t), h}.
 
-        `weights` `[T, H]` acc, `rows` `[B, H, C]` acc.
+        The sum is over h and up to two pairs of weights `[T, H]` and rows `[B, H, C]`; `shared` is
+        `[B, C]`, n the number of tokens of a sequence. All acc.
         """
         ...
 

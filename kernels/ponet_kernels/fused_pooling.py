@@ -4,9 +4,10 @@
                                                     L_t = max of l over the window of t
     out_t =  g'_{b(t)} * O_t                        at special tokens
 
-g' `[B, C]`; s, O and l `[T, C]`, the segment, output and local projections; output `[T, C]`. For
-the backward pass it keeps O, l, S and one small index a segment and channel: neither s nor L, whose
-winners are found again from l. Equal maxima: the gradient goes to the first maximal token.
+g' `[B, C]`; O, s and l `[T, C]`, the output, segment and local projections, side by side in one
+tensor as one product makes them; output `[T, C]`. For the backward pass it keeps that tensor, S
+and one small index per segment and channel: not L, whose winners are found again from l. Equal
+maxima: the gradient goes to the first maximal token.
 """
 
 from typing import Any
@@ -16,204 +17,209 @@ from torch import Tensor
 
 from ponet_kernels.dispatch import active_backend, backend_named
 from ponet_kernels.dtypes import place_dtype
-from ponet_kernels.fusion import empty_gradient, like_input
+from ponet_kernels.layout import PackedLayout
 from ponet_kernels.reference import fused_pooling_ref
+from ponet_kernels.registration import register
 
 
-@torch.library.custom_op("ponet::fused_pooling", mutates_args=())
-def _fused_pooling(
+def _columns(
+    values: Tensor, has_segment: bool, has_local: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """O, s and l of `[T, (1 + has_segment + has_local) C]`, as views; None where absent."""
+    output, *others = values.chunk(1 + has_segment + has_local, dim=1)
+    local = others.pop() if has_local else None
+    return output, others[0] if has_segment else None, local
+
+
+def _nothing(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Operators return tensors only; this one says "none"."""
+    return x.new_empty(0, dtype=dtype)
+
+
+def _compute(
     global_vectors: Tensor | None,
-    segment_values: Tensor | None,
-    output: Tensor,
-    local_values: Tensor | None,
+    values: Tensor,
     cu_segments: Tensor,
     token_segments: Tensor,
     segment_sequences: Tensor,
     token_marks: Tensor,
+    has_segment: bool,
+    has_local: bool,
     longest: int,
+    has_empty: bool,
     with_places: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     functions = backend_named(backend)
+    output, segment, local = _columns(values, has_segment, has_local)
     maxima, places = None, None
-    if segment_values is not None:
+    if segment is not None:
         dtype = place_dtype(longest) if with_places else None
         maxima, places = functions.segment_max_fwd(
-            segment_values, cu_segments, token_segments, dtype
+            segment, cu_segments, token_segments, dtype, has_empty
         )
-    out = functions.fusion_fwd(
-        global_vectors,
-        maxima,
-        output,
-        local_values,
-        token_segments,
-        segment_sequences,
-        token_marks,
-    )
+    layout = (token_segments, segment_sequences, token_marks)
+    out = functions.fusion_fwd(global_vectors, maxima, output, local, *layout)
     return (
         out,
-        output.new_empty(0) if maxima is None else maxima,
-        output.new_empty(0, dtype=torch.uint8) if places is None else places,
+        _nothing(values) if maxima is None else maxima,
+        _nothing(values, torch.uint8) if places is None else places,
     )
 
 
-@_fused_pooling.register_fake
-def _(
+def _shapes(
     global_vectors: Tensor | None,
-    segment_values: Tensor | None,
-    output: Tensor,
-    local_values: Tensor | None,
+    values: Tensor,
     cu_segments: Tensor,
     token_segments: Tensor,
     segment_sequences: Tensor,
     token_marks: Tensor,
+    has_segment: bool,
+    has_local: bool,
     longest: int,
+    has_empty: bool,
     with_places: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = output.new_empty(output.shape)
-    if segment_values is None:
-        return out, output.new_empty(0), output.new_empty(0, dtype=torch.uint8)
-    maxima = segment_values.new_empty(segment_sequences.shape[0], output.shape[1])
+    num_channels = values.shape[1] // (1 + has_segment + has_local)
+    out = values.new_empty(values.shape[0], num_channels)
+    if not has_segment:
+        return out, _nothing(values), _nothing(values, torch.uint8)
+    maxima = values.new_empty(segment_sequences.shape[0], num_channels)
     if not with_places:
-        return out, maxima, output.new_empty(0, dtype=torch.uint8)
+        return out, maxima, _nothing(values, torch.uint8)
     return out, maxima, torch.empty_like(maxima, dtype=place_dtype(longest))
 
 
-@torch.library.custom_op("ponet::fused_pooling_backward", mutates_args=())
-def _fused_pooling_backward(
+def _compute_backward(
     grad: Tensor,
     global_vectors: Tensor | None,
-    maxima: Tensor | None,
+    values: Tensor,
+    maxima: Tensor,
     places: Tensor,
-    output: Tensor,
-    local_values: Tensor | None,
     cu_segments: Tensor,
     token_segments: Tensor,
     segment_sequences: Tensor,
     token_marks: Tensor,
+    has_segment: bool,
+    has_local: bool,
+    has_empty: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     functions = backend_named(backend)
-    grad_global, sums, grad_output, grad_local = functions.fusion_bwd(
+    output, _, local = _columns(values, has_segment, has_local)
+    grad_values = torch.empty_like(values, memory_format=torch.contiguous_format)
+    grad_output, grad_segment, grad_local = _columns(grad_values, has_segment, has_local)
+    grad_global, sums = functions.fusion_bwd(
         grad,
         global_vectors,
-        maxima,
+        maxima if has_segment else None,
         output,
-        local_values,
+        local,
         cu_segments,
         token_segments,
         segment_sequences,
         token_marks,
-    )
-    grad_segment = None
-    if sums is not None and maxima is not None:
-        grad_segment = functions.segment_max_bwd(
-            sums, places, cu_segments, token_segments, maxima.dtype
-        )
-    return (
-        like_input(grad_global, global_vectors, output),
-        like_input(grad_segment, maxima, output),
         grad_output,
-        like_input(grad_local, local_values, output),
+        grad_local,
+        has_empty,
     )
+    if grad_segment is not None and sums is not None:
+        functions.segment_max_bwd(sums, places, cu_segments, token_segments, grad_segment)
+    if grad_global is None or global_vectors is None:
+        return _nothing(values), grad_values
+    return grad_global.to(global_vectors.dtype), grad_values
 
 
-@_fused_pooling_backward.register_fake
-def _(
+def _backward_shapes(
     grad: Tensor,
     global_vectors: Tensor | None,
-    maxima: Tensor | None,
+    values: Tensor,
+    maxima: Tensor,
     places: Tensor,
-    output: Tensor,
-    local_values: Tensor | None,
     cu_segments: Tensor,
     token_segments: Tensor,
     segment_sequences: Tensor,
     token_marks: Tensor,
+    has_segment: bool,
+    has_local: bool,
+    has_empty: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        empty_gradient(global_vectors, output),
-        output.new_empty(0) if maxima is None else maxima.new_empty(output.shape),
-        output.new_empty(output.shape),
-        empty_gradient(local_values, output),
+) -> tuple[Tensor, Tensor]:
+    grad_global = (
+        _nothing(values)
+        if global_vectors is None
+        else global_vectors.new_empty(global_vectors.shape)
     )
+    return grad_global, values.new_empty(values.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    global_vectors, segment_values, factors, local_values, *layout, _, _, ctx.backend = inputs
-    _, maxima, places = output
-    maxima = None if segment_values is None else maxima
-    ctx.save_for_backward(global_vectors, maxima, places, factors, local_values, *layout)
-    ctx.set_materialize_grads(False)
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    global_vectors, values, *layout, has_segment, has_local, _, has_empty, _, backend = inputs
+    ctx.save_for_backward(global_vectors, values, *outputs[1:], *layout)
+    ctx.settings = (has_segment, has_local, has_empty, backend)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 11
+def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    gradients = torch.ops.ponet.fused_pooling_backward(grad, *saved, ctx.backend)
-    # global vectors, maxima, output, local values
-    terms = (*saved[:2], *saved[3:5])
-    given = [
-        None if term is None else gradient for term, gradient in zip(terms, gradients, strict=True)
-    ]
-    return (*given, *(None,) * 7)
+    grad_global, grad_values = _backward(grad, *saved, *ctx.settings)
+    return None if saved[0] is None else grad_global, grad_values, *(None,) * 10
 
 
-_fused_pooling.register_autograd(_differentiate, setup_context=_save)
+_backward = register("fused_pooling_backward", _compute_backward, _backward_shapes)
+_fused_pooling = register("fused_pooling", _compute, _shapes, _save, _differentiate)
 
 
 def fused_pooling(
     global_vectors: Tensor | None,
-    segment_values: Tensor | None,
-    output: Tensor,
-    local_values: Tensor | None,
-    cu_segments: Tensor,
-    token_segments: Tensor,
-    segment_sequences: Tensor,
-    token_marks: Tensor,
-    longest: int,
+    values: Tensor,
+    layout: PackedLayout,
+    *,
+    use_segment: bool = True,
+    use_local: bool = True,
 ) -> Tensor:
     """Pool segments and windows and fuse them with the global vectors.
 
     Args:
         global_vectors: `[B, C]`, g' of each sequence; None leaves the term out.
-        segment_values: `[T, C]`, s; None leaves S out.
-        output: `[T, C]`, O.
-        local_values: `[T, C]`, l, dtype of `output`; None leaves L out.
-        cu_segments: `[S + 1]`, int32, offsets of the segments into the tokens.
-        token_segments: `[T]`, int64, the segment of each token, ascending.
-        segment_sequences: `[S]`, int64, the sequence of each segment, ascending.
-        token_marks: `[T]`, uint8, from `ponet_kernels.token_marks`; a token marked special is a
-            segment and a run of its own.
-        longest: no segment has more tokens; the smaller, the less is kept for the backward pass.
+        values: `[T, 3 C]`, O, s and l side by side; `[T, 2 C]` or `[T, C]` where the flags leave
+            s or l out.
+        layout: of the stream.
+        use_segment: pool s; without it the term S is left out.
+        use_local: pool l; without it the term L is left out.
 
     Returns:
-        `[T, C]`, dtype of `output`.
+        `[T, C]`, dtype of `values`.
 
     Raises:
-        ValueError: `output`, `token_segments` and `token_marks` differ in length, or the values
-            in shape or dtype.
+        ValueError: shapes do not fit each other.
     """
-    if not token_segments.shape == token_marks.shape == output.shape[:1]:
+    count = 1 + use_segment + use_local
+    if values.ndim != 2 or values.shape[0] != layout.num_tokens or values.shape[1] % count:
         raise ValueError(
-            f"fused_pooling: expected token_segments and token_marks [{len(output)}], found "
-            f"{tuple(token_segments.shape)} and {tuple(token_marks.shape)}"
+            f"fused_pooling: expected values [{layout.num_tokens}, {count} C], found "
+            f"{tuple(values.shape)}"
         )
-    for name, values in (("segment_values", segment_values), ("local_values", local_values)):
-        if values is not None and (values.shape, values.dtype) != (output.shape, output.dtype):
-            raise ValueError(
-                f"fused_pooling: output is {tuple(output.shape)} {output.dtype}, {name} "
-                f"{tuple(values.shape)} {values.dtype}"
-            )
-    values = (global_vectors, segment_values, output, local_values)
-    layout = (cu_segments, token_segments, segment_sequences, token_marks)
-    backend = active_backend(output.device)
+    expected = (layout.num_sequences, values.shape[1] // count)
+    if global_vectors is not None and global_vectors.shape != expected:
+        raise ValueError(
+            f"fused_pooling: expected global_vectors {expected}, found "
+            f"{tuple(global_vectors.shape)}"
+        )
+    backend = active_backend(values.device)
     if backend == "reference":
-        return fused_pooling_ref(*values, *layout)
-    learns = segment_values is not None and segment_values.requires_grad
-    return torch.ops.ponet.fused_pooling(
-        *values, *layout, longest, learns and torch.is_grad_enabled(), backend
+        return fused_pooling_ref(global_vectors, *_columns(values, use_segment, use_local), layout)
+    return _fused_pooling(
+        global_vectors,
+        values,
+        layout.cu_segments,
+        layout.token_segments,
+        layout.segment_sequences,
+        layout.token_marks,
+        use_segment,
+        use_local,
+        layout.max_segment_len,
+        layout.has_empty_segments,
+        use_segment and values.requires_grad and torch.is_grad_enabled(),
+        backend,
     )[0]

@@ -1,6 +1,6 @@
 """Every operator as its formula says it, one segment or sequence at a time: the ground truth.
 
-The functions take the arguments of the operators of the same name and leave differentiation to
+The functions compute what the operators of the same name do and leave differentiation to
 PyTorch. `torch.max(dim=0)` returns the first of equal maxima, which is the tie rule of all max
 operators here: the gradient goes to the first maximal token.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ponet_kernels.marks import SEES_LEFT, SPECIAL
+from ponet_kernels.layout import SEES_LEFT, PackedLayout
 
 
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:
@@ -23,9 +23,8 @@ def _max_over_tokens(x: Tensor) -> Tensor:
     return x.max(dim=0).values if len(x) else x.new_full(x.shape[1:], float("-inf"))
 
 
-def segment_max_ref(x: Tensor, cu_segments: Tensor, token_segments: Tensor) -> Tensor:
+def segment_max_ref(x: Tensor, cu_segments: Tensor) -> Tensor:
     """S_j = element-wise max of x over the tokens of segment j; -inf for an empty segment."""
-    del token_segments
     rows = [_max_over_tokens(x[start:end]) for start, end in _spans(cu_segments)]
     return torch.stack(rows) if rows else x.new_empty(0, x.shape[1])
 
@@ -97,24 +96,21 @@ def pooling_fusion_ref(
 
 def fused_pooling_ref(
     global_vectors: Tensor | None,
-    segment_values: Tensor | None,
     output: Tensor,
+    segment_values: Tensor | None,
     local_values: Tensor | None,
-    cu_segments: Tensor,
-    token_segments: Tensor,
-    segment_sequences: Tensor,
-    token_marks: Tensor,
+    layout: PackedLayout,
 ) -> Tensor:
     """Both max-poolings and the fusion, with S and L zero at special tokens."""
-    special = ((token_marks & SPECIAL) != 0).nonzero().squeeze(1)
+    special = layout.special.nonzero().squeeze(1)
     maxima, local = None, None
     if segment_values is not None:
-        maxima = segment_max_ref(segment_values, cu_segments, token_segments)
-        maxima = maxima.index_fill(0, token_segments[special], 0.0)
+        maxima = segment_max_ref(segment_values, layout.cu_segments)
+        maxima = maxima.index_fill(0, layout.token_segments[special], 0.0)
     if local_values is not None:
-        starts = ((token_marks & SEES_LEFT) == 0).nonzero().squeeze(1)
+        starts = ((layout.token_marks & SEES_LEFT) == 0).nonzero().squeeze(1)
         cu_runs = torch.cat([starts, starts.new_tensor([len(output)])])
         local = local_max_ref(local_values, cu_runs).index_fill(0, special, 0.0)
     return pooling_fusion_ref(
-        global_vectors, maxima, output, local, token_segments, segment_sequences
+        global_vectors, maxima, output, local, layout.token_segments, layout.segment_sequences
     )

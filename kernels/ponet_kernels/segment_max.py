@@ -10,106 +10,96 @@ from torch import Tensor
 
 from ponet_kernels.dispatch import active_backend, backend_named
 from ponet_kernels.dtypes import place_dtype
+from ponet_kernels.layout import PackedLayout
 from ponet_kernels.reference import segment_max_ref
+from ponet_kernels.registration import register
 
 
-@torch.library.custom_op("ponet::segment_max", mutates_args=())
-def _segment_max(
+def _compute(
     x: Tensor,
     cu_segments: Tensor,
     token_segments: Tensor,
     longest: int,
+    has_empty: bool,
     with_places: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = place_dtype(longest) if with_places else None
-    maxima, places = backend_named(backend).segment_max_fwd(x, cu_segments, token_segments, dtype)
+    maxima, places = backend_named(backend).segment_max_fwd(
+        x, cu_segments, token_segments, dtype, has_empty
+    )
     return maxima, x.new_empty(0, dtype=torch.uint8) if places is None else places
 
 
-@_segment_max.register_fake
-def _(
+def _shapes(
     x: Tensor,
     cu_segments: Tensor,
     token_segments: Tensor,
     longest: int,
+    has_empty: bool,
     with_places: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    shape = (cu_segments.shape[0] - 1, x.shape[1])
-    places = x.new_empty(shape, dtype=place_dtype(longest)) if with_places else None
-    return x.new_empty(shape), x.new_empty(0, dtype=torch.uint8) if places is None else places
+    maxima = x.new_empty(cu_segments.shape[0] - 1, x.shape[1])
+    if not with_places:
+        return maxima, x.new_empty(0, dtype=torch.uint8)
+    return maxima, torch.empty_like(maxima, dtype=place_dtype(longest))
 
 
-@torch.library.custom_op("ponet::segment_max_backward", mutates_args=())
-def _segment_max_backward(
-    grad: Tensor,
-    places: Tensor,
-    cu_segments: Tensor,
-    token_segments: Tensor,
-    backend: str,
+def _compute_backward(
+    grad: Tensor, places: Tensor, cu_segments: Tensor, token_segments: Tensor, backend: str
 ) -> Tensor:
-    return backend_named(backend).segment_max_bwd(
-        grad, places, cu_segments, token_segments, grad.dtype
-    )
+    out = _backward_shapes(grad, places, cu_segments, token_segments, backend)
+    backend_named(backend).segment_max_bwd(grad, places, cu_segments, token_segments, out)
+    return out
 
 
-@_segment_max_backward.register_fake
-def _(
-    grad: Tensor,
-    places: Tensor,
-    cu_segments: Tensor,
-    token_segments: Tensor,
-    backend: str,
+def _backward_shapes(
+    grad: Tensor, places: Tensor, cu_segments: Tensor, token_segments: Tensor, backend: str
 ) -> Tensor:
     return grad.new_empty(token_segments.shape[0], grad.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, cu_segments, token_segments, _, _, ctx.backend = inputs
-    ctx.save_for_backward(output[1], cu_segments, token_segments)
-    ctx.set_materialize_grads(False)
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    _, cu_segments, token_segments, _, _, _, ctx.backend = inputs
+    ctx.save_for_backward(outputs[1], cu_segments, token_segments)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 6
-    grad_x = torch.ops.ponet.segment_max_backward(grad, *ctx.saved_tensors, ctx.backend)
-    return grad_x, None, None, None, None, None
+def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return _backward(grad, *ctx.saved_tensors, ctx.backend), *(None,) * 6
 
 
-_segment_max.register_autograd(_differentiate, setup_context=_save)
+_backward = register("segment_max_backward", _compute_backward, _backward_shapes)
+_segment_max = register("segment_max", _compute, _shapes, _save, _differentiate)
 
 
-def segment_max(
-    x: Tensor, cu_segments: Tensor, token_segments: Tensor, longest: int | None = None
-) -> Tensor:
+def segment_max(x: Tensor, layout: PackedLayout) -> Tensor:
     """Element-wise maximum over the tokens of each segment.
 
     Args:
         x: `[T, C]`, floating.
-        cu_segments: `[S + 1]`, int32, offsets of the segments into the tokens, ascending.
-        token_segments: `[T]`, int64, the segment of each token (the same partition as
-            `cu_segments`, given too because both directions are computed once a batch).
-        longest: no segment has more tokens; the smaller, the less is kept for the backward pass.
-            None: T.
+        layout: of the stream.
 
     Returns:
         `[S, C]`, dtype of `x`; -inf where a segment is empty.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: `x` is not `[T, C]`.
     """
-    if x.ndim != 2 or token_segments.shape != x.shape[:1]:
+    if x.ndim != 2 or x.shape[0] != layout.num_tokens:
         raise ValueError(
-            f"segment_max: expected x [T, C] and token_segments [T], found {tuple(x.shape)} and "
-            f"{tuple(token_segments.shape)}"
+            f"segment_max: expected x [{layout.num_tokens}, C], found {tuple(x.shape)}"
         )
     backend = active_backend(x.device)
     if backend == "reference":
-        return segment_max_ref(x, cu_segments, token_segments)
-    longest = x.shape[0] if longest is None else longest
+        return segment_max_ref(x, layout.cu_segments)
     with_places = x.requires_grad and torch.is_grad_enabled()
-    return torch.ops.ponet.segment_max(
-        x, cu_segments, token_segments, longest, with_places, backend
+    return _segment_max(
+        x,
+        layout.cu_segments,
+        layout.token_segments,
+        layout.max_segment_len,
+        layout.has_empty_segments,
+        with_places,
+        backend,
     )[0]

@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ponet.config import PoNetConfig
 from ponet.mixers.autocast import cast_for_projections
-from ponet.mixers.rows import Rows
-from ponet.packing import PackedLayout
+from ponet.packing import BatchLayout
 
 
 class QueryKeyValueMixer(nn.Module):
@@ -32,7 +31,7 @@ class QueryKeyValueMixer(nn.Module):
         self.value = nn.Linear(width, width)
         self.dense = nn.Linear(width, width)
 
-    def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
         hidden = cast_for_projections(hidden)
         query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)
@@ -40,9 +39,9 @@ class QueryKeyValueMixer(nn.Module):
         mixed = self.mix(query, key, value, layout) if hidden.shape[0] else value
         return self.dense(mixed)
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: BatchLayout) -> Tensor:
         """Projected streams `[T, C]` -> `[T, C]`, by way of rows with padding."""
-        rows = Rows.of(layout)
+        rows = layout.rows
         query, key, value = (
             rearrange(rows.from_stream(stream), "b n (h d) -> b h n d", h=self.num_heads)
             for stream in (query, key, value)
@@ -73,12 +72,11 @@ class QueryKeyValueMixer(nn.Module):
 class SoftmaxAttention(QueryKeyValueMixer):
     """By PyTorch's fused kernels; ragged batches without padding where a kernel for them runs."""
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: BatchLayout) -> Tensor:
         """As the base; a ragged stream in half precision on a GPU stays a stream."""
         size = query.shape[1] // self.num_heads
-        full = query.shape[0] == (layout.cu_seqlens.shape[0] - 1) * layout.max_seqlen
         # the packed kernel knows no dropout
-        if full or self.dropout_now or not _packed_kernel_runs(query, size):
+        if layout.rows.mask is None or self.dropout_now or not _packed_kernel_runs(query, size):
             return super().mix(query, key, value, layout)
         heads = (self.num_heads, size)
         mixed = varlen_attn(

@@ -17,8 +17,7 @@ from torch import Tensor
 from ponet.config import PoNetConfig
 from ponet.mixers.autocast import cast_for_projections
 from ponet.mixers.block_sparse import BlockSparseAttention, pad_tokens
-from ponet.mixers.rows import Rows
-from ponet.packing import PackedLayout
+from ponet.packing import BatchLayout
 
 _SEED = 0
 
@@ -41,10 +40,10 @@ class BigBirdAttention(BlockSparseAttention):
         )
         self.register_buffer("draws", draws, persistent=False)
 
-    def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
         hidden = cast_for_projections(hidden)
-        rows = Rows.of(layout)
+        rows = layout.rows
         lengths = layout.cu_seqlens.diff().long()
         num_blocks = max(-(-rows.length // self.block_size), 1)
         query, key, value = (

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ponet.config import PoNetConfig
-from ponet.mixers.rows import Rows
-from ponet.packing import PackedLayout
+from ponet.packing import BatchLayout
 
 
 class FNetMixer(nn.Module):
@@ -25,12 +24,12 @@ class FNetMixer(nn.Module):
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__()
 
-    def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`; half precision is transformed in float32."""
         if not hidden.shape[0]:
             # there is no transform of no tokens
             return hidden
-        rows = Rows.of(layout)
+        rows = layout.rows
         # half precision lacks kernels for most lengths
         wide = torch.promote_types(hidden.dtype, torch.float32)
         mixed = torch.fft.fft2(rows.from_stream(hidden.to(wide)), dim=(1, 2)).real

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ponet.config import ConfigError, PoNetConfig
 from ponet.mixers.autocast import cast_for_projections
 from ponet.mixers.block_sparse import BlockSparseAttention, pad_tokens
-from ponet.packing import PackedLayout
+from ponet.packing import BatchLayout
 
 
 class SlidingWindowAttention(BlockSparseAttention):
@@ -31,7 +31,7 @@ class SlidingWindowAttention(BlockSparseAttention):
                 f"attention_window must be at least 2, found {config.attention_window}"
             )
 
-    def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
         hidden = cast_for_projections(hidden)
         num_tokens = hidden.shape[0]
@@ -52,9 +52,9 @@ class SlidingWindowAttention(BlockSparseAttention):
         heads = stream.unflatten(1, (self.num_heads, -1))
         return heads.unfold(0, 3 * self.reach, self.reach).mT
 
-    def _allowed(self, layout: PackedLayout, length: int) -> Tensor:
+    def _allowed(self, layout: BatchLayout, length: int) -> Tensor:
         """Pairs inside one window and one sequence, `[blocks, 1, w, 3 w]`."""
-        sequences = layout.segment_sequences[layout.token_segments]
+        sequences = layout.token_sequences
         missing = length - sequences.shape[0]
         # the fill counts as a sequence, so that its queries have keys too
         keys = F.pad(sequences, (self.reach, missing + self.reach), value=-1)

@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from ponet.config import ConfigError, PoNetConfig
 from ponet.mixers.autocast import cast_for_projections
-from ponet.mixers.rows import Rows
-from ponet.packing import PackedLayout
-from ponet_kernels import global_mean
+from ponet.packing import BatchLayout
+from ponet_kernels import PackedLayout, global_mean
 
 
 class NystromAttention(nn.Module):
@@ -46,10 +45,10 @@ class NystromAttention(nn.Module):
                 heads, heads, (size, 1), padding=(size // 2, 0), groups=heads, bias=False
             )
 
-    def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
         hidden = cast_for_projections(hidden)
-        rows = Rows.of(layout)
+        rows = layout.rows
         lengths = layout.cu_seqlens.diff()
         query, key, value = (
             self._heads(rows.from_stream(projection(hidden)))
@@ -64,7 +63,7 @@ class NystromAttention(nn.Module):
         if rows.length <= most:
             mixed = F.scaled_dot_product_attention(query, key, value, allowed)
         else:
-            landmarks = self._landmarks(hidden, layout, rows)
+            landmarks = self._landmarks(hidden, layout)
             mixed = self._nystrom(query, key, value, landmarks, allowed)
             if allowed is not None:
                 exact = F.scaled_dot_product_attention(
@@ -79,7 +78,7 @@ class NystromAttention(nn.Module):
     def _heads(self, rows: Tensor) -> Tensor:
         return rows.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
-    def _landmarks(self, hidden: Tensor, layout: PackedLayout, rows: Rows) -> Tensor:
+    def _landmarks(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """Means of the hidden states of each chunk, `[B, m, C]`, zero for a chunk without tokens.
 
         Projections of the means are the means of the projections.
@@ -91,7 +90,8 @@ class NystromAttention(nn.Module):
         starts = -(-chunks * lengths.clamp(min=m) // m)
         starts = layout.cu_seqlens[:-1].unsqueeze(1) + torch.minimum(starts, lengths)
         offsets = torch.cat([starts.flatten(), layout.cu_seqlens[-1:]]).int()
-        means = global_mean(hidden, offsets, -(-rows.length // m))
+        chunked = PackedLayout.of_sequences(offsets, layout.num_tokens, -(-layout.rows.length // m))
+        means = global_mean(hidden, chunked)
         return means.to(hidden.dtype).view(-1, m, hidden.shape[1])
 
     def _nystrom(

@@ -3,12 +3,13 @@
 PoNet, arXiv 2110.02442, section 3; out_t = (g' + S_{j(t)}) * O_t + L_t, then one projection.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
 from ponet.mixers.autocast import cast_for_projections
-from ponet.packing import PackedLayout
+from ponet.packing import BatchLayout
 from ponet_kernels import fused_pooling, global_aggregation, global_mean
 
 
@@ -30,12 +31,12 @@ class PoNetMixer(nn.Module):
             self.local = nn.Linear(width, width)
         self.dense = nn.Linear(width, width)
 
-    def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """Mix the tokens of each sequence.
 
         Args:
             hidden: `[T, C]`, floating.
-            layout: where sequences, segments and runs lie.
+            layout: where sequences, segments and local windows lie.
 
         Returns:
             `[T, C]`.
@@ -43,29 +44,67 @@ class PoNetMixer(nn.Module):
         hidden = cast_for_projections(hidden)
         mixed = fused_pooling(
             self.pool_sequences(hidden, layout) if self.config.use_global else None,
-            self.segment(hidden) if self.config.use_segment else None,
-            self.output(hidden),
-            self.local(hidden) if self.config.use_local else None,
-            layout.cu_segments,
-            layout.token_segments,
-            layout.segment_sequences,
-            layout.token_marks,
-            layout.max_seqlen,
+            self.project(hidden),
+            layout,
+            use_segment=self.config.use_segment,
+            use_local=self.config.use_local,
         )
         return self.dense(mixed)
 
-    def pool_sequences(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+    def project(self, hidden: Tensor) -> Tensor:
+        """Output, segment and local projections of each token, side by side: `[T, 3 C]`."""
+        parts = [self.output]
+        if self.config.use_segment:
+            parts.append(self.segment)
+        if self.config.use_local:
+            parts.append(self.local)
+        if not all(map(is_plain, parts)):
+            return torch.cat([part(hidden) for part in parts], dim=1)
+        # one product of three times the width, forward and backward
+        weight = torch.cat([part.weight for part in parts])
+        return F.linear(hidden, weight, torch.cat([part.bias for part in parts]))
+
+    def pool_sequences(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """g' of each sequence, or g when the second stage is off: `[B, C]`."""
         if not self.config.use_global_second_stage:
-            mean = global_mean(hidden, layout.cu_seqlens, layout.max_seqlen)
-            return F.linear(mean.to(hidden.dtype), self.query.weight, self.query.bias)
-        return global_aggregation(
-            hidden,
-            self.query.weight,
-            self.query.bias,
-            self.key.weight,
-            self.key.bias,
-            self.config.num_attention_heads,
-            layout.cu_seqlens,
-            layout.max_seqlen,
-        )
+            if not is_plain(self.query):
+                return global_mean(self.query(hidden), layout)
+            # the projection of the mean is the mean of the projections
+            return self.query(global_mean(hidden, layout).to(hidden.dtype))
+        heads = self.config.num_attention_heads
+        if not (is_plain(self.query) and is_plain(self.key)):
+            return self.attend(self.query(hidden), self.key(hidden), layout)
+        parameters = (self.query.weight, self.query.bias, self.key.weight, self.key.bias)
+        return global_aggregation(hidden, *parameters, heads, layout)
+
+    def attend(self, queries: Tensor, keys: Tensor, layout: BatchLayout) -> Tensor:
+        """g' from queries and keys of every token: the mean query attends over the keys.
+
+        Args:
+            queries: `[T, C]`.
+            keys: `[T, C]`, which are the values too.
+            layout: where sequences lie.
+
+        Returns:
+            `[B, C]`.
+        """
+        heads = self.config.num_attention_heads
+        g = global_mean(queries, layout).to(keys.dtype).unflatten(1, (heads, 1, -1))
+        keys = layout.rows.from_stream(keys).unflatten(2, (heads, -1)).transpose(1, 2)
+        mask = layout.rows.mask
+        if mask is not None:
+            # an empty sequence sees its first place, or its softmax would become NaN
+            mask = (mask | (layout.cu_seqlens.diff() == 0).unsqueeze(1))[:, None, None]
+        return F.scaled_dot_product_attention(g, keys, keys, mask).flatten(1)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a projection is a plain linear layer, whose weight may be used in its place.
+
+    Adapters, quantised layers and hooks are none: their `forward` is what counts.
+    """
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )

@@ -22,8 +22,7 @@ from torch.nn import functional as F
 from ponet.config import PoNetConfig
 from ponet.mixers.autocast import cast_for_projections
 from ponet.mixers.block_sparse import pad_tokens
-from ponet.mixers.rows import Rows
-from ponet.packing import PackedLayout
+from ponet.packing import BatchLayout
 
 _SEED = 0
 
@@ -58,10 +57,10 @@ class LSHAttention(nn.Module):
         enough = torch.tensor([2 ** column.bit_length() for column in range(num_columns)])
         self.register_buffer("enough", enough, persistent=False)
 
-    def forward(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
         hidden = cast_for_projections(hidden)
-        rows = Rows.of(layout)
+        rows = layout.rows
         lengths = layout.cu_seqlens.diff().long().view(-1, 1, 1, 1)
         vectors = self._heads(rows.from_stream(self.query_key(hidden)))  # [B, H, N, D]
         values = self._heads(rows.from_stream(self.value(hidden)))

@@ -1,8 +1,7 @@
 """Pooling fusion: out_t = (g'_{b(t)} + S_{j(t)}) * O_t + L_t, terms that are None left out.
 
-PoNet (arXiv 2110.02442) section 3. g' `[B, C]`, S `[S, C]`, O `[T, C]`, output `[T, C]`; L `[T, C]`
-is given or, where tokens have marks, pooled here from the values l `[T, C]` over local windows.
-Special tokens have S = L = 0.
+PoNet (arXiv 2110.02442) section 3. g' `[B, C]`, S `[S, C]`, O `[T, C]`, output `[T, C]`; L is
+pooled here from the values l `[T, C]` over local windows. Special tokens have S = L = 0.
 
 Backward is one pass over the tokens:
 
@@ -18,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ponet_kernels.dtypes import accumulation_dtype
-from ponet_kernels.marks import SEES_LEFT, SEES_RIGHT, SPECIAL
+from ponet_kernels.layout import SEES_LEFT, SEES_RIGHT, SPECIAL
 from ponet_kernels.triton_kernels.launch import launch
-from ponet_kernels.triton_kernels.local_max import load_marks, window_max, window_winners
 from ponet_kernels.triton_kernels.rows import (
     load_ids,
     load_rows,
@@ -43,9 +41,14 @@ from ponet_kernels.triton_kernels.segmented_reduce import (
     store_group,
     store_rest,
 )
+from ponet_kernels.triton_kernels.windows import load_marks, window_max, window_winners
 
 MIN_PROGRAMS = 4096
 """Programs of the backward pass: it needs more registers, so fewer of them run at a time."""
+
+MAX_REGISTERS = 168
+"""Of a thread of the backward pass in half precision: 12 warps on a multiprocessor. Left alone,
+Triton 3.6 takes 208, which leaves 9."""
 
 _SEES_LEFT = tl.constexpr(SEES_LEFT)
 _SEES_RIGHT = tl.constexpr(SEES_RIGHT)
@@ -101,9 +104,7 @@ def fusion_fwd_kernel(
     num_blocks = tl.cdiv(C, BLOCK_C)
     t = (pid // num_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    marks = tl.zeros([BLOCK_T], tl.uint8)
-    if marks_ptr is not None:
-        marks = load_marks(marks_ptr, t, T)
+    marks = load_marks(marks_ptr, t, T)
     special = (marks & _SPECIAL) != 0
 
     out = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
@@ -123,13 +124,11 @@ def fusion_fwd_kernel(
         )
         out = factor * widen(load_rows(output_ptr, t, output_stride, offs_c, T, C))
     if local_ptr is not None:
-        local = widen(load_rows(local_ptr, t, local_stride, offs_c, T, C))
-        if marks_ptr is not None:
-            left = widen(load_rows(local_ptr, t - 1, local_stride, offs_c, T, C))
-            right = widen(load_rows(local_ptr, t + 1, local_stride, offs_c, T, C))
-            local = tl.where(special[:, None], 0.0, window_max(left, local, right, marks))
-        out += local
-    store_rows(out_ptr, t, offs_c, out, t < T, C)
+        left = widen(load_rows(local_ptr, t - 1, local_stride, offs_c, T, C))
+        centre = widen(load_rows(local_ptr, t, local_stride, offs_c, T, C))
+        right = widen(load_rows(local_ptr, t + 1, local_stride, offs_c, T, C))
+        out += tl.where(special[:, None], 0.0, window_max(left, centre, right, marks))
+    store_rows(out_ptr, t, C, offs_c, out, t < T, C)
 
 
 @triton.jit
@@ -143,7 +142,7 @@ def share_gradient(kept, passed, grad, left, centre, right, sees_left, sees_righ
 
 @triton.jit
 def send_gradients(
-    kept, passed, grad, left, centre, right, marks, dlocal_ptr, t, is_complete, offs_c, C
+    kept, passed, grad, left, centre, right, marks, dlocal_ptr, t, stride, is_complete, offs_c, C
 ):
     """Give the gradients of the windows of t `[BLOCK_W]` to their winners.
 
@@ -167,7 +166,7 @@ def send_gradients(
         )
     else:
         complete, kept, passed = share_gradient(kept, passed, grad, left, centre, right, True, True)
-    store_rows(dlocal_ptr, t - 1, offs_c, complete, is_complete, C)
+    store_rows(dlocal_ptr, t - 1, stride, offs_c, complete, is_complete, C)
     return kept, passed
 
 
@@ -196,6 +195,8 @@ def fusion_bwd_kernel(
     segment_stride,
     output_stride,
     local_stride,
+    doutput_stride,
+    dlocal_stride,
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -218,10 +219,7 @@ def fusion_bwd_kernel(
     sequence = load_sequences(segment_sequences_ptr, segment)
     sequence_begun = load_sequences(segment_sequences_ptr, before) != sequence
 
-    marks = tl.zeros([BLOCK_W], tl.uint8)
-    marks1 = marks
-    if marks_ptr is not None:
-        marks = load_marks(marks_ptr, first, T)
+    marks = load_marks(marks_ptr, first, T)
     zeros = widen(tl.zeros([BLOCK_W, BLOCK_C], doutput_ptr.dtype.element_ty))
     sums = zeros
     sequence_sums = zeros
@@ -256,6 +254,7 @@ def fusion_bwd_kernel(
             load_marks(marks_ptr, first - 1, T),
             dlocal_ptr,
             first - 1,
+            dlocal_stride,
             first < 0,
             offs_c,
             C,
@@ -270,9 +269,9 @@ def fusion_bwd_kernel(
             step = tl.zeros([BLOCK_W], tl.int32) + start + offset
             grad = load_step(grad_ptr, first, step, grad_stride, offs_c, limit, C)
             segment1 = load_step_ids(token_segments_ptr, first, step + 1, limit)
-            store_rows(doutput_ptr, first + step, offs_c, widen(grad) * factor, step < limit, C)
-            if marks_ptr is not None:
-                marks1 = tl.load(marks_ptr + first + step + 1, mask=step + 1 < limit, other=0)
+            doutput = widen(grad) * factor
+            store_rows(doutput_ptr, first + step, doutput_stride, offs_c, doutput, step < limit, C)
+            marks1 = tl.load(marks_ptr + first + step + 1, mask=step + 1 < limit, other=0)
             if dlocal_ptr is not None:
                 right = load_step(local_ptr, first, step + 1, local_stride, offs_c, limit, C)
                 kept, passed = send_gradients(
@@ -285,6 +284,7 @@ def fusion_bwd_kernel(
                     marks,
                     dlocal_ptr,
                     first + step,
+                    dlocal_stride,
                     (step > 0) & (step <= limit),
                     offs_c,
                     C,
@@ -355,6 +355,7 @@ def fusion_bwd_kernel(
             marks,
             dlocal_ptr,
             first + ROWS,
+            dlocal_stride,
             first + ROWS <= T,
             offs_c,
             C,
@@ -397,17 +398,17 @@ def _pointers(partials: Partials | None) -> tuple[Tensor | None, Tensor | None]:
 
 def fusion_fwd(
     global_vectors: Tensor | None,
-    segment_vectors: Tensor | None,
+    maxima: Tensor | None,
     output: Tensor,
     local: Tensor | None,
     token_segments: Tensor,
     segment_sequences: Tensor,
-    token_marks: Tensor | None,
+    token_marks: Tensor,
 ) -> Tensor:
     """As `Backend.fusion_fwd`."""
     num_tokens, num_channels = output.shape
     global_vectors, global_stride = _rows(global_vectors)
-    segment_vectors, segment_stride = _rows(segment_vectors)
+    maxima, segment_stride = _rows(maxima)
     local, local_stride = _rows(local)
     output = with_channels_adjacent(output)
     out = torch.empty_like(output, memory_format=torch.contiguous_format)
@@ -416,7 +417,7 @@ def fusion_fwd(
         fusion_fwd_kernel,
         tile_grid(num_tokens, num_channels, block_t, block_c),
         global_vectors,
-        segment_vectors,
+        maxima,
         output,
         local,
         token_segments,
@@ -439,42 +440,42 @@ def fusion_fwd(
 def fusion_bwd(
     grad: Tensor,
     global_vectors: Tensor | None,
-    segment_vectors: Tensor | None,
+    maxima: Tensor | None,
     output: Tensor,
     local: Tensor | None,
     cu_segments: Tensor,
     token_segments: Tensor,
     segment_sequences: Tensor,
-    token_marks: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    token_marks: Tensor,
+    grad_output: Tensor,
+    grad_local: Tensor | None,
+    has_empty: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     """As `Backend.fusion_bwd`."""
     num_tokens, num_channels = output.shape
     acc_dtype = accumulation_dtype(output.dtype)
     windows = cut_rows(num_tokens, num_channels, output.element_size(), MIN_PROGRAMS)
     grad, output = with_channels_adjacent(grad), with_channels_adjacent(output)
     global_vectors, global_stride = _rows(global_vectors)
-    segment_vectors, segment_stride = _rows(segment_vectors)
+    maxima, segment_stride = _rows(maxima)
     local, local_stride = _rows(local)
-    doutput = torch.empty_like(output, memory_format=torch.contiguous_format)
-    dlocal = None
-    if local is not None and token_marks is not None:
-        dlocal = torch.empty_like(local, memory_format=torch.contiguous_format)
     dglobal, global_partials = None, None
     if global_vectors is not None:
         # the segments do not tell which sequences are empty
         dglobal = output.new_zeros(global_vectors.shape, dtype=acc_dtype)
         global_partials = new_partials(windows, dglobal)
     dsegment, segment_partials = None, None
-    if segment_vectors is not None:
-        dsegment = output.new_empty(segment_vectors.shape, dtype=acc_dtype)
-        fill_empty(dsegment, None, cu_segments, 0.0)
+    if maxima is not None:
+        dsegment = output.new_empty(maxima.shape, dtype=acc_dtype)
+        if has_empty:
+            fill_empty(dsegment, None, cu_segments, 0.0)
         segment_partials = new_partials(windows, dsegment)
     launch(
         fusion_bwd_kernel,
         windows.grid,
         grad,
         global_vectors,
-        segment_vectors,
+        maxima,
         output,
         local,
         token_segments,
@@ -484,8 +485,8 @@ def fusion_bwd(
         *_pointers(global_partials),
         dsegment,
         *_pointers(segment_partials),
-        doutput,
-        dlocal,
+        grad_output,
+        grad_local,
         num_tokens,
         num_channels,
         grad.stride(0),
@@ -493,13 +494,16 @@ def fusion_bwd(
         segment_stride,
         output.stride(0),
         local_stride,
+        grad_output.stride(0),
+        0 if grad_local is None else grad_local.stride(0),
         ROWS=windows.rows,
         BLOCK_W=windows.block_w,
         BLOCK_C=windows.block_c,
         num_warps=1,
+        max_registers=MAX_REGISTERS if output.element_size() == 2 else None,
     )
     if dglobal is not None and global_partials is not None:
         combine(global_partials, dglobal, None, is_max=False)
     if dsegment is not None and segment_partials is not None:
         combine(segment_partials, dsegment, None, is_max=False)
-    return dglobal, dsegment, doutput, dlocal
+    return dglobal, dsegment

@@ -3,11 +3,13 @@
 PoNet (arXiv 2110.02442) section 3, in the form that `ponet_kernels.global_aggregation` derives.
 Tokens x `[T, C]`, per sequence b a few rows `[H, C]`, per token a few weights `[H]`:
 
-    sequence_means    mean_t x_t                 `[B, C]`
-    token_scores      rows_bh . x_t              `[T, H]`
-    sequence_softmax  softmax_t scores_th        `[T, H]`
-    sequence_sums     sum_t weights_th x_t       `[B, H, C]`
-    spread_rows       sum_h weights_th rows_bh   `[T, C]`
+    sequence_means    mean_t x_t                                  `[B, C]`
+    sequence_totals   sum_t x_t                                   `[B, C]`
+    token_scores      rows_bh . x_t                               `[T, H]`
+    score_gradients   weights_th (rows_bh . x_t - centre_bh)      `[T, H]`
+    sequence_softmax  softmax_t scores_th                         `[T, H]`
+    sequence_sums     sum_t weights_th x_t                        `[B, H, C]`
+    spread_rows       shared_b / n_b + sum_h weights_th rows_bh   `[T, C]`
 
 A program owns a span of tokens of one sequence; programs past its end leave at once. Sums over
 longer sequences are written span by span and added by a second kernel in a fixed order: no
@@ -20,6 +22,7 @@ about 2^-22.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -27,13 +30,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ponet_kernels.dtypes import accumulation_dtype
-from ponet_kernels.triton_kernels.launch import launch
+from ponet_kernels.triton_kernels.launch import ceil_div, launch, next_power_of_2
 from ponet_kernels.triton_kernels.sequence_softmax import sequence_softmax
 
 __all__ = [
+    "score_gradients",
     "sequence_means",
     "sequence_softmax",
     "sequence_sums",
+    "sequence_totals",
     "spread_rows",
     "token_scores",
 ]
@@ -81,7 +86,7 @@ def _add_product(acc, a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def sequence_means_kernel(
+def sequence_totals_kernel(
     x_ptr,
     cu_seqlens_ptr,
     sums_ptr,
@@ -91,8 +96,9 @@ def sequence_means_kernel(
     SPAN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    IS_MEAN: tl.constexpr,
 ):
-    """Share of each span in the mean of its sequence, `[slots, C]`."""
+    """Sum over each span, or its share in the mean of its sequence, `[slots, C]`."""
     pid = tl.program_id(0)
     num_blocks = tl.cdiv(C, BLOCK_C)
     pid_s = (pid // num_blocks) % num_spans
@@ -115,9 +121,11 @@ def sequence_means_kernel(
             other=0.0,
         )  # [BLOCK_T, BLOCK_C]
         acc += x.to(acc.dtype)
-    share = tl.sum(acc, axis=0) / max(length, 1)  # pyright: ignore
+    total = tl.sum(acc, axis=0)
+    if IS_MEAN:
+        total /= max(length, 1)  # pyright: ignore
     slot = tl.where(num_spans == 1, pid_b, start // SPAN + pid_b + pid_s)
-    tl.store(sums_ptr + slot * C + offs_c, share, mask=mask_c)
+    tl.store(sums_ptr + slot * C + offs_c, total, mask=mask_c)
 
 
 @triton.jit
@@ -212,6 +220,8 @@ def token_scores_kernel(
     x_ptr,
     rows_ptr,
     cu_seqlens_ptr,
+    weights_ptr,
+    centre_ptr,
     scores_ptr,
     stride_xt,
     C,
@@ -222,7 +232,10 @@ def token_scores_kernel(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Products of a tile of tokens with the rows of their sequence, `[T, H]`."""
+    """Products of a tile of tokens with the rows of their sequence, `[T, H]`.
+
+    With weights, from each product the centre is taken and the rest weighted.
+    """
     pid = tl.program_id(0)
     pid_b = (pid // num_tiles).to(tl.int64)
     start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
@@ -252,19 +265,45 @@ def token_scores_kernel(
                 x_ptrs + c[:, None], mask=mask_c[:, None] & mask_t[None, :], other=0.0
             )  # [BLOCK_C, BLOCK_T]
             acc = _add_product(acc, rows, x, PRECISION)
-    tl.store(
-        scores_ptr + (start + t)[None, :] * H + offs_h[:, None],
-        acc,
-        mask=mask_h[:, None] & mask_t[None, :],
+    offsets = (start + t)[None, :] * H + offs_h[:, None]
+    mask = mask_h[:, None] & mask_t[None, :]
+    if weights_ptr is not None:
+        centre = tl.load(centre_ptr + pid_b * H + offs_h, mask=mask_h, other=0.0)
+        acc = (acc - centre[:, None]) * tl.load(weights_ptr + offsets, mask=mask, other=0.0)
+    tl.store(scores_ptr + offsets, acc, mask=mask)
+
+
+@triton.jit
+def _load_table(rows_ptr, pid_b, offs_h, offs_c, H: tl.constexpr, C):
+    """Rows of a sequence, `[BLOCK_H, BLOCK_C]`."""
+    return tl.load(
+        rows_ptr + (pid_b * H + offs_h[:, None]) * C + offs_c[None, :],
+        mask=(offs_h < H)[:, None] & (offs_c < C)[None, :],
+        other=0.0,
     )
 
 
 @triton.jit
+def _add_weighted(acc, weights_ptr, rows, t, mask_t, offs_h, H: tl.constexpr, P: tl.constexpr):
+    """acc + the rows weighted for tokens t, `[BLOCK_T, BLOCK_C]`."""
+    weights = tl.load(
+        weights_ptr + t[:, None] * H + offs_h[None, :],
+        mask=mask_t[:, None] & (offs_h < H)[None, :],
+        other=0.0,
+    )  # [BLOCK_T, BLOCK_H]
+    return _add_product(acc, weights, rows, P)
+
+
+@triton.jit
 def spread_rows_kernel(
+    shared_ptr,
     weights_ptr,
     rows_ptr,
+    weights2_ptr,
+    rows2_ptr,
     cu_seqlens_ptr,
     out_ptr,
+    stride_ot,
     C,
     num_spans,
     H: tl.constexpr,
@@ -274,7 +313,7 @@ def spread_rows_kernel(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of the sequence, weighted, for a span of tokens, `[T, C]`."""
+    """Rows of the sequence, weighted, and an equal share of one more, for a span of tokens."""
     pid = tl.program_id(0)
     num_blocks = tl.cdiv(C, BLOCK_C)
     pid_s = (pid // num_blocks) % num_spans
@@ -286,28 +325,24 @@ def spread_rows_kernel(
     offs_t = tl.arange(0, BLOCK_T)
     offs_h = tl.arange(0, BLOCK_H)
     offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_h = offs_h < H
     mask_c = offs_c < C
-    rows = tl.load(
-        rows_ptr + (pid_b * H + offs_h[:, None]) * C + offs_c[None, :],
-        mask=mask_h[:, None] & mask_c[None, :],
-        other=0.0,
-    )  # [BLOCK_H, BLOCK_C]
-    w_offsets = offs_t[:, None] * H + offs_h[None, :]
-    out_offsets = offs_t[:, None] * C + offs_c[None, :]
+    shared = tl.load(shared_ptr + pid_b * C + offs_c, mask=mask_c, other=0.0) / length
+    if rows_ptr is not None:
+        rows = _load_table(rows_ptr, pid_b, offs_h, offs_c, H, C)
+    if rows2_ptr is not None:
+        rows2 = _load_table(rows2_ptr, pid_b, offs_h, offs_c, H, C)
     end = min(pid_s * SPAN + SPAN, length)
     # one stage: weights that stop over in shared memory would be split or rounded by every warp
     for first in tl.range(pid_s * SPAN, end, BLOCK_T, num_stages=1):  # pyright: ignore
         mask_t = offs_t < length - first
-        w = tl.load(
-            weights_ptr + (start + first) * H + w_offsets,
-            mask=mask_t[:, None] & mask_h[None, :],
-            other=0.0,
-        )  # [BLOCK_T, BLOCK_H]
-        acc = tl.zeros([BLOCK_T, BLOCK_C], rows_ptr.dtype.element_ty)
-        acc = _add_product(acc, w, rows, PRECISION)
+        t = start + first + offs_t
+        acc = tl.zeros([BLOCK_T, BLOCK_C], shared_ptr.dtype.element_ty) + shared[None, :]
+        if rows_ptr is not None:
+            acc = _add_weighted(acc, weights_ptr, rows, t, mask_t, offs_h, H, PRECISION)
+        if rows2_ptr is not None:
+            acc = _add_weighted(acc, weights2_ptr, rows2, t, mask_t, offs_h, H, PRECISION)
         tl.store(
-            out_ptr + (start + first) * C + out_offsets,
+            out_ptr + t[:, None] * stride_ot + offs_c[None, :],
             acc.to(out_ptr.dtype.element_ty),
             mask=mask_t[:, None] & mask_c[None, :],
         )
@@ -332,18 +367,18 @@ def _precision(operand: torch.dtype, result: torch.dtype = torch.float32) -> str
 
 def _row_block(num_rows: int) -> int:
     # tl.dot takes blocks of at least 16
-    return max(16, triton.next_power_of_2(num_rows))
+    return max(16, next_power_of_2(num_rows))
 
 
 def _channel_block(num_channels: int, itemsize: int, num_bytes: int) -> int:
     """Channels a block: `num_bytes` of a token, or as many as there are."""
-    return max(16, min(num_bytes // itemsize, triton.next_power_of_2(num_channels)))
+    return max(16, min(num_bytes // itemsize, next_power_of_2(num_channels)))
 
 
 def _span(num_tokens: int, num_blocks: int) -> int:
     """Tokens a program: long spans make few partial sums, short ones enough programs."""
-    share = triton.cdiv(num_tokens * num_blocks, PROGRAMS)
-    return min(max(triton.next_power_of_2(share), 64), 1024)
+    share = ceil_div(num_tokens * num_blocks, PROGRAMS)
+    return min(max(next_power_of_2(share), 64), 1024)
 
 
 def _combined(spans: Tensor, cu_seqlens: Tensor, span: int, num_spans: int) -> Tensor:
@@ -353,13 +388,13 @@ def _combined(spans: Tensor, cu_seqlens: Tensor, span: int, num_spans: int) -> T
     width = math.prod(spans.shape[1:])
     launch(
         combine_spans_kernel,
-        (num_sequences * triton.cdiv(width, 128),),
+        (num_sequences * ceil_div(width, 128),),
         spans,
         cu_seqlens,
         out,
         width,
         SPAN=span,
-        BLOCK_S=min(triton.next_power_of_2(num_spans), 32),
+        BLOCK_S=min(next_power_of_2(num_spans), 32),
         BLOCK_N=128,
         num_warps=4,
     )
@@ -372,16 +407,25 @@ def _slots(num_tokens: int, num_sequences: int, span: int, num_spans: int) -> in
 
 def sequence_means(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """As `Backend.sequence_means`."""
+    return _totals(x, cu_seqlens, max_seqlen, is_mean=True)
+
+
+def sequence_totals(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """As `Backend.sequence_totals`."""
+    return _totals(x, cu_seqlens, max_seqlen, is_mean=False)
+
+
+def _totals(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, is_mean: bool) -> Tensor:
     x = _with_unit_stride(x)
     (T, C), B = x.shape, len(cu_seqlens) - 1
     block_c = _channel_block(C, x.element_size(), 256)
-    num_blocks = triton.cdiv(C, block_c)
+    num_blocks = ceil_div(C, block_c)
     span = _span(T, num_blocks)
-    num_spans = max(triton.cdiv(max_seqlen, span), 1)
+    num_spans = max(ceil_div(max_seqlen, span), 1)
     dtype = accumulation_dtype(x.dtype)
     sums = x.new_empty(_slots(T, B, span, num_spans), C, dtype=dtype)
     launch(
-        sequence_means_kernel,
+        sequence_totals_kernel,
         (B * num_spans * num_blocks,),
         x,
         cu_seqlens,
@@ -392,6 +436,7 @@ def sequence_means(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         SPAN=span,
         BLOCK_T=32,
         BLOCK_C=block_c,
+        IS_MEAN=is_mean,
         num_warps=4,
     )
     return sums if num_spans == 1 else _combined(sums, cu_seqlens, span, num_spans)
@@ -399,10 +444,33 @@ def sequence_means(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
 
 def token_scores(x: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """As `Backend.token_scores`."""
+    return _scores(x, rows, None, None, cu_seqlens, max_seqlen)
+
+
+def score_gradients(
+    x: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    centre: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+) -> Tensor:
+    """As `Backend.score_gradients`."""
+    return _scores(x, rows, weights.contiguous(), centre.contiguous(), cu_seqlens, max_seqlen)
+
+
+def _scores(
+    x: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    centre: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+) -> Tensor:
     x, rows = _with_unit_stride(x), rows.contiguous()
     (T, C), (B, H, _) = x.shape, rows.shape
-    block_t = min(max(triton.next_power_of_2(max_seqlen), 16), 128)
-    num_tiles = triton.cdiv(max_seqlen, block_t)
+    block_t = min(max(next_power_of_2(max_seqlen), 16), 128)
+    num_tiles = ceil_div(max_seqlen, block_t)
     scores = rows.new_empty(T, H)
     launch(
         token_scores_kernel,
@@ -410,6 +478,8 @@ def token_scores(x: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -
         x,
         rows,
         cu_seqlens,
+        weights,
+        centre,
         scores,
         x.stride(0),
         C,
@@ -429,9 +499,9 @@ def sequence_sums(weights: Tensor, x: Tensor, cu_seqlens: Tensor, max_seqlen: in
     weights, x = weights.contiguous(), _with_unit_stride(x)
     (T, C), H, B = x.shape, weights.shape[1], len(cu_seqlens) - 1
     block_c = _channel_block(C, x.element_size(), 256)
-    num_blocks = triton.cdiv(C, block_c)
+    num_blocks = ceil_div(C, block_c)
     span = _span(T, num_blocks)
-    num_spans = max(triton.cdiv(max_seqlen, span), 1)
+    num_spans = max(ceil_div(max_seqlen, span), 1)
     sums = weights.new_empty(_slots(T, B, span, num_spans), H, C)
     launch(
         sequence_sums_kernel,
@@ -455,23 +525,30 @@ def sequence_sums(weights: Tensor, x: Tensor, cu_seqlens: Tensor, max_seqlen: in
 
 
 def spread_rows(
-    weights: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int, dtype: torch.dtype
-) -> Tensor:
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    shared: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    out: Tensor,
+) -> None:
     """As `Backend.spread_rows`."""
-    weights, rows = weights.contiguous(), rows.contiguous()
-    T, (B, H, C) = len(weights), rows.shape
-    block_c = _channel_block(C, dtype.itemsize, 256)
-    num_blocks = triton.cdiv(C, block_c)
+    tables: list[Tensor | None] = [table.contiguous() for pair in pairs for table in pair]
+    shared = shared.contiguous()
+    (T, C), B = out.shape, len(cu_seqlens) - 1
+    H = pairs[0][1].shape[1] if pairs else 1
+    block_c = _channel_block(C, out.element_size(), 256)
+    num_blocks = ceil_div(C, block_c)
     span = _span(T, num_blocks)
-    num_spans = triton.cdiv(max_seqlen, span)
-    out = weights.new_empty(T, C, dtype=dtype)
+    num_spans = ceil_div(max_seqlen, span)
     launch(
         spread_rows_kernel,
         (B * num_spans * num_blocks,),
-        weights,
-        rows,
+        shared,
+        *tables,
+        *(None,) * (4 - len(tables)),
         cu_seqlens,
         out,
+        out.stride(0),
         C,
         num_spans,
         H=H,
@@ -479,7 +556,6 @@ def spread_rows(
         BLOCK_H=_row_block(H),
         BLOCK_T=64,
         BLOCK_C=block_c,
-        PRECISION=_precision(rows.dtype, dtype),
+        PRECISION=_precision(shared.dtype, out.dtype),
         num_warps=8,
     )
-    return out

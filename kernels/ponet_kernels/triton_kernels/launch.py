@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -22,6 +24,8 @@ class Launch:
     constants: dict[str, Any]
     """`tl.constexpr` arguments by name."""
     num_warps: int
+    max_registers: int | None
+    """Of a thread on an NVIDIA GPU."""
 
 
 _recorder: ContextVar[list[Launch] | None] = ContextVar("ponet_kernels_launches", default=None)
@@ -39,19 +43,44 @@ def record_launches() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int,
+    max_registers: int | None = None,
+    **constants: Any,
 ) -> None:
-    """Run `kernel` on `grid`; a grid without programs is no launch.
+    """Run `kernel` on `grid` on the device of its first argument; no programs are no launch.
 
     Args:
         args: tensors, sizes and strides in the kernel's order.
         num_warps: warps (of 32 or 64 threads) a program.
+        max_registers: of a thread, where the compiler would take so many that few warps fit.
         constants: its `tl.constexpr` arguments.
     """
     if 0 in grid:
         return
     recorder = _recorder.get()
-    if recorder is None:
-        kernel[grid](*args, num_warps=num_warps, **constants)
+    if recorder is not None:
+        recorder.append(Launch(kernel, grid, args, constants, num_warps, max_registers))
+        return
+    options = {"num_warps": num_warps}
+    if max_registers is not None and not torch.version.hip:
+        options["maxnreg"] = max_registers
+    # Triton launches on the current device, whatever its arguments lie on
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constants, **options)
     else:
-        recorder.append(Launch(kernel, grid, args, constants, num_warps))
+        kernel[grid](*args, **constants, **options)
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Quotient of positive numbers, rounded up; `triton.cdiv` takes microseconds on the host."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The power of two that is at least `number`, a positive one."""
+    return 1 << (number - 1).bit_length()

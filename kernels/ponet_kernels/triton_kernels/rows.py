@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ponet_kernels.triton_kernels.launch import ceil_div, next_power_of_2
+
 LINE_BYTES = 512
 """Bytes of 32 lanes that load 16 bytes each."""
 TILE_BYTES = 8192
@@ -20,9 +22,10 @@ TILE_PROGRAMS = 512
 @triton.jit
 def widen(x):
     """x in the type that sums and comparisons run in."""
-    if x.dtype == tl.float64:
-        return x
-    return x.to(tl.float32)
+    # one return, because a kernel's function has one type
+    if x.dtype != tl.float64:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -39,10 +42,10 @@ def load_rows(x_ptr, rows, stride, offs_c, T, C):
 
 
 @triton.jit
-def store_rows(out_ptr, rows, offs_c, values, mask, C):
-    """Store `[BLOCK_T, BLOCK_C]` to the rows of a contiguous `[T, C]` where `mask` `[BLOCK_T]`."""
+def store_rows(out_ptr, rows, stride, offs_c, values, mask, C):
+    """Store `[BLOCK_T, BLOCK_C]` to the rows of a `[T, C]` where `mask` `[BLOCK_T]`."""
     mask = mask[:, None] & (offs_c < C)[None, :]
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :], values, mask=mask)
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * stride + offs_c[None, :], values, mask=mask)
 
 
 @triton.jit
@@ -58,19 +61,19 @@ def with_channels_adjacent(x: Tensor) -> Tensor:
 
 def channel_block(num_channels: int, itemsize: int) -> int:
     """Channels of a block: a line or the row, whichever is shorter."""
-    return min(LINE_BYTES // itemsize, triton.next_power_of_2(max(num_channels, 1)))
+    return min(LINE_BYTES // itemsize, next_power_of_2(max(num_channels, 1)))
 
 
 def tile_blocks(num_rows: int, num_channels: int, itemsize: int) -> tuple[int, int, int]:
     """`BLOCK_T`, `BLOCK_C` and warps of an element-wise kernel."""
     block_c = channel_block(num_channels, itemsize)
     block_t = min(TILE_BYTES // (block_c * itemsize), 256)
-    columns = triton.cdiv(num_channels, block_c)
-    while block_t > 4 and triton.cdiv(num_rows, block_t) * columns < TILE_PROGRAMS:
+    columns = ceil_div(num_channels, block_c)
+    while block_t > 4 and ceil_div(num_rows, block_t) * columns < TILE_PROGRAMS:
         block_t //= 2
     return block_t, block_c, max(block_t * block_c * itemsize // LINE_BYTES, 1)
 
 
 def tile_grid(num_rows: int, num_channels: int, block_t: int, block_c: int) -> tuple[int]:
     """One program a tile; tiles of the same rows are neighbours."""
-    return (triton.cdiv(num_rows, block_t) * triton.cdiv(num_channels, block_c),)
+    return (ceil_div(num_rows, block_t) * ceil_div(num_channels, block_c),)

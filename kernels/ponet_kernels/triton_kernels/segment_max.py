@@ -127,6 +127,7 @@ def segment_max_bwd_kernel(
     C,
     grad_stride,
     places_stride,
+    dx_stride,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -143,18 +144,23 @@ def segment_max_bwd_kernel(
     grad = segment[:, None] * grad_stride + offs_c[None, :]
     grad = widen(tl.load(grad_ptr + grad, mask=mask, other=0.0))
     dx = tl.where(places == place[:, None], grad, 0.0)
-    store_rows(dx_ptr, t, offs_c, dx, t < T, C)
+    store_rows(dx_ptr, t, dx_stride, offs_c, dx, t < T, C)
 
 
 def segment_max_fwd(
-    x: Tensor, cu_segments: Tensor, token_segments: Tensor, place_dtype: torch.dtype | None
+    x: Tensor,
+    cu_segments: Tensor,
+    token_segments: Tensor,
+    place_dtype: torch.dtype | None,
+    has_empty: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As `Backend.segment_max_fwd`."""
     num_tokens, num_channels = x.shape
     x = with_channels_adjacent(x)
     out = x.new_empty(cu_segments.shape[0] - 1, num_channels)
     places = None if place_dtype is None else torch.empty_like(out, dtype=place_dtype)
-    fill_empty(out, places, cu_segments, float("-inf"))
+    if has_empty:
+        fill_empty(out, places, cu_segments, float("-inf"))
     windows = cut_rows(num_tokens, num_channels, x.element_size(), MIN_PROGRAMS)
     partials = new_partials(windows, out, places)
     launch(
@@ -185,13 +191,12 @@ def segment_max_bwd(
     places: Tensor,
     cu_segments: Tensor,
     token_segments: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """As `Backend.segment_max_bwd`."""
     num_tokens, num_channels = token_segments.shape[0], grad.shape[1]
     grad, places = with_channels_adjacent(grad), with_channels_adjacent(places)
-    dx = grad.new_empty((num_tokens, num_channels), dtype=dtype)
-    block_t, block_c, num_warps = tile_blocks(num_tokens, num_channels, dx.element_size())
+    block_t, block_c, num_warps = tile_blocks(num_tokens, num_channels, out.element_size())
     launch(
         segment_max_bwd_kernel,
         tile_grid(num_tokens, num_channels, block_t, block_c),
@@ -199,13 +204,13 @@ def segment_max_bwd(
         places,
         cu_segments,
         token_segments,
-        dx,
+        out,
         num_tokens,
         num_channels,
         grad.stride(0),
         places.stride(0),
+        out.stride(0),
         BLOCK_T=block_t,
         BLOCK_C=block_c,
         num_warps=num_warps,
     )
-    return dx

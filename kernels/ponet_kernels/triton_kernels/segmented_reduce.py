@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ponet_kernels.triton_kernels.launch import launch
+from ponet_kernels.triton_kernels.launch import ceil_div, launch
 from ponet_kernels.triton_kernels.rows import (
     LINE_BYTES,
     channel_block,
@@ -86,14 +86,14 @@ def is_any(flags):
 @triton.jit
 def store_group(out_ptr, partials_ptr, values, ends, begun, group, window, offs_c, C):
     """Store rows of groups that end here: output rows, or heads where a group began earlier."""
-    store_rows(out_ptr, group, offs_c, values, ends & begun, C)
-    store_rows(partials_ptr, 2 * window, offs_c, values, ends & ~begun, C)
+    store_rows(out_ptr, group, C, offs_c, values, ends & begun, C)
+    store_rows(partials_ptr, 2 * window, C, offs_c, values, ends & ~begun, C)
 
 
 @triton.jit
 def store_rest(partials_ptr, values, goes_on, begun, window, offs_c, C):
     """Store what a window has of the groups that go on after it."""
-    store_rows(partials_ptr, 2 * window + begun.to(tl.int64), offs_c, values, goes_on, C)
+    store_rows(partials_ptr, 2 * window + begun.to(tl.int64), C, offs_c, values, goes_on, C)
 
 
 @triton.jit
@@ -209,12 +209,12 @@ def combine_kernel(
     values = load_partials(partials_ptr, tails, is_short, offs_c, C, NEUTRAL)
     later = load_partials(partials_ptr, tails + 1, is_short, offs_c, C, NEUTRAL)
     values, rows = join(values, tails[:, None], later, tails[:, None] + 1, IS_MAX)
-    store_rows(out_ptr, ids, offs_c, values, is_short, C)
+    store_rows(out_ptr, ids, C, offs_c, values, is_short, C)
     if places_ptr is not None:
         offsets = rows.to(tl.int64) * C + offs_c[None, :]
         mask = is_short[:, None] & (offs_c < C)[None, :]
         places = tl.load(partial_places_ptr + offsets, mask=mask, other=0)
-        store_rows(places_ptr, ids, offs_c, places, is_short, C)
+        store_rows(places_ptr, ids, C, offs_c, places, is_short, C)
 
     # longer groups, one after the other
     if is_any((ids >= 0) & (ids_after == ids)):
@@ -259,10 +259,10 @@ def fill_empty_kernel(
     end = tl.load(cu_segments_ptr + segment + 1, mask=segment < S, other=1)
     is_empty = start == end
     fill = tl.full([BLOCK_S, BLOCK_C], FILL, out_ptr.dtype.element_ty)
-    store_rows(out_ptr, segment, offs_c, fill, is_empty, C)
+    store_rows(out_ptr, segment, C, offs_c, fill, is_empty, C)
     if places_ptr is not None:
         places = tl.zeros([BLOCK_S, BLOCK_C], places_ptr.dtype.element_ty)
-        store_rows(places_ptr, segment, offs_c, places, is_empty, C)
+        store_rows(places_ptr, segment, C, offs_c, places, is_empty, C)
 
 
 @dataclass(frozen=True)
@@ -282,14 +282,14 @@ def cut_rows(num_rows: int, num_channels: int, itemsize: int, min_programs: int)
     block_c = channel_block(num_channels, itemsize)
     # half a line where rows are short: flags of several windows need registers, too
     block_w = min(max(LINE_BYTES // (2 * block_c * itemsize), 1), 32)
-    columns = triton.cdiv(num_channels, block_c)
+    columns = ceil_div(num_channels, block_c)
     rows = WINDOW_ROWS[-1]
     for longer in WINDOW_ROWS:
-        if triton.cdiv(num_rows, longer * block_w) * columns >= min_programs:
+        if ceil_div(num_rows, longer * block_w) * columns >= min_programs:
             rows = longer
             break
-    count = triton.cdiv(num_rows, rows)
-    return Windows(rows, count, block_w, block_c, (triton.cdiv(count, block_w) * columns,))
+    count = ceil_div(num_rows, rows)
+    return Windows(rows, count, block_w, block_c, (ceil_div(count, block_w) * columns,))
 
 
 @dataclass(frozen=True)
@@ -323,10 +323,10 @@ def combine(partials: Partials, out: Tensor, places: Tensor | None, is_max: bool
     num_windows, _, num_channels = partials.values.shape
     if num_windows < 2:
         return
-    columns = triton.cdiv(num_channels, COMBINE_CHANNELS)
+    columns = ceil_div(num_channels, COMBINE_CHANNELS)
     launch(
         combine_kernel,
-        (triton.cdiv(num_windows, COMBINE_WINDOWS) * columns,),
+        (ceil_div(num_windows, COMBINE_WINDOWS) * columns,),
         partials.values,
         partials.places,
         partials.ids,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ponet_kernels.triton_kernels.launch import launch
+from ponet_kernels.triton_kernels.launch import ceil_div, launch, next_power_of_2
 
 SPAN = 512
 """Tokens a program. Shorter spans would have to join too many of their like in long sequences."""
@@ -118,11 +118,11 @@ def sequence_softmax(scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Ten
     """As `Backend.sequence_softmax`."""
     scores = scores.contiguous()
     (T, H), B = scores.shape, len(cu_seqlens) - 1
-    num_spans = triton.cdiv(max_seqlen, SPAN)
+    num_spans = ceil_div(max_seqlen, SPAN)
     maxima = scores.new_empty(T // SPAN + B, H)
     sums = torch.empty_like(maxima)
     out = scores.new_empty(T, H)
-    block_h = triton.next_power_of_2(H)
+    block_h = next_power_of_2(H)
     # 16 float32 registers a thread
     block_t = min(4096 // block_h, SPAN)
     grid = (B * num_spans,)
@@ -152,7 +152,7 @@ def sequence_softmax(scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Ten
         H=H,
         SPAN=SPAN,
         BLOCK_H=block_h,
-        BLOCK_S=min(triton.next_power_of_2(num_spans), 32),
+        BLOCK_S=min(next_power_of_2(num_spans), 32),
         BLOCK_T=block_t,
         num_warps=8,
     )

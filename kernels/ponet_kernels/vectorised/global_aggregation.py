@@ -4,7 +4,7 @@ Neighbouring sequences of one length are one batched product, so a fixed-length 
 one and a ragged batch costs a product a length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,16 @@ def sequence_means(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     return means
 
 
+def sequence_totals(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """As `Backend.sequence_totals`."""
+    del max_seqlen
+    shape = (len(cu_seqlens) - 1, x.shape[1])
+    totals = x.new_zeros(shape, dtype=accumulation_dtype(x.dtype))
+    for sequences, tokens, group in _groups(cu_seqlens):
+        torch.sum(x[tokens].unflatten(0, group), 1, dtype=totals.dtype, out=totals[sequences])
+    return totals
+
+
 def token_scores(x: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """As `Backend.token_scores`."""
     del max_seqlen
@@ -42,6 +52,21 @@ def token_scores(x: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -
         h = x[tokens].to(rows.dtype).unflatten(0, group)
         torch.bmm(h, rows[sequences].mT, out=scores[tokens].unflatten(0, group))
     return scores
+
+
+def score_gradients(
+    x: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    centre: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+) -> Tensor:
+    """As `Backend.score_gradients`."""
+    scores = token_scores(x, rows, cu_seqlens, max_seqlen)
+    for sequences, tokens, group in _groups(cu_seqlens):
+        scores[tokens].unflatten(0, group).sub_(centre[sequences].unsqueeze(1))
+    return scores.mul_(weights)
 
 
 def sequence_softmax(scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -64,15 +89,22 @@ def sequence_sums(weights: Tensor, x: Tensor, cu_seqlens: Tensor, max_seqlen: in
 
 
 def spread_rows(
-    weights: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int, dtype: torch.dtype
-) -> Tensor:
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    shared: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    out: Tensor,
+) -> None:
     """As `Backend.spread_rows`."""
     del max_seqlen
-    out = rows.new_empty(len(weights), rows.shape[2], dtype=dtype)
+    lengths = cu_seqlens.diff().clamp(min=1).unsqueeze(1)
+    # the shared row is one more of weight 1, so that everything is one product
+    ones = shared.new_ones(len(out), 1)
+    weights = torch.cat([*(pair[0] for pair in pairs), ones], dim=1)
+    rows = torch.cat([*(pair[1] for pair in pairs), (shared / lengths).unsqueeze(1)], dim=1)
     for sequences, tokens, group in _groups(cu_seqlens):
         place, factors = out[tokens].unflatten(0, group), weights[tokens].unflatten(0, group)
-        if dtype == rows.dtype:
+        if out.dtype == rows.dtype:
             torch.bmm(factors, rows[sequences], out=place)
         else:
             place.copy_(factors @ rows[sequences])
-    return out

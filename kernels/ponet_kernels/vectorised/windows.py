@@ -1,4 +1,4 @@
-"""Local max-pooling as maxima of shifted rows; see `ponet_kernels.local_max`.
+"""Local windows as maxima of shifted rows; see `ponet_kernels.fused_pooling`.
 
 A token that does not see its left or right neighbour is put right after the plain shift: there are
 few of them, two a run.
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ponet_kernels.marks import SEES_LEFT, SEES_RIGHT, SPECIAL
-from ponet_kernels.vectorised.chunks import chunks
+from ponet_kernels.layout import SEES_LEFT, SEES_RIGHT, SPECIAL
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,6 @@ def window_gradients(grad: Tensor, x: Tensor, edges: Edges) -> Tensor:
     return total
 
 
-def local_max_fwd(x: Tensor, token_marks: Tensor) -> Tensor:
-    """As `Backend.local_max_fwd`."""
-    return window_maxima(x, Edges.of(token_marks))
-
-
 def part_gradients(grad: Tensor, x: Tensor, token_marks: Tensor, part: slice) -> Tensor:
     """`window_gradients` of the tokens `part` of a stream, as a view.
 
@@ -91,11 +85,3 @@ def part_gradients(grad: Tensor, x: Tensor, token_marks: Tensor, part: slice) ->
     wide = slice(max(part.start - 2, 0), min(part.stop + 2, len(x)))
     gradients = window_gradients(grad[wide], x[wide], Edges.of(token_marks[wide]))
     return gradients[part.start - wide.start : part.stop - wide.start]
-
-
-def local_max_bwd(grad: Tensor, x: Tensor, token_marks: Tensor) -> Tensor:
-    """As `Backend.local_max_bwd`."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for part in chunks(x):
-        out[part] = part_gradients(grad, x, token_marks, part)
-    return out
