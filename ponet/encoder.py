@@ -7,11 +7,27 @@ from torch.utils.checkpoint import checkpoint
 
 from ponet.config import ConfigError, PoNetConfig
 from ponet.mixers import MIXERS
+from ponet.mixers.autocast import cast_for_projections
 from ponet.packing import BatchLayout
 
 
+class _Norm(nn.LayerNorm):
+    """LayerNorm that returns the type it is given, in autocast too; statistics are in float32.
+
+    Autocast would make float32 of a residual stream in half precision.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., C]` -> `[..., C]`."""
+        if input.dtype == self.weight.dtype:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
 def _norm(config: PoNetConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+    return _Norm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class Embeddings(nn.Module):
@@ -82,10 +98,17 @@ class Encoder(nn.Module):
         self.final_norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
         self.recomputes = False
         """Layers keep nothing for the backward pass, which computes them again: less memory."""
+        self.half_residual = False
+        """Under autocast the residual stream is in half precision too: less to move."""
+
+    def compile_layers(self) -> None:
+        """Let torch.compile make one layer's code, which all share, for any lengths."""
+        for layer in self.layers:
+            layer.compile(dynamic=True)
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> list[Tensor]:
         """States after the embedding and after each layer, L + 1 tensors `[T, C]`."""
-        states = [hidden]
+        states = [cast_for_projections(hidden) if self.half_residual else hidden]
         for layer in self.layers:
             if self.recomputes and torch.is_grad_enabled():
                 state = checkpoint(layer, states[-1], layout, use_reentrant=False)

@@ -184,6 +184,7 @@ def active_backend(device: torch.device | str = "cpu") -> str:
     return "triton" if torch.device(device).type == "cuda" and _triton_is_installed() else "torch"
 
 
+@cache
 def backend_named(name: str) -> Backend:
     """The functions of the backend "triton" or "torch", imported when first asked for.
 

@@ -2,8 +2,8 @@
 
 The weights of global aggregation, PoNet (arXiv 2110.02442) section 3; scores and result `[T, H]`.
 One kernel finds maximum and sum of exponentials of every span of tokens. In a second one each
-program joins those of its sequence and divides. The scores are small beside the tokens, so both
-find them in the cache.
+program joins those of its sequence and divides; where sequences are one span, it does without the
+first. The scores are small beside the tokens, so both find them in the cache.
 """
 
 import torch
@@ -18,6 +18,40 @@ SPAN = 512
 
 LOWEST = tl.constexpr(-3.4e38)
 """Stands for the maximum of no scores; minus infinity would make NaN of unused columns."""
+
+
+@triton.jit
+def _span_statistics(
+    scores_ptr,
+    begin,
+    end,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Maxima of the scores of tokens, and sums of the exponentials relative to them, `[BLOCK_H]`.
+
+    Args:
+        scores_ptr: of the first token of the sequence.
+        begin, end: of the span in the sequence.
+    """
+    offs_t = tl.arange(0, BLOCK_T)
+    offs_h = tl.arange(0, BLOCK_H)
+    mask_h = offs_h < H
+    highest = tl.full([BLOCK_H], LOWEST, scores_ptr.dtype.element_ty)
+    total = tl.zeros([BLOCK_H], scores_ptr.dtype.element_ty)
+    for first in range(begin, end, BLOCK_T):
+        t = first + offs_t
+        scores = tl.load(
+            scores_ptr + t[:, None] * H + offs_h[None, :],
+            mask=(t < end)[:, None] & mask_h[None, :],
+            other=float("-inf"),
+        )  # [BLOCK_T, BLOCK_H]
+        higher = tl.maximum(highest, tl.max(scores, axis=0))
+        total = total * tl.exp(highest - higher)
+        total += tl.sum(tl.exp(scores - higher[None, :]), axis=0)
+        highest = higher
+    return highest, total
 
 
 @triton.jit
@@ -40,22 +74,12 @@ def span_softmax_kernel(
     length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
     if pid_s * SPAN >= length:
         return
-    offs_t = tl.arange(0, BLOCK_T)
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
-    highest = tl.full([BLOCK_H], LOWEST, scores_ptr.dtype.element_ty)
-    total = tl.zeros([BLOCK_H], scores_ptr.dtype.element_ty)
-    for first in range(pid_s * SPAN, min(pid_s * SPAN + SPAN, length), BLOCK_T):
-        t = first + offs_t
-        scores = tl.load(
-            scores_ptr + (start + t)[:, None] * H + offs_h[None, :],
-            mask=(t < length)[:, None] & mask_h[None, :],
-            other=float("-inf"),
-        )  # [BLOCK_T, BLOCK_H]
-        higher = tl.maximum(highest, tl.max(scores, axis=0))
-        total = total * tl.exp(highest - higher)
-        total += tl.sum(tl.exp(scores - higher[None, :]), axis=0)
-        highest = higher
+    end = min(pid_s * SPAN + SPAN, length)
+    highest, total = _span_statistics(
+        scores_ptr + start * H, pid_s * SPAN, end, H, BLOCK_H, BLOCK_T
+    )
     slot = start // SPAN + pid_b + pid_s
     tl.store(maxima_ptr + slot * H + offs_h, highest, mask=mask_h)
     tl.store(sums_ptr + slot * H + offs_h, total, mask=mask_h)
@@ -83,24 +107,27 @@ def sequence_softmax_kernel(
     length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
     if pid_s * SPAN >= length:
         return
-    offs_s = tl.arange(0, BLOCK_S)
     offs_t = tl.arange(0, BLOCK_T)
     offs_h = tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
-    slot = start // SPAN + pid_b
-    used = tl.cdiv(length, SPAN)
-    highest = tl.full([BLOCK_H], LOWEST, scores_ptr.dtype.element_ty)
-    total = tl.zeros([BLOCK_H], scores_ptr.dtype.element_ty)
-    for first in range(0, used, BLOCK_S):
-        s = first + offs_s
-        offsets = (slot + s)[:, None] * H + offs_h[None, :]
-        mask = (s < used)[:, None] & mask_h[None, :]
-        maxima = tl.load(maxima_ptr + offsets, mask=mask, other=float("-inf"))
-        sums = tl.load(sums_ptr + offsets, mask=mask, other=0.0)
-        higher = tl.maximum(highest, tl.max(maxima, axis=0))
-        total = total * tl.exp(highest - higher)
-        total += tl.sum(sums * tl.exp(maxima - higher[None, :]), axis=0)
-        highest = higher
+    if maxima_ptr is None:
+        highest, total = _span_statistics(scores_ptr + start * H, 0, length, H, BLOCK_H, BLOCK_T)
+    else:
+        offs_s = tl.arange(0, BLOCK_S)
+        slot = start // SPAN + pid_b
+        used = tl.cdiv(length, SPAN)
+        highest = tl.full([BLOCK_H], LOWEST, scores_ptr.dtype.element_ty)
+        total = tl.zeros([BLOCK_H], scores_ptr.dtype.element_ty)
+        for first in range(0, used, BLOCK_S):
+            s = first + offs_s
+            offsets = (slot + s)[:, None] * H + offs_h[None, :]
+            mask = (s < used)[:, None] & mask_h[None, :]
+            maxima = tl.load(maxima_ptr + offsets, mask=mask, other=float("-inf"))
+            sums = tl.load(sums_ptr + offsets, mask=mask, other=0.0)
+            higher = tl.maximum(highest, tl.max(maxima, axis=0))
+            total = total * tl.exp(highest - higher)
+            total += tl.sum(sums * tl.exp(maxima - higher[None, :]), axis=0)
+            highest = higher
     for first in range(pid_s * SPAN, min(pid_s * SPAN + SPAN, length), BLOCK_T):
         t = first + offs_t
         mask = (t < length)[:, None] & mask_h[None, :]
@@ -119,27 +146,29 @@ def sequence_softmax(scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Ten
     scores = scores.contiguous()
     (T, H), B = scores.shape, len(cu_seqlens) - 1
     num_spans = ceil_div(max_seqlen, SPAN)
-    maxima = scores.new_empty(T // SPAN + B, H)
-    sums = torch.empty_like(maxima)
+    maxima, sums = None, None
     out = scores.new_empty(T, H)
     block_h = next_power_of_2(H)
     # 16 float32 registers a thread
     block_t = min(4096 // block_h, SPAN)
     grid = (B * num_spans,)
-    launch(
-        span_softmax_kernel,
-        grid,
-        scores,
-        cu_seqlens,
-        maxima,
-        sums,
-        num_spans,
-        H=H,
-        SPAN=SPAN,
-        BLOCK_H=block_h,
-        BLOCK_T=block_t,
-        num_warps=8,
-    )
+    if num_spans > 1:
+        maxima = scores.new_empty(T // SPAN + B, H)
+        sums = torch.empty_like(maxima)
+        launch(
+            span_softmax_kernel,
+            grid,
+            scores,
+            cu_seqlens,
+            maxima,
+            sums,
+            num_spans,
+            H=H,
+            SPAN=SPAN,
+            BLOCK_H=block_h,
+            BLOCK_T=block_t,
+            num_warps=8,
+        )
     launch(
         sequence_softmax_kernel,
         grid,
