@@ -30,7 +30,7 @@ from ponet.config import PoNetConfig
 from ponet.encoder import Encoder
 from ponet.mixers import MIXERS
 from ponet.mixers.pooling import PoNetMixer
-from ponet.packing import PackedLayout, layout_of, stream_of_packed
+from ponet.packing import BatchLayout, layout_of, stream_of_packed
 from ponet_kernels.testing import relative_error
 
 CLS, SEP = 101, 102
@@ -41,7 +41,7 @@ TOLERANCE = 1e-4
 class FiveProjectionMixer(PoNetMixer):
     """Projects queries and keys of every token; all sequences have one length."""
 
-    def pool_sequences(self, hidden: Tensor, layout: PackedLayout) -> Tensor:
+    def pool_sequences(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """g' of each sequence: `[B, C]`."""
         heads = self.config.num_attention_heads
         batch_size = len(layout.cu_seqlens) - 1
@@ -60,7 +60,7 @@ FORMS: dict[str, type[nn.Module]] = {
 SDPA = "sdpa"
 
 
-def text_like_layout(length: int, batch_size: int, generator: torch.Generator) -> PackedLayout:
+def text_like_layout(length: int, batch_size: int, generator: torch.Generator) -> BatchLayout:
     """Sequences of [CLS] A [SEP] B [SEP] with segments of 10 to 40 tokens."""
     ids = torch.full((batch_size, length), 7)
     ids[:, 0], ids[:, length // 2], ids[:, -1] = CLS, SEP, SEP
@@ -84,7 +84,7 @@ class Case:
     run: Callable[[Tensor], Tensor]
 
 
-def build_cases(part: str, config: PoNetConfig, layout: PackedLayout) -> list[Case]:
+def build_cases(part: str, config: PoNetConfig, layout: BatchLayout) -> list[Case]:
     """The three forms of the sub-layer or the encoder with the same weights, then attention."""
     cases, weights = [], None
     for name, mixer in {**FORMS, SDPA: MIXERS["attention"]}.items():
@@ -104,11 +104,11 @@ def build_cases(part: str, config: PoNetConfig, layout: PackedLayout) -> list[Ca
     return cases
 
 
-def _runner(module: nn.Module, layout: PackedLayout) -> Callable[[Tensor], Tensor]:
+def _runner(module: nn.Module, layout: BatchLayout) -> Callable[[Tensor], Tensor]:
     return lambda hidden: module(hidden, layout)
 
 
-def _encoder_runner(module: nn.Module, layout: PackedLayout) -> Callable[[Tensor], Tensor]:
+def _encoder_runner(module: nn.Module, layout: BatchLayout) -> Callable[[Tensor], Tensor]:
     return lambda hidden: module(hidden, layout)[-1]
 
 

@@ -6,7 +6,7 @@ import torch
 from public_block import Rows
 from torch import Tensor
 
-from ponet.packing import PackedLayout, layout_of, stream_of_packed
+from ponet.packing import BatchLayout, layout_of, stream_of_packed
 
 SHAPES = {
     "text": "10 to 40 tokens, uniform",
@@ -28,7 +28,7 @@ class Batch:
     dtype: torch.dtype
     device: torch.device
     segments: str
-    layout: PackedLayout
+    layout: BatchLayout
     rows: Rows
 
     @property
@@ -68,7 +68,7 @@ def _special(shape: str, length: int) -> Tensor:
 
 def make_layout(
     shape: str, lengths: list[int], device: torch.device, generator: torch.Generator
-) -> PackedLayout:
+) -> BatchLayout:
     """A stream of sequences with segments of a shape.
 
     Args:
@@ -80,8 +80,8 @@ def make_layout(
     ids = torch.cat([_segment_ids(shape, length, generator) for length in lengths])
     special = torch.cat([_special(shape, length) for length in lengths])
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-    stream = stream_of_packed(ids.to(device), offsets.to(device))
-    return layout_of(stream, special.to(device), ids.to(device))
+    layout = layout_of(stream_of_packed(ids, offsets), special, ids)
+    return layout.with_tensors({name: x.to(device) for name, x in layout.tensors().items()})
 
 
 def make_batch(
@@ -99,14 +99,12 @@ def make_batch(
     generator = torch.Generator().manual_seed(seed)
     layout = make_layout(shape, [seq_len] * batch_size, device, generator)
     segments = layout.token_segments.view(batch_size, seq_len)
-    special = torch.zeros(batch_size * seq_len, dtype=torch.bool, device=device)
-    special[layout.special_tokens] = True
-    special = special.view(batch_size, seq_len)
+    special = layout.special.view(batch_size, seq_len)
     rows = Rows(segments - segments[:, :1], special, torch.zeros_like(special))
     return Batch(batch_size, seq_len, width, num_heads, dtype, device, shape, layout, rows)
 
 
-def without_ties(x: Tensor, layout: PackedLayout) -> Tensor:
+def without_ties(x: Tensor, layout: BatchLayout) -> Tensor:
     """`x` `[T, C]`, changed in its last bits so that no segment and no window has tied maxima.
 
     Equal maxima are common in half precision, and the published code splits their gradient where

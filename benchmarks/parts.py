@@ -9,8 +9,6 @@ Bytes are what must cross the memory bus once if everything else is free, in uni
 
     part                 forward                      backward
     segment-max          s; out                       dout; ds
-    local-max            l; out                       dout, l; dl
-    fusion               o, L; out                    dout, o; do (dL is dout)
     pooling              s, o, l; out                 dout, o, l; ds, do, dl
     global-aggregation   h                            h; dh
     mixer                h, s, o, l; out              dout, o, l, h; ds, do, dl, dh
@@ -25,7 +23,7 @@ from layouts import Batch, without_ties
 from torch import Tensor
 from torch.nn import functional as F
 
-from ponet_kernels import fused_pooling, global_aggregation, local_max, pooling_fusion, segment_max
+from ponet_kernels import fused_pooling, global_aggregation, segment_max
 
 Values = dict[str, Tensor]
 Call = Callable[[Batch, Values], Tensor]
@@ -79,9 +77,8 @@ def draw_hidden(batch: Batch, generator: torch.Generator) -> Tensor:
 def draw_values(batch: Batch, generator: torch.Generator) -> Values:
     """Random inputs of all parts.
 
-    h hidden states; q k o s l projections; g global vectors (`g_low` in the dtype of the batch);
-    S L pooled segments and windows (S_rows one row a token); wq bq wk bk parameters. s and l have
-    no tied maxima.
+    h hidden states; q k o s l projections, osl three of them side by side; g global vectors
+    (`g_low` in the dtype of the batch); wq bq wk bk parameters. s and l have no tied maxima.
     """
     tokens, width, layout = batch.num_tokens, batch.width, batch.layout
 
@@ -100,11 +97,7 @@ def draw_values(batch: Batch, generator: torch.Generator) -> Values:
     values["g_low"] = normal(batch.batch_size, width)
     half = batch.dtype in (torch.float16, torch.bfloat16)
     values["g"] = values["g_low"].float() if half else values["g_low"]
-    segments = normal(len(layout.cu_segments) - 1, width)
-    special = layout.token_segments.index_select(0, layout.special_tokens)
-    values["S"] = segments.index_fill(0, special, 0.0)
-    values["S_rows"] = values["S"].index_select(0, layout.token_segments)
-    values["L"] = normal(tokens, width).index_fill(0, layout.special_tokens, 0.0)
+    values["osl"] = torch.cat([values["o"], values["s"], values["l"]], dim=1)
     return values
 
 
@@ -120,8 +113,10 @@ def _heads(batch: Batch, g: Tensor) -> Tensor:
     return g.unflatten(1, (batch.num_heads, -1))
 
 
-def _lowered(v: Values) -> Values:
-    return {**v, "g_low": v["g"].to(v["o"].dtype)}
+def _apart(v: Values) -> Values:
+    """Projections side by side as the published form wants them."""
+    o, s, l_ = v["osl"].chunk(3, dim=1)
+    return {**v, "o": o, "s": s, "l": l_, "g_low": v["g"].to(o.dtype) if "g" in v else o}
 
 
 def _projected(batch: Batch, v: Values) -> Values:
@@ -130,8 +125,7 @@ def _projected(batch: Batch, v: Values) -> Values:
 
 
 def _bare_segment_max(batch: Batch, v: Values) -> Tensor:
-    layout = batch.layout
-    return segment_max(v["s"], layout.cu_segments, layout.token_segments, layout.max_seqlen)
+    return segment_max(v["s"], batch.layout)
 
 
 def _segment_max(batch: Batch, v: Values) -> Tensor:
@@ -143,45 +137,8 @@ def _public_segment_max(batch: Batch, v: Values) -> Tensor:
     return public_block.segment_max(batch.as_rows(v["s"]), batch.rows.segment_ids)
 
 
-def _local_max(batch: Batch, v: Values) -> Tensor:
-    # runs are whole sequences: the published call knows of special tokens by a mask only
-    return local_max(v["l"], batch.layout.cu_seqlens)
-
-
-def _public_local_max(batch: Batch, v: Values) -> Tensor:
-    return public_block.local_max(batch.as_rows(v["l"]))
-
-
-def _fusion(batch: Batch, v: Values) -> Tensor:
-    layout = batch.layout
-    return pooling_fusion(
-        v["g"], v["S"], v["o"], v["L"], layout.token_segments, layout.segment_sequences
-    )
-
-
-def _public_fusion(batch: Batch, v: Values) -> Tensor:
-    segment, output, local = (batch.as_rows(v[name]) for name in ("S_rows", "o", "L"))
-    return public_block.fusion(_heads(batch, v["g_low"]), segment, output, local)
-
-
-def _fusion_reference(batch: Batch, v: Values) -> Tensor:
-    spread = v["S"].index_select(0, batch.layout.token_segments)
-    return _public_fusion(batch, {**_lowered(v), "S_rows": spread})
-
-
 def _pooling(batch: Batch, v: Values) -> Tensor:
-    layout = batch.layout
-    return fused_pooling(
-        v["g"],
-        v["s"],
-        v["o"],
-        v["l"],
-        layout.cu_segments,
-        layout.token_segments,
-        layout.segment_sequences,
-        layout.token_marks,
-        layout.max_seqlen,
-    )
+    return fused_pooling(v["g"], v["osl"], batch.layout)
 
 
 def _public_pooling(batch: Batch, v: Values) -> Tensor:
@@ -190,9 +147,8 @@ def _public_pooling(batch: Batch, v: Values) -> Tensor:
 
 
 def _global_aggregation(batch: Batch, v: Values) -> Tensor:
-    cu_seqlens, longest = batch.layout.cu_seqlens, batch.layout.max_seqlen
     weights = v["wq"], v["bq"], v["wk"], v["bk"]
-    return global_aggregation(v["h"], *weights, batch.num_heads, cu_seqlens, longest)
+    return global_aggregation(v["h"], *weights, batch.num_heads, batch.layout)
 
 
 def _public_global_aggregation(batch: Batch, v: Values) -> Tensor:
@@ -223,32 +179,12 @@ PARTS: dict[str, Part] = {
         # the gradient of spreading rows over tokens is PyTorch's, and on a GPU not repeatable
         repeatable=_bare_segment_max,
     ),
-    "local-max": Part(
-        ours=_local_max,
-        ours_takes=("l",),
-        public=_public_local_max,
-        public_takes=("l",),
-        reference=_public_local_max,
-        forward_units=2,
-        backward_units=3,
-        per_segment=False,
-    ),
-    "fusion": Part(
-        ours=_fusion,
-        ours_takes=("g", "S", "o", "L"),
-        public=_public_fusion,
-        public_takes=("g_low", "S_rows", "o", "L"),
-        reference=_fusion_reference,
-        forward_units=3,
-        backward_units=3,
-        per_segment=False,
-    ),
     "pooling": Part(
         ours=_pooling,
-        ours_takes=("g", "s", "o", "l"),
+        ours_takes=("g", "osl"),
         public=_public_pooling,
         public_takes=("g_low", "s", "o", "l"),
-        reference=lambda batch, v: _public_pooling(batch, _lowered(v)),
+        reference=lambda batch, v: _public_pooling(batch, _apart(v)),
         forward_units=4,
         backward_units=6,
         per_segment=True,
@@ -265,10 +201,10 @@ PARTS: dict[str, Part] = {
     ),
     "mixer": Part(
         ours=_mixer,
-        ours_takes=("h", *_WEIGHTS, "o", "s", "l"),
+        ours_takes=("h", *_WEIGHTS, "osl"),
         public=_public_mixer,
         public_takes=("q", "k", "o", "s", "l"),
-        reference=lambda batch, v: _public_mixer(batch, _projected(batch, v)),
+        reference=lambda batch, v: _public_mixer(batch, _apart(_projected(batch, v))),
         forward_units=5,
         backward_units=8,
         per_segment=True,
