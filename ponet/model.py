@@ -377,9 +377,10 @@ class PoNetForSequenceClassification(PreTrainedModel):
 
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__(config)
-        self.ponet = PoNetModel(config, add_pooler=config.pooler.name == "cls")
+        is_own = config.pooler.name == "cls"
+        self.ponet = PoNetModel(config, add_pooler=is_own)
         self.pooler = build_pooler(
-            config.pooler, config.hidden_size, config.initializer_range, dense=self.ponet.pooler
+            config.pooler, config.hidden_size, config.initializer_range, with_dense=not is_own
         )
         if self.pooler.num_layers > config.num_hidden_layers:
             raise ConfigError(
@@ -400,6 +401,8 @@ class PoNetForSequenceClassification(PreTrainedModel):
         """
         encoded, states = _encode(self.ponet, input_ids, inputs)
         pooled = self.pooler(encoded.states, encoded.layout)
+        if self.ponet.pooler is not None:
+            pooled = torch.tanh(self.ponet.pooler(pooled))
         logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None and self.config.num_labels == 1:

@@ -278,7 +278,7 @@ def build_pooler(
     hidden_size: int,
     initializer_range: float,
     *,
-    dense: nn.Linear | None = None,
+    with_dense: bool = True,
 ) -> SentencePooler:
     """Make a pooler.
 
@@ -286,7 +286,8 @@ def build_pooler(
         config: which one, and its settings.
         hidden_size: width of the states.
         initializer_range: standard deviation of a new projection's weights, BERT's rule.
-        dense: projection to share in place of a new one: that of a pre-trained encoder, for cls.
+        with_dense: the projection before the tanh and the tanh are part of the pooler; without, a
+            caller that has the projection of a pre-trained encoder applies both.
 
     Returns:
         The pooler; `output_size` is the width of its vectors, `num_layers` counts the last layers
@@ -298,7 +299,8 @@ def build_pooler(
     if config.name not in POOLERS:
         raise ConfigError(f"pooler name must be one of {', '.join(POOLERS)}, found {config.name!r}")
     kind = POOLERS[config.name]
-    if dense is None and kind.dense_inputs:
+    dense = None
+    if with_dense and kind.dense_inputs:
         dense = nn.Linear(kind.dense_inputs * hidden_size, hidden_size)
         nn.init.normal_(dense.weight, std=initializer_range)
         nn.init.zeros_(dense.bias)
