@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ponet.config import ConfigError, PoNetConfig
 from ponet.mixers import MIXERS
-from ponet.mixers.autocast import cast_for_projections
+from ponet.mixers.projections import cast_for_projections
 from ponet.packing import BatchLayout
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ponet.checkpoint import PreTrainedModel
 from ponet.config import ConfigError, PoNetConfig
 from ponet.encoder import Embeddings, Encoder, initialise
-from ponet.mixers.pooling import is_plain
+from ponet.mixers.projections import is_plain
 from ponet.packing import (
     BatchLayout,
     TokenStream,

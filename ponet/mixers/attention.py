@@ -14,7 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from ponet.config import PoNetConfig
-from ponet.mixers.autocast import cast_for_projections
+from ponet.mixers.projections import cast_for_projections, project_together
 from ponet.packing import BatchLayout
 
 
@@ -34,7 +34,8 @@ class QueryKeyValueMixer(nn.Module):
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
         hidden = cast_for_projections(hidden)
-        query, key, value = self.query(hidden), self.key(hidden), self.value(hidden)
+        parts = (self.query, self.key, self.value)
+        query, key, value = project_together(hidden, parts).chunk(3, dim=1)
         # no kernel is asked to reduce over no tokens at all
         mixed = self.mix(query, key, value, layout) if hidden.shape[0] else value
         return self.dense(mixed)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ponet.config import PoNetConfig
-from ponet.mixers.autocast import cast_for_projections
+from ponet.mixers.projections import cast_for_projections
 from ponet.mixers.block_sparse import BlockSparseAttention, pad_tokens
 from ponet.packing import BatchLayout
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import ConfigError, PoNetConfig
-from ponet.mixers.autocast import cast_for_projections
+from ponet.mixers.projections import cast_for_projections
 from ponet.packing import BatchLayout
 from ponet_kernels import PackedLayout, global_mean
 

@@ -3,12 +3,11 @@
 PoNet, arXiv 2110.02442, section 3; out_t = (g' + S_{j(t)}) * O_t + L_t, then one projection.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
-from ponet.mixers.autocast import cast_for_projections
+from ponet.mixers.projections import cast_for_projections, is_plain, project_together
 from ponet.packing import BatchLayout
 from ponet_kernels import fused_pooling, global_aggregation, global_mean
 
@@ -58,11 +57,7 @@ class PoNetMixer(nn.Module):
             parts.append(self.segment)
         if self.config.use_local:
             parts.append(self.local)
-        if not all(map(is_plain, parts)):
-            return torch.cat([part(hidden) for part in parts], dim=1)
-        # one product of three times the width, forward and backward
-        weight = torch.cat([part.weight for part in parts])
-        return F.linear(hidden, weight, torch.cat([part.bias for part in parts]))
+        return project_together(hidden, parts)
 
     def pool_sequences(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """g' of each sequence, or g when the second stage is off: `[B, C]`."""
@@ -96,15 +91,3 @@ class PoNetMixer(nn.Module):
             # an empty sequence sees its first place, or its softmax would become NaN
             mask = (mask | (layout.cu_seqlens.diff() == 0).unsqueeze(1))[:, None, None]
         return F.scaled_dot_product_attention(g, keys, keys, mask).flatten(1)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a projection is a plain linear layer, whose weight may be used in its place.
-
-    Adapters, quantised layers and hooks are none: their `forward` is what counts.
-    """
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and not (module._forward_hooks or module._forward_pre_hooks)
-    )

@@ -1,0 +1,47 @@
+"""Several projections of the same tokens: one copy in half precision, one product."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def cast_for_projections(hidden: Tensor) -> Tensor:
+    """The input in autocast's type; itself outside autocast.
+
+    Left alone, autocast would make a copy for each projection and keep all of them for the backward
+    pass.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
+        return hidden.to(torch.get_autocast_dtype(device))
+    return hidden
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a projection is a plain linear layer, whose weight may be used in its place.
+
+    Adapters, quantised layers and layers with hooks are not: their `forward` is what counts.
+    """
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
+def project_together(hidden: Tensor, projections: Sequence[nn.Linear]) -> Tensor:
+    """Projections side by side, by one product forward and one backward where all are plain.
+
+    Args:
+        hidden: `[T, C]`.
+        projections: from C channels, with biases.
+
+    Returns:
+        `[T, E_1 + E_2 + ...]`.
+    """
+    if not all(map(is_plain, projections)):
+        return torch.cat([projection(hidden) for projection in projections], dim=1)
+    weight = torch.cat([projection.weight for projection in projections])
+    return F.linear(hidden, weight, torch.cat([projection.bias for projection in projections]))
