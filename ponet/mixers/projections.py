@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def cast_for_projections(hidden: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def is_plain(module: nn.Module) -> bool:
     """
     return (
         type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
+        and not is_traceable_wrapper_subclass(module.weight)
         and not (module._forward_hooks or module._forward_pre_hooks)
     )
 
