@@ -27,7 +27,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from goals import standings
 from layouts import SHAPES, Batch, dtype_name, make_batch, make_layout
 from parts import PARTS, Candidate
 from peak_memory import peaks
-from records import RESULTS
+from records import add_output_flags
 from report import Table, describe, print_card, print_memory, save
 from standing import print_goals
 from stopwatch import OtherLoad, Stopwatch, Timing, copy_candidate, copy_rate
@@ -69,7 +68,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--repeats", default=5, **number, help="turns of each candidate")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile-limit", default=120, **number, help="seconds a part and size")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+    add_output_flags(parser)
     parser.add_argument(
         "--cpu-time",
         action="store_true",

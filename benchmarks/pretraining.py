@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from case_client import FAILED
 from flops import COUNTED, training_flops
-from records import RESULTS, append_record, machine_card, print_card
+from records import add_output_flags, append_record, machine_card, print_card
 from rounds import Runner
 from workloads import Case, config_of, known_mixers, num_masked
 
@@ -55,7 +55,7 @@ def parse_options() -> argparse.Namespace:
     add("--budget", type=float, metavar="MINUTES", help="for the steps [6 on a CPU, 8 on a GPU]")
     add("--threads", **number, help="of the CPU")
     add("--seed", default=0, **number)
-    add("--output", type=Path, default=RESULTS, metavar="DIR", help="of the JSONL file")
+    add_output_flags(parser)
     options = parser.parse_args()
     known = [mixer for mixer in known_mixers() if mixer in COUNTED]
     options.mixers = options.mixers or [mixer for mixer in _MIXERS if mixer in known]
@@ -120,6 +120,7 @@ def input_pipeline(options: argparse.Namespace) -> Row:
         "--micro-batch-tokens": max(options.tokens, options.seq_len, _LOADER_TOKENS),
         "--repeats": 3,
         "--seed": options.seed,
+        "--output": options.output,
     }
     words = [str(word) for flag in flags.items() for word in flag]
     command = [sys.executable, str(_PIPELINE), *words]

@@ -15,13 +15,12 @@ memory, takes too long or fails is a row; a failure makes the exit status 1.
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from case_client import FAILED
 from model_goals import standings
-from records import RESULTS, append_record, machine_card, print_card
+from records import add_output_flags, append_record, machine_card, print_card
 from rounds import Runner
 from speed_plot import draw
 from speed_table import (
@@ -69,7 +68,7 @@ def parse_options() -> argparse.Namespace:
     add("--memory-limit", type=float, metavar="MIB", help="of a case [what the machine has]")
     add("--threads", **number, help="of the CPU")
     add("--seed", default=0, **number)
-    add("--output", type=Path, default=RESULTS, metavar="DIR", help="of the JSONL file and PNG")
+    add_output_flags(parser)
     options = parser.parse_args()
     _check(parser, options)
     _fill_in(options)
