@@ -23,6 +23,13 @@ from torch import Tensor
 
 from ponet_kernels.testing import relative_error
 
+try:
+    from triton.errors import TritonError
+except ModuleNotFoundError:
+    _COMPILER: tuple[type[Exception], ...] = ()
+else:
+    _COMPILER = (TritonError,)
+
 SUB_LAYER = "sub-layer"
 
 _OUTPUT_SLACK = 3
@@ -37,6 +44,15 @@ _NORM_LIMIT = 1e-2
 
 class CheckError(AssertionError):
     """Ours does not compute what the published form computes, or not twice the same."""
+
+
+FAILURES = (CheckError, LookupError, RuntimeError, TypeError, ValueError, *_COMPILER)
+"""What a part can fail with while others may still run: wrong figures, PyTorch, a compiler."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a row of a table."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 @dataclass
@@ -236,6 +252,6 @@ def add_compiled(case: Case, seconds: int) -> None:
             _run(compiled, call, None)
     # the errors of the compiler and of its C++ and Triton toolchains derive from RuntimeError
     except (RuntimeError, TimeoutError) as error:
-        case.notes["compiled"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        case.notes["compiled"] = first_line(error)
         return
     case.candidates.append(compiled)
