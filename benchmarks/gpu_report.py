@@ -7,7 +7,7 @@
 Each of `PARTS` is a process group of its own with a time limit; one that fails or takes too long
 does not stop the next. The folder gets parts.tsv (a line a part, as they end), results.jsonl (their
 records), log.txt (what they printed) and profile.txt. The exit status is 1 when a part failed, 0
-when all ran or were left out for a reason that is given.
+when all ran, were left out for a reason that is given, or were cut short by the budget.
 """
 
 import argparse
@@ -51,9 +51,32 @@ def _ceilings(record: Record) -> str:
     return f"copy {record['copy_gb_per_s']:,.0f} GB/s, products in TFLOP/s: {rates}"
 
 
-def _rows(record: Record) -> str:
-    failed = [f"{row['part']} {row['dtype']} failed" for row in record.get("failures", ())]
-    return ", ".join([f"{len(record['rows'])} rows", *dict.fromkeys(failed)])
+def _speed(record: Record) -> str:
+    failed = [f"{row['part']} {row['dtype']} failed" for row in record["failures"]]
+    return ", ".join(dict.fromkeys(failed)) or "; ".join(
+        f"mixer {row['batch_size']}x{row['seq_len']} {row['segments']} {row['ms']['ours']:.2f} ms, "
+        f"{row['over_ours']['public']:.1f}x public"
+        for row in record["rows"]
+        if (row["part"], row["mode"]) == ("mixer", "fwd+bwd")
+    )
+
+
+def _mixers(record: Record) -> str:
+    """PoNet's steps a second over those of softmax attention, at each length."""
+    words = []
+    for name in ("attention_naive", "attention"):
+        rates = {
+            (row["mixer"], row["seq_len"]): row["train"]["steps_per_s"]
+            for row in record["rows"]
+            if row["train"]
+        }
+        ratios = [
+            f"{rate / rates[name, length]:.2f} at {length}"
+            for (mixer, length), rate in rates.items()
+            if mixer == "ponet" and (name, length) in rates
+        ]
+        words.append(f"over {name} {', '.join(ratios)}")
+    return "; ".join(words)
 
 
 def _profile(record: Record) -> str:
@@ -112,8 +135,8 @@ class Part:
     """What must be installed."""
     programs: tuple[str, ...] = ()
     """What must be on the path."""
-    least: float = 10.0
-    """Seconds without which it is not worth beginning."""
+    least: float | None = None
+    """Seconds without which it is not begun; None: a third of the longest."""
 
 
 _CHECKS = "{python} benchmarks/gpu_checks.py "
@@ -160,18 +183,18 @@ PARTS = [
         None,
         programs=("compute-sanitizer",),
     ),
-    Part("speed-bf16", 80, _SPEED + "--segments text --dtype bfloat16", _SMALL, _rows),
+    Part("speed-bf16", 80, _SPEED + "--segments text --dtype bfloat16", _SMALL, _speed),
     Part(
         "speed-shapes",
         40,
         _SPEED + "--dtype bfloat16 --seq-len 4096 --parts pooling mixer",
         _SMALL + " --segments text ones documents",
-        _rows,
+        _speed,
     ),
-    Part("speed-fp32", 50, _SPEED + "--segments text --dtype float32", _SMALL, _rows),
+    Part("speed-fp32", 50, _SPEED + "--segments text --dtype float32", _SMALL, _speed),
     Part("profile", 50, _PROFILE + "steps --text {output}/profile.txt", "--tiny", _profile),
     Part("steps", 80, _STEPS, "--layers 1 --seq-len 64 --tokens 128 --rounds 1", _steps),
-    Part("mixers", 90, _MIXERS, "--seq-len 32 64 --batch-size 2 --rounds 1", _rows),
+    Part("mixers", 90, _MIXERS, "--seq-len 32 64 --batch-size 2 --rounds 1", _mixers),
     Part("latency", 50, _PROFILE + "latency", "--tiny", _latency),
     Part("listops", 240, _LISTOPS, _FEW_TREES, _listops, least=100),
     Part(
@@ -313,8 +336,9 @@ class Report:
         """Run a part, or say why not, and keep what came of it."""
         start, left = time.monotonic(), self._deadline - time.monotonic()
         reason = missing(part, self._options.tiny)
-        if reason is None and left < part.least and not (self._options.tiny and left > 0):
-            reason = f"needs {part.least:.0f} s, {max(left, 0):.0f} s are left"
+        least = 1.0 if self._options.tiny else part.least or part.seconds / 3
+        if reason is None and left < least:
+            reason = f"needs {least:.0f} s, {max(left, 0):.0f} s are left"
         if reason:
             self._keep(part, "left out", 0.0, {}, [reason])
             return
@@ -324,6 +348,8 @@ class Report:
         log.flush()
         begin = log.tell()
         state = _run(command, seconds, log, _environment(self._options.tiny))
+        if state == "timeout" and seconds < part.seconds:
+            state = "cut short"
         lines, record = _take_output(log, begin)
         self._keep(part, state, time.monotonic() - start, record, lines)
 
@@ -387,11 +413,13 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="gpu-report-") as scratch,
         (options.output / "log.txt").open("a+b") as log,
     ):
-        for part in PARTS:
-            if part.name in options.only:
-                report.measure(part, log, scratch)
-    report.print_table()
-    if any(state not in ("ok", "left out") for _, state, *_ in report.lines):
+        try:
+            for part in PARTS:
+                if part.name in options.only:
+                    report.measure(part, log, scratch)
+        finally:
+            report.print_table()
+    if any(state not in ("ok", "left out", "cut short") for _, state, *_ in report.lines):
         sys.exit(1)
 
 

@@ -63,7 +63,7 @@ def test_bad_parts_do_not_stop_the_next(report, run, monkeypatch, tmp_path):
         part(report, "fails", "print('began'); raise ValueError('no such luck')"),
         part(report, "talks", "print('x' * 1000000); print('the end')"),
         part(report, "lacks", "pass", packages=("no_such_package",), programs=("no-such-program",)),
-        part(report, "good", good, headline=report._rows),
+        part(report, "good", good, headline=lambda r: f"{len(r['rows'])} rows"),
     ]
     monkeypatch.setattr(report, "PARTS", parts)
     before = time.monotonic()
@@ -90,6 +90,15 @@ def test_bad_parts_do_not_stop_the_next(report, run, monkeypatch, tmp_path):
     assert len(log) < 60_000
 
 
+def test_budget_cuts_short_and_leaves_out(report, run, monkeypatch):
+    parts = [part(report, name, "import time; time.sleep(60)") for name in ("first", "second")]
+    monkeypatch.setattr(report, "PARTS", parts)
+    status, lines, _ = run("--tiny", "--budget", "2")
+    assert status == 0
+    assert [line[0] for line in lines.values()] == ["cut short", "left out"]
+    assert lines["second"][2] == "needs 1 s, 0 s are left"
+
+
 def test_goals_of_full_size_have_verdicts(report):
     goals = [
         {"goal": "K1", "measured": 9.0, "verdict": "met"},
@@ -113,14 +122,15 @@ def test_what_is_left_out_is_no_failure(report, run, monkeypatch, tmp_path):
 
 
 def test_parts_end_to_end(run, tmp_path):
-    status, lines, records = run("--tiny", "--only", "operators", "profile", "memcheck")
+    status, lines, records = run("--tiny", "--only", "operators", "latency", "memcheck")
     assert status == 0, (tmp_path / "report/log.txt").read_text()
     assert lines["memcheck"][::2] == ["left out", "no GPU"]
     rows = records["operators"]["rows"]
     assert lines["operators"][2] == f"{len(rows)} of {len(rows)} right"
     assert {row["what"].split()[1] for row in rows} == {"bfloat16", "float16", "float32", "float64"}
-    assert [row["mixer"] for row in records["profile"]["rows"]] == ["ponet", "attention"]
-    assert "aten::mm" in (tmp_path / "report/profile.txt").read_text()
+    mixers = [row["mixer"] for row in records["latency"]["rows"]]
+    assert mixers == ["ponet", "attention", "fnet"]
+    assert lines["latency"][2].startswith("ponet eager ")
 
 
 def test_commands_can_be_filled_in(report, monkeypatch, tmp_path):
