@@ -19,6 +19,7 @@ OK = "ok"
 OUT_OF_MEMORY = "out of memory"
 TIMEOUT = "timeout"
 SKIPPED = "skipped (over budget)"
+UNAVAILABLE = "not available"
 FAILED = "failed"
 
 PROCESS = Path(__file__).with_name("case_process.py")
@@ -73,6 +74,8 @@ class CaseProcess:
         answer = json.loads(line)
         if "out_of_memory" in answer:
             raise CaseStopped(OUT_OF_MEMORY, answer["out_of_memory"])
+        if "unavailable" in answer:
+            raise CaseStopped(UNAVAILABLE, answer["unavailable"])
         if "failed" in answer:
             raise CaseStopped(FAILED, answer["failed"])
         return answer

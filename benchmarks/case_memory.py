@@ -83,6 +83,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
+def is_unavailable(error: RuntimeError) -> bool:
+    """Whether PyTorch says that the attention kernel asked for cannot run here."""
+    return str(error).startswith(("No available kernel", "No viable backend"))
+
+
 def missing_memory(error: BaseException) -> str:
     """The first line of what an out-of-memory error says, in MiB where it names bytes."""
     message = str(error)

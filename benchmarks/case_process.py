@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 import torch
-from case_memory import MemoryMeter, is_out_of_memory, missing_memory
+from case_memory import MemoryMeter, is_out_of_memory, is_unavailable, missing_memory
 from torch import Tensor
 from workloads import Case, Workload, build_workload
 
@@ -65,12 +65,14 @@ class CaseServer:
         self._meter: MemoryMeter | None = None
 
     def answer(self, request: dict[str, Any]) -> Answer:
-        """Do what is asked; running out of memory is an answer, other errors are not."""
+        """Do what is asked; no memory and no such kernel are answers, other errors are not."""
         try:
             if request["do"] == "build":
                 return self._build()
             return self._steps(request["do"], request["steps"], request["skip"])
         except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and is_unavailable(error):
+                return {"unavailable": f"{self._case.mixer} does not run on this device and dtype"}
             if not is_out_of_memory(error):
                 raise
             message = missing_memory(error)

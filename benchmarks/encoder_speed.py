@@ -17,11 +17,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from model_goals import encoder_standings
-from records import RESULTS, append_record, machine_card, print_card
+from records import add_output_flags, append_record, machine_card, print_card
 from standing import print_goals
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -185,7 +184,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, nargs="+", default=[512, 4096])
     parser.add_argument("--layers", type=int, default=12, help="layers of the encoder")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSONL file")
+    add_output_flags(parser)
     arguments = parser.parse_args()
     config = PoNetConfig(
         num_hidden_layers=arguments.layers,

@@ -11,10 +11,7 @@ all its threads together, so that other programs on the machine disturb little.
 import argparse
 import json
 import os
-import platform
 import random
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from records import add_output_flags, append_record, machine_card, print_card
 from tokenizers import Tokenizer
 
-from ponet.measure import source_commit
 from ponet.model import IGNORED_LABEL
 from ponet.sentences import split_sentences
 from ponet.tokenizer import load_tokenizer
@@ -326,30 +323,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max-characters", type=int, default=5_000_000, help="of --tokenize")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    add_output_flags(parser)
     return parser.parse_args()
-
-
-def cpu_name() -> str:
-    """Model of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return the card: what ran where, from which commit."""
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "commit": source_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-    }
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -385,9 +360,8 @@ def main() -> None:
         mask_id=MASK,
         special_ids=(0, 100, CLS, SEP, MASK),
     )
-    card = describe_machine()
-    for name, value in card.items():
-        print(f"{name:9} {value}")
+    card = machine_card("cpu", threads=1)
+    print_card(card)
     rows, efficiency = measure_pipeline(corpus, settings, options)
     rows += measure_lists(corpus, settings, options)
     if options.tokenize:
@@ -402,15 +376,20 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:50} {value:6.2f}x")
     print(f"{'packing efficiency':50} {efficiency:6.4f}\n")
-    summary = {
+    record = {
         "benchmark": "input_pipeline",
+        "card": card,
         "seq_len": options.seq_len,
         "micro_batch_tokens": options.micro_batch_tokens,
         "corpus": str(options.corpus or "synthetic"),
         "corpus_tokens": len(corpus.tokens),
         "unit": "million tokens per CPU second of one process",
+        "rows": rows,
+        **figures,
+        "efficiency": efficiency,
     }
-    print(json.dumps({**summary, **card, "rows": rows, **figures, "efficiency": efficiency}))
+    print(f"written: {append_record(record, options.output)}\n")
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """The project's goals for whole encoders, and how the figures of a run stand to them.
 
 A goal is a ratio inside one run. P goals are for the published setting and B goals for the base
-encoder on a CPU, B1 by `encoder_speed.py` and the others by `speed_memory.py`; M and E goals are
-for a GPU. Memory is that of a training step beyond weights, gradients and the optimizer's moments.
+encoder on a CPU, B1 by `encoder_speed.py` and the others by `speed_memory.py`; M, E and T goals are
+for a GPU, where the Transformer is that on the fastest fused kernel. Memory is that of a training
+step beyond weights, gradients and the optimizer's moments.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from speed_table import SDPA, against
+from speed_table import against, fastest_sdpa
 from standing import Standing
+from workloads import SDPA
 
 Row = dict[str, Any]
 Pair = tuple[float, float]
@@ -82,12 +85,31 @@ def encoder_standings(rows: list[Row]) -> list[Standing]:
     ]
 
 
-def _pairs(rows: list[Row], other: str) -> Iterator[tuple[int, Row]]:
-    """PoNet against another mixer at each length that has both."""
-    by_case = {(row["mixer"], row["seq_len"]): row for row in rows}
-    for (mixer, length), row in by_case.items():
-        if mixer == "ponet" and (other, length) in by_case:
-            yield length, against(row, by_case[other, length])
+def step_standings(rows: list[Row]) -> list[Standing]:
+    """The goals for a pre-training step of the base encoder on a GPU, from `pretraining`."""
+    found: list[Standing] = []
+    for compiled in (False, True):
+        alike = [row for row in rows if row["compile"] == compiled]
+        lines = [*_ratios(alike, "M3", SDPA, "speed", _OVER_SDPA_GPU.get)]
+        lines += _ratios(alike, "M5", "fnet", "speed", lambda length: (0.75, 0.85))
+        for row in alike:
+            if row["mixer"] == "ponet" and row["utilisation"]:
+                what = f"training, share of the matrix-product rate, N = {row['seq_len']}"
+                lines.append(Standing("T1", what, row["utilisation"], 0.45, 0.60))
+        form = ", compiled" if compiled else ""
+        found += [replace(line, quantity=line.quantity + form) for line in lines]
+    return found
+
+
+def _pairs(rows: list[Row], other: str, kind: str) -> Iterator[tuple[Row, Row]]:
+    """PoNet and another mixer at each length that has both."""
+    for row in rows:
+        alike = [r for r in rows if r["seq_len"] == row["seq_len"]]
+        baseline = next((r for r in alike if r["mixer"] == other), None)
+        if other == SDPA:
+            baseline = fastest_sdpa(alike, kind)
+        if row["mixer"] == "ponet" and baseline is not None:
+            yield row, baseline
 
 
 def _ratios(
@@ -99,10 +121,10 @@ def _ratios(
         "infer_speed": "inference, ponet / {} in sequences per second",
         "memory": "memory of a training step, ponet / {}",
     }
-    for length, ratios in _pairs(rows, other):
-        pair = limits(length)
+    for row, baseline in _pairs(rows, other, "infer" if key == "infer_speed" else "train"):
+        pair, ratios = limits(row["seq_len"]), against(row, baseline)
         if pair is not None and ratios[key] is not None:
-            what = f"{words[key].format(other)}, N = {length}"
+            what = f"{words[key].format(baseline['mixer'])}, N = {row['seq_len']}"
             yield Standing(goal, what, ratios[key], *pair, lower_is_better=key == "memory")
 
 

@@ -15,9 +15,10 @@ Candidates, interleaved in one process:
 The parts are single operators, `mixer` (everything between the projections; ours starts from
 hidden states where public starts from queries and keys of every token) and `sub-layer`
 (projections, mixing, output projection). Outputs and gradients of ours are compared with the
-published form in float64, and two runs of ours bit by bit, before anything is timed. "% copy" is
-the rate at which ours moves the bytes it must move (see `parts`), as a share of what a copy of as
-many bytes reaches in the same turns; both directions of a copy count. "others" is the number of
+published form in float64, and two runs of ours bit by bit, before anything is timed; what is wrong
+or fails is named instead of timed, the rest is measured, and the exit status is 1. "% copy" is the
+rate at which ours moves the bytes it must move (see `parts`), as a share of what a copy of as many
+bytes reaches in the same turns; both directions of a copy count. "others" is the number of
 processors that other programs kept busy meanwhile: near 0, or the row is not to be trusted.
 """
 
@@ -25,18 +26,28 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from cases import SUB_LAYER, Case, CheckError, add_compiled, build_case, check
+from cases import (
+    FAILURES,
+    SUB_LAYER,
+    Case,
+    CheckError,
+    add_compiled,
+    build_case,
+    check,
+    first_line,
+)
 from goals import standings
 from layouts import SHAPES, Batch, dtype_name, make_batch, make_layout
 from parts import PARTS, Candidate
 from peak_memory import peaks
-from records import RESULTS
+from records import add_output_flags
 from report import Table, describe, print_card, print_memory, save
 from standing import print_goals
 from stopwatch import OtherLoad, Stopwatch, Timing, copy_candidate, copy_rate
@@ -69,7 +80,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--repeats", default=5, **number, help="turns of each candidate")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile-limit", default=120, **number, help="seconds a part and size")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+    add_output_flags(parser)
     parser.add_argument(
         "--cpu-time",
         action="store_true",
@@ -173,10 +184,7 @@ def _row(
     ours = timings["ours"]
     row: Row = {
         "part": case.part,
-        "seq_len": case.batch.seq_len,
-        "batch_size": case.batch.batch_size,
-        "dtype": dtype_name(case.batch.dtype),
-        "segments": case.batch.segments,
+        **_facts(case.batch),
         "mode": mode,
         "ms": {name: timing.ms for name, timing in timings.items()},
         "p20_ms": {name: timing.p20 for name, timing in timings.items()},
@@ -207,41 +215,67 @@ def measure_part(part: str, batch: Batch, options: argparse.Namespace) -> list[R
     return measure_case(case, stopwatch, num_sets, errors)
 
 
-def measure_all(options: argparse.Namespace, table: Table) -> list[Row]:
+class Measured:
+    """What a run has so far."""
+
+    def __init__(self, table: Table) -> None:
+        self.rows: list[Row] = []
+        self.memory: list[Row] = []
+        self.padding: list[Row] = []
+        self.failures: list[Row] = []
+        self._table = table
+
+    def add_rows(self, rows: list[Row]) -> None:
+        """Keep and print the timings of a part."""
+        self.rows += rows
+        self._table.print_rows(rows)
+
+    @contextmanager
+    def attempt(self, what: str, batch: Batch) -> Iterator[None]:
+        """Note a failure and go on: others may be right."""
+        try:
+            yield
+        except FAILURES as error:
+            if not isinstance(error, CheckError):
+                traceback.print_exc()
+            self.failures.append({"part": what, **_facts(batch), "reason": first_line(error)})
+            self._table.print_failure(self.failures[-1])
+
+
+def _facts(batch: Batch) -> Row:
+    return {
+        "seq_len": batch.seq_len,
+        "batch_size": batch.batch_size,
+        "dtype": dtype_name(batch.dtype),
+        "segments": batch.segments,
+    }
+
+
+def measure_all(options: argparse.Namespace, dtype: str, found: Measured) -> None:
     """Every part at every size; a part that segments do not matter to, with the first shape."""
-    rows: list[Row] = []
-    for dtype in options.dtype:
-        for size in sizes(options):
-            for shape in options.segments:
-                batch = _batch(options, size, dtype, shape)
-                for part in options.parts:
-                    first = shape == options.segments[0]
-                    if first or (part in PARTS and PARTS[part].per_segment):
-                        found = measure_part(part, batch, options)
-                        table.print_rows(found)
-                        rows += found
-    return rows
+    for size in sizes(options):
+        for shape in options.segments:
+            batch = _batch(options, size, dtype, shape)
+            for part in options.parts:
+                first = shape == options.segments[0]
+                if first or (part in PARTS and PARTS[part].per_segment):
+                    with found.attempt(part, batch):
+                        found.add_rows(measure_part(part, batch, options))
 
 
-def measure_memory(options: argparse.Namespace) -> list[Row]:
-    """Peak memory of the sub-layer in training."""
-    rows: list[Row] = []
-    for dtype in options.dtype if SUB_LAYER in options.parts else ():
-        for size in sizes(options):
-            batch = _batch(options, size, dtype, options.segments[0])
-            facts = {"seq_len": batch.seq_len, "batch_size": batch.batch_size, "dtype": dtype}
-            rows.append({**facts, "mib": peaks(batch, options.seed)})
-    return rows
+def measure_more(options: argparse.Namespace, dtype: str, found: Measured) -> None:
+    """Peak memory of the sub-layer in training; the mixer on full rows and on half as many tokens.
 
-
-def measure_padding(options: argparse.Namespace) -> list[Row]:
-    """Ours on full rows, and on the same rows with half of the tokens taken out as padding."""
-    rows: list[Row] = []
-    for dtype in options.dtype if "mixer" in options.parts else ():
-        for size in sizes(options):
-            if size[0] % 2 == 0:
-                rows.append(_padding_row(options, size, dtype))
-    return rows
+    The second are the same rows with half of the tokens taken out as padding.
+    """
+    for size in sizes(options):
+        batch = _batch(options, size, dtype, options.segments[0])
+        if SUB_LAYER in options.parts:
+            with found.attempt("peak memory", batch):
+                found.memory.append({**_facts(batch), "mib": peaks(batch, options.seed)})
+        if "mixer" in options.parts and size[0] % 2 == 0:
+            with found.attempt("padding", batch):
+                found.padding.append(_padding_row(options, size, dtype))
 
 
 def _padding_row(options: argparse.Namespace, size: tuple[int, int], dtype: str) -> Row:
@@ -280,13 +314,14 @@ def main() -> None:
     rates = {dtype: matmul_rate(device, DTYPES[dtype]) / 1e12 for dtype in options.dtype}
     card["matmul_tflop_per_s"] = rates
     print_card(card)
-    table = Table(list(options.parts))
-    try:
-        rows = measure_all(options, table)
-    except CheckError as error:
-        sys.exit(f"op_speed: not timed, because ours is wrong: {error}")
-    memory, padding = measure_memory(options), measure_padding(options)
-    found = standings(rows, memory, padding, on_gpu=device.type == "cuda")
+    measured = Measured(Table(list(options.parts)))
+    for dtype in options.dtype:
+        measure_all(options, dtype, measured)
+    for dtype in options.dtype:
+        measure_more(options, dtype, measured)
+    rows, memory, padding = measured.rows, measured.memory, measured.padding
+    wrong = {row["dtype"] for row in measured.failures}
+    found = standings(rows, memory, padding, on_gpu=device.type == "cuda", wrong=wrong)
     print_memory(memory)
     print_goals(found)
     record = {
@@ -295,10 +330,13 @@ def main() -> None:
         "rows": rows,
         "memory": memory,
         "padding": padding,
+        "failures": measured.failures,
         "goals": [standing.as_row() for standing in found],
     }
     save(record, options.output)
     print(json.dumps(record))
+    if measured.failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ A step is masked LM on 15 % of the tokens and sentence order, backward, clipping
 `pretrain/run.py`, for the base encoder with PoNet, softmax attention (SDPA) and FNet, with and
 without `torch.compile`. Each is a process of its own; they take turns (see `rounds.py`).
 Utilisation is the share of the rate of a large matrix product on the same device that the step's
-operations amount to, counted by formula (see `flops.py`). A compiled form that fails, for want of a
-compiler for example, is a row; a failure of another makes the exit status 1.
+operations amount to, counted by formula (see `flops.py`). The mixers `attention:flash` and
+`attention:cudnn` force a kernel of SDPA, and PoNet is held against the fastest. A compiled form
+that fails, for want of a compiler for example, is a row; a failure of another makes the exit
+status 1.
 """
 
 import argparse
@@ -22,9 +24,11 @@ from typing import Any
 import torch
 from case_client import FAILED
 from flops import COUNTED, training_flops
-from records import RESULTS, append_record, machine_card, print_card
+from model_goals import step_standings
+from records import add_output_flags, append_record, machine_card, print_card
 from rounds import Runner
-from workloads import Case, config_of, known_mixers, num_masked
+from standing import print_goals
+from workloads import FORCED, Case, config_of, known_mixers, num_masked
 
 from ponet.measure import matmul_rate
 
@@ -50,14 +54,14 @@ def parse_options() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled forms too")
-    add("--pipeline-tokens", default=1_000_000, **number, help="of the input pipeline's corpus")
+    add("--pipeline-tokens", default=1_000_000, **number, help="of its corpus; 0: steps alone")
     add("--rounds", default=5, **number, help="turns of each case [5]")
     add("--budget", type=float, metavar="MINUTES", help="for the steps [6 on a CPU, 8 on a GPU]")
     add("--threads", **number, help="of the CPU")
     add("--seed", default=0, **number)
-    add("--output", type=Path, default=RESULTS, metavar="DIR", help="of the JSONL file")
+    add_output_flags(parser)
     options = parser.parse_args()
-    known = [mixer for mixer in known_mixers() if mixer in COUNTED]
+    known = [*(mixer for mixer in known_mixers() if mixer in COUNTED), *FORCED]
     options.mixers = options.mixers or [mixer for mixer in _MIXERS if mixer in known]
     for mixer in options.mixers:
         if mixer not in known:
@@ -120,6 +124,7 @@ def input_pipeline(options: argparse.Namespace) -> Row:
         "--micro-batch-tokens": max(options.tokens, options.seq_len, _LOADER_TOKENS),
         "--repeats": 3,
         "--seed": options.seed,
+        "--output": options.output,
     }
     words = [str(word) for flag in flags.items() for word in flag]
     command = [sys.executable, str(_PIPELINE), *words]
@@ -198,19 +203,24 @@ def main() -> None:
     for row, case in zip(rows, cases, strict=True):
         add_utilisation(row, case, peak_flops)
     print_rows(rows, peak_flops)
-    pipeline = input_pipeline(options)
-    print_pipeline(pipeline, rows)
+    pipeline = input_pipeline(options) if options.pipeline_tokens else None
+    if pipeline:
+        print_pipeline(pipeline, rows)
+    goals = step_standings(rows) if options.device == "cuda" else []
+    if goals:
+        print_goals(goals)
     record = {
         "benchmark": "pretraining",
         "card": card,
         "rows": rows,
         "matmul_flops_per_s": peak_flops,
         "pipeline": pipeline,
+        "goals": [goal.as_row() for goal in goals],
     }
     print(f"\nwritten: {append_record(record, options.output)}\n")
     print(json.dumps(record))
     failed = any(row["status"] == FAILED and not row["compile"] for row in rows)
-    if failed or pipeline["status"] == FAILED:
+    if failed or (pipeline and pipeline["status"] == FAILED):
         sys.exit(1)
 
 

@@ -1,5 +1,6 @@
 """What a benchmark says about its machine, and the file that it leaves its records in."""
 
+import argparse
 import datetime
 import json
 import os
@@ -22,6 +23,25 @@ from ponet_kernels import active_backend
 Record = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
+"""Measurements that the README quotes; they are tracked."""
+RUNS = Path("runs/benchmarks")
+"""Where everything else goes, below the current folder."""
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a benchmark be told where its files go: `output` of what is parsed."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--output", type=Path, default=RUNS, metavar="DIR", help=f"folder of the files [{RUNS}]"
+    )
+    where.add_argument(
+        "--record",
+        dest="output",
+        action="store_const",
+        const=RESULTS,
+        default=RUNS,
+        help="keep the files in benchmarks/results, which is tracked",
+    )
 
 
 def cpu_name() -> str:

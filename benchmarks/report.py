@@ -69,8 +69,7 @@ class Table:
         self._width = max(len(part) for part in parts)
         self._started = False
 
-    def print_rows(self, rows: list[Row]) -> None:
-        """A line a row, and below what the row has besides the usual columns."""
+    def _start(self) -> None:
         if not self._started:
             self._started = True
             print(
@@ -78,6 +77,15 @@ class Table:
                 f"{'mode':8} {'ours ms':>9} {'p20':>9} {'p80':>9} {'again':>6} {'others':>6} "
                 f"{'public ms':>9} {'x':>6} {'compiled':>9} {'x':>6} {'GB/s':>6} {'% copy':>6}"
             )
+
+    def print_failure(self, row: Row) -> None:
+        """A line that says why there is no figure."""
+        self._start()
+        print(f"{self._what(row)} failed: {row['reason']}", flush=True)
+
+    def print_rows(self, rows: list[Row]) -> None:
+        """A line a row, and below what the row has besides the usual columns."""
+        self._start()
         for row in rows:
             print(self._line(row))
             for name, ratio in row["over_ours"].items():
@@ -87,11 +95,14 @@ class Table:
             print(f"    {name}: not timed, {reason}")
         sys.stdout.flush()
 
+    def _what(self, row: Row) -> str:
+        batch = f"{row['batch_size']} x {row['seq_len']}"
+        return f"{row['part']:{self._width}} {row['dtype']:8} {row['segments']:9} {batch:>14}"
+
     def _line(self, row: Row) -> str:
         ms, over = row["ms"], row["over_ours"]
-        batch = f"{row['batch_size']} x {row['seq_len']}"
         cells = [
-            f"{row['part']:{self._width}} {row['dtype']:8} {row['segments']:9} {batch:>14}",
+            self._what(row),
             f"{row['mode']:8} {ms['ours']:9.3f} {row['p20_ms']['ours']:9.3f}",
             f"{row['p80_ms']['ours']:9.3f} {over['again']:6.2f} {row['other_cores']:6.1f}",
         ]
@@ -118,6 +129,8 @@ def save(record: Row, folder: Path) -> None:
     """Append the record to the file of the device and day, and draw it beside."""
     path = append_record(record, folder)
     print(f"\nwritten: {path}")
+    if not record["rows"]:
+        return
     image = draw_record(record, path.with_name(f"{path.stem}_{record['benchmark']}.png"))
     if image:
         print(f"written: {image}")

@@ -29,6 +29,8 @@ _STYLES: dict[str, tuple[str, str, str, str]] = {
     "ponet_eager": ("PoNet, published form", _SKY, "o", "--"),
     "fnet": ("FNet", _GREEN, "s", "-"),
     "attention": ("Transformer, SDPA", _RED, "^", "-"),
+    "attention:flash": ("Transformer, SDPA flash", _RED, ">", "-."),
+    "attention:cudnn": ("Transformer, SDPA cuDNN", _RED, "8", "-."),
     "attention_checkpointed": ("Transformer, published form", _RED, "v", "--"),
     "attention_naive": ("Transformer, naive", _RED, "<", ":"),
     "linear": ("Linear Transformer", _ORANGE, "D", "-"),

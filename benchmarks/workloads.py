@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ponet.config import PoNetConfig
 from ponet.mixers import MIXERS
@@ -27,6 +28,14 @@ from ponet.model import IGNORED_LABEL, PoNetForPreTraining, PoNetModel
 MODELS = ("lra", "base", "pretraining")
 MASKED_SHARE = 0.15
 """Tokens that the masked-LM loss is taken at."""
+
+SDPA = "attention"
+"""The Transformer on PyTorch's fused attention, by the kernel that PyTorch picks."""
+FORCED = {
+    f"{SDPA}:flash": SDPBackend.FLASH_ATTENTION,
+    f"{SDPA}:cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+"""The same by one kernel alone: where that cannot run, nothing else does in its place."""
 
 # ids of BERT's vocabulary below this are special or unused
 _FIRST_WORD = 1000
@@ -44,7 +53,7 @@ class Case:
     model: str
     """A name of `MODELS`."""
     mixer: str
-    """A name of `ponet.mixers.MIXERS`."""
+    """A name of `ponet.mixers.MIXERS` or of `FORCED`."""
     seq_len: int
     """Tokens of a sequence."""
     batch_size: int
@@ -70,6 +79,11 @@ class Case:
     def tokens(self) -> int:
         """Tokens of a batch."""
         return self.batch_size * self.seq_len
+
+    @property
+    def registered_mixer(self) -> str:
+        """A name of `ponet.mixers.MIXERS`."""
+        return SDPA if self.mixer in FORCED else self.mixer
 
 
 def num_masked(seq_len: int) -> int:
@@ -97,20 +111,20 @@ def config_of(case: Case) -> PoNetConfig:
             type_vocab_size=0,
             embedding_norm=False,
             layer_norm_eps=1e-5,
-            mixer=case.mixer,
+            mixer=case.registered_mixer,
             norm_position="pre",
             separate_special_tokens=False,
             # more segments than half the tokens make the published rule cut 2-token chunks
             num_segments=case.seq_len // 2 + 1,
             # as published, but SDPA's fused kernel on a CPU knows no dropout; without it the
             # baseline is at its best
-            attention_probs_dropout_prob=0.0 if case.mixer == "attention" else 0.1,
+            attention_probs_dropout_prob=0.0 if case.registered_mixer == SDPA else 0.1,
             num_sentence_labels=0,
         )
     return PoNetConfig(
         num_hidden_layers=case.layers or 12,
         max_position_embeddings=case.seq_len,
-        mixer=case.mixer,
+        mixer=case.registered_mixer,
         num_sentence_labels=3 if case.model == "pretraining" else 0,
     )
 
@@ -195,6 +209,10 @@ def _precision(case: Case) -> AbstractContextManager[Any]:
     return torch.autocast(case.device, dtype=getattr(torch, case.dtype))
 
 
+def _attention(case: Case) -> AbstractContextManager[Any]:
+    return sdpa_kernel(FORCED[case.mixer]) if case.mixer in FORCED else nullcontext()
+
+
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     # on a CPU, too, four times as fast as the default
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -236,7 +254,7 @@ def build_workload(case: Case) -> Workload:
     def train(number: int) -> Tensor:
         model.train()
         optimizer.zero_grad(set_to_none=True)
-        with _precision(case):
+        with _precision(case), _attention(case):
             loss = _loss(trained, case, batches[number % _NUM_BATCHES])
         loss.backward()
         if case.model == "pretraining":
@@ -246,7 +264,7 @@ def build_workload(case: Case) -> Workload:
 
     def infer(number: int) -> Tensor:
         model.eval()
-        with torch.inference_mode(), _precision(case):
+        with torch.inference_mode(), _precision(case), _attention(case):
             return _inference(run, case, batches[number % _NUM_BATCHES])
 
     shape = (case.batch_size, config.num_labels)

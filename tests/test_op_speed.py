@@ -1,5 +1,6 @@
 """The operator benchmark at tiny sizes, and the published form that it compares with."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -29,6 +30,12 @@ def load(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def _on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts find each other beside the one that was started."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -116,6 +123,75 @@ def test_figure_is_drawn_and_can_be_drawn_again_from_the_file(finished):
     command = [sys.executable, str(BENCHMARKS / "plot.py"), str(saved)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert image.read_bytes().startswith(b"\x89PNG")
+
+
+BROKEN = """
+import sys
+from dataclasses import replace
+
+sys.path.insert(0, sys.argv.pop(1))
+import op_speed, torch
+from parts import PARTS
+
+aggregation = PARTS["global-aggregation"]
+
+def off_in_float32(batch, values):
+    return aggregation.ours(batch, values) * (1.001 if batch.dtype == torch.float32 else 1.0)
+
+def stops(batch, values):
+    raise RuntimeError("no such kernel")
+
+PARTS["global-aggregation"] = replace(aggregation, ours=off_in_float32)
+PARTS["segment-max"] = replace(PARTS["segment-max"], ours=stops)
+op_speed.main()
+"""
+
+
+def test_what_fails_is_named_and_the_rest_measured(tmp_path):
+    tiny = "--seq-len 40 --batch-size 2 --width 24 --heads 3 --repeats 1 --no-compile --device cpu"
+    parts = "--dtype float32 bfloat16 --parts segment-max global-aggregation mixer"
+    command = [sys.executable, "-c", BROKEN, str(BENCHMARKS), *tiny.split(), *parts.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
+    )
+    assert result.returncode == 1, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    failed = [(row["dtype"], row["part"]) for row in record["failures"]]
+    assert failed == [
+        ("float32", "segment-max"),
+        ("float32", "global-aggregation"),
+        ("bfloat16", "segment-max"),
+    ]
+    reasons = [row["reason"] for row in record["failures"]]
+    assert reasons[0] == reasons[2] == "RuntimeError: no such kernel"
+    assert "relative error 0.001 exceeds" in reasons[1]
+    measured = {(row["dtype"], row["part"]) for row in record["rows"]}
+    assert measured == {
+        ("float32", "mixer"),
+        ("bfloat16", "global-aggregation"),
+        ("bfloat16", "mixer"),
+    }
+    assert f"failed: {reasons[1]}" in result.stdout
+    # without --output, and where nobody's changes are tracked
+    (saved,) = tmp_path.glob("runs/benchmarks/*.jsonl")
+    assert json.loads(saved.read_text()) == record
+
+
+def test_errors_of_a_dtype_with_a_failure_are_no_goal():
+    goals = load("goals")
+    rows = [row("mixer", "forward", over_ours={}, errors={"output": 1e-7}, dtype="bfloat16")]
+    assert [s.goal for s in goals.standings(rows, [], [], on_gpu=True)] == ["K8"]
+    assert goals.standings(rows, [], [], on_gpu=True, wrong={"bfloat16"}) == []
+
+
+def test_output_is_untracked_unless_asked_for():
+    records = load("records")
+    parser = argparse.ArgumentParser()
+    records.add_output_flags(parser)
+    assert parser.parse_args([]).output == Path("runs/benchmarks")
+    assert parser.parse_args(["--record"]).output == BENCHMARKS / "results"
+    assert parser.parse_args(["--output", "x"]).output == Path("x")
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,38 @@ def test_run_leaves_table_and_json(tmp_path):
     assert row["train"]["peak_mib"] > 0.8 * row["state_mib"]
     assert record["pipeline"]["tokens_per_s"] > 0
     (saved,) = tmp_path.glob("*.jsonl")
-    assert json.loads(saved.read_text()) == record
+    pipeline, step = map(json.loads, saved.read_text().splitlines())
+    assert pipeline["benchmark"] == "input_pipeline"
+    assert step == record
     assert "input pipeline alone" in done.stdout
+
+
+def test_goals_are_against_the_fastest_kernel(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    goals = importlib.import_module("model_goals")
+    rates = {"ponet": 12.0, "attention:flash": 10.0, "attention:cudnn": 11.0, "fnet": 15.0}
+    rows = [
+        {
+            "mixer": mixer,
+            "seq_len": 512,
+            "compile": False,
+            "state_mib": 1.0,
+            "infer": None,
+            "train": {"steps_per_s": rate, "peak_mib": 2.0},
+            "utilisation": 0.5,
+        }
+        for mixer, rate in rates.items()
+    ]
+    rows.append({**rows[0], "compile": True, "utilisation": 0.65})
+    found = goals.step_standings(rows)
+    assert [(s.goal, round(s.measured, 2), s.verdict) for s in found] == [
+        ("M3", 1.09, "below target"),
+        ("M5", 0.8, "below target"),
+        ("T1", 0.5, "below target"),
+        ("T1", 0.65, "met"),
+    ]
+    assert "attention:cudnn" in found[0].quantity
+    assert found[-1].quantity.endswith("compiled")
 
 
 def test_unknown_mixer_is_refused():

@@ -76,6 +76,19 @@ def test_run_leaves_table_json_and_figure(tmp_path):
     assert ["64", "ponet_eager"] in lines
 
 
+def test_forced_kernel_runs_or_is_a_row(tmp_path):
+    mixers = ("--mixers", "ponet", "attention:flash", "attention:cudnn")
+    done = run("--seq-len", "32", *TINY, *mixers, output=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ponet, flash, cudnn = record_of(done)["rows"]
+    assert flash["status"] == "ok"
+    # the kernel of the GPU
+    assert cudnn["status"] == "not available"
+    assert cudnn["reason"] == "attention:cudnn does not run on this device and dtype"
+    expected = ponet["train"]["steps_per_s"] / flash["train"]["steps_per_s"]
+    assert ponet["over_sdpa"]["speed"] == pytest.approx(expected)
+
+
 def test_memory_limit_makes_a_row_and_spares_longer_lengths(tmp_path):
     flags = ("--seq-len", "2048", "4096", "--mixers", "ponet", "--memory-limit", "40", *TINY)
     done = run(*flags, output=tmp_path)
@@ -234,6 +247,9 @@ def test_ratios_are_against_the_transformers(load):
     assert rows[0]["over_sdpa"] == {"speed": 2.0, "infer_speed": 1.0, "memory": 2.0}
     assert rows[0]["published"]["speed"] == pytest.approx(9.0)
     assert rows[1]["published"] == {"speed": None, "memory": None}
+    rows.append(a_row("attention:cudnn", 5.0, 25.0))
+    speed_table.add_ratios(rows)
+    assert rows[0]["over_sdpa"]["speed"] == 1.2
 
 
 @pytest.mark.parametrize("length", [2, 7, 32, 4096], ids=lambda n: f"N{n}")
