@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ponet.config import PoNetConfig
-from ponet.mixers.projections import cast_for_projections
 from ponet.mixers.block_sparse import BlockSparseAttention, pad_tokens
+from ponet.mixers.projections import cast_for_projections
 from ponet.packing import BatchLayout
 
 _SEED = 0

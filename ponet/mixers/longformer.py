@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ponet.config import ConfigError, PoNetConfig
-from ponet.mixers.projections import cast_for_projections
 from ponet.mixers.block_sparse import BlockSparseAttention, pad_tokens
+from ponet.mixers.projections import cast_for_projections
 from ponet.packing import BatchLayout
 
 
