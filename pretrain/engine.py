@@ -166,14 +166,19 @@ class Engine:
 
     def grad_norm(self) -> Tensor | None:
         """Norm of the gradients before clipping; between the last backward pass and the step."""
-        return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+        # summed as DeepSpeed does, so that a run has the same bits with it and without
+        return torch.stack(norms).square().sum().sqrt()
 
     def end_micro_batch(self, *, last: bool) -> None:
         """Update the weights after the last micro-batch of a step."""
         if not last:
             return
         if self._max_grad_norm:
-            nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm, foreach=True)
+            norm = self.grad_norm()
+            assert norm is not None
+            nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
