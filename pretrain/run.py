@@ -42,7 +42,6 @@ from pretrain.settings import PretrainConfig, as_yaml, parse
 from pretrain.trainer import (
     StepResult,
     Stopwatch,
-    Sums,
     Tally,
     evaluate,
     train_step,
@@ -200,23 +199,19 @@ class Reporter:
         writer: MetricsWriter,
         peak_rate: float,
         world_size: int,
-        seconds: float,
+        progress: Progress,
     ) -> None:
         self._config = config
         self._engine = engine
         self._writer = writer
         self._peak_rate = peak_rate * world_size
-        self._begin(seconds)
+        self._begin(progress.step, progress.seconds)
 
-    def _begin(self, seconds: float) -> None:
-        """Begin an interval at this reading of the stopwatch."""
-        self._seconds, self._steps = seconds, 0
-        self._total = Tally(self._engine.device)
-
-    def add(self, tally: Tally) -> None:
-        """Take what one step added up."""
-        self._total.add_all(tally)
-        self._steps += 1
+    def _begin(self, step: int, seconds: float) -> None:
+        """Begin an interval after a step, at this reading of the stopwatch."""
+        self._step, self._seconds = step, seconds
+        self.tally = Tally(self._engine.device)
+        """For the steps of the interval."""
 
     def report(self, step: int, result: StepResult, stopwatch: Stopwatch) -> int:
         """Log the interval, on all ranks because they add up their sums, then begin another.
@@ -227,17 +222,22 @@ class Reporter:
         Raises:
             TrainingError: a loss is not finite.
         """
-        sums = self._total.read()
+        sums = self.tally.read()
         now = stopwatch.seconds()
-        first = step - self._steps + 1
-        values = sums.metrics(f"step {step}" if first == step else f"steps {first} to {step}") | {
+        steps, seconds = step - self._step, now - self._seconds
+        where = f"step {step}" if steps == 1 else f"steps {self._step + 1} to {step}"
+        flops = training_flops(self._engine.model.config, int(sums.tokens), int(sums.masked))
+        values = sums.metrics(where) | {
             "learning_rate": self._engine.learning_rate,
             **({} if result.grad_norm is None else {"grad_norm": float(result.grad_norm)}),
-            **self._speed(sums, now - self._seconds),
+            "step_ms": seconds / steps * 1e3,
+            "tokens_per_second": sums.tokens / seconds,
+            # executed operations over what a plain matrix product reaches on this device
+            "flops_utilisation": flops / seconds / self._peak_rate,
             "peak_memory_mib": peak_memory_mib(self._engine.device),
         }
         self._writer.write("train", step, values)
-        remaining = (self._config.steps - step) * (now - self._seconds) / self._steps
+        remaining = (self._config.steps - step) * seconds / steps
         logger.info(
             "step %d/%d | loss %.3f mlm %.3f sso %.3f | lr %.1e | %.0f ms | %.1fk tok/s | "
             "%s MiB | eta %s",
@@ -252,17 +252,8 @@ class Reporter:
             f"{values['peak_memory_mib']:,.0f}",
             f"{remaining / 60:.0f}m" if remaining >= 60 else f"{remaining:.0f}s",
         )
-        self._begin(now)
-        return sums.tokens
-
-    def _speed(self, sums: Sums, seconds: float) -> dict[str, float]:
-        flops = training_flops(self._engine.model.config, sums.tokens, sums.masked)
-        return {
-            "step_ms": seconds / self._steps * 1e3,
-            "tokens_per_second": sums.tokens / seconds,
-            # executed operations over what a plain matrix product reaches on this device
-            "flops_utilisation": flops / seconds / self._peak_rate,
-        }
+        self._begin(step, now)
+        return int(sums.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +283,7 @@ def train(
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     peak_rate = matmul_rate(launch.device, dtype[config.arithmetic])
-    reporter = Reporter(config, engine, writer, peak_rate, launch.world_size, progress.seconds)
+    reporter = Reporter(config, engine, writer, peak_rate, launch.world_size, progress)
     on_gpu = launch.device.type == "cuda"
     loader = iter(make_loader(data.train, num_workers=config.num_workers, pin_memory=on_gpu))
     evaluation: dict[str, float] = {}
@@ -303,8 +294,7 @@ def train(
         saves = step % config.eval_every == 0 or step == config.steps
         # a report finds out whether losses are finite: there is one before every checkpoint
         logs = step % config.log_every == 0 or saves
-        result = train_step(engine, loader, seed=config.seed, want_norm=logs)
-        reporter.add(result.tally)
+        result = train_step(engine, loader, reporter.tally, seed=config.seed, want_norm=logs)
         bar.update()
         if logs:
             tokens += reporter.report(step, result, stopwatch)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 
 import torch
@@ -28,11 +28,11 @@ class Sums:
     """Cross-entropy summed over sequences."""
     sso_correct: float
     """Sequences whose likeliest class is right."""
-    tokens: int
+    tokens: float
     """Tokens, special ones included."""
-    masked: int
+    masked: float
     """Masked tokens."""
-    sequences: int
+    sequences: float
     """Sequences with a sentence label."""
 
     def metrics(self, where: str) -> dict[str, float]:
@@ -85,31 +85,15 @@ class Tally:
             sso_correct = (output.sso_logits.argmax(dim=-1) == labels["sso_labels"]).sum()
             sums += [output.sso_loss.detach() * batch.sequences, sso_correct]
         self._measured[: len(sums)].add_(torch.stack([value.double() for value in sums]))
-        self._count([batch.tokens, batch.masked, batch.sequences])
-
-    def add_all(self, other: "Tally") -> None:
-        """Add what another one has."""
-        self._measured += other._measured
-        self._count(other._counts)
-
-    def _count(self, more: list[int]) -> None:
-        self._counts = [a + b for a, b in zip(self._counts, more, strict=True)]
+        counts = (batch.tokens, batch.masked, batch.sequences)
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
 
     def read(self) -> Sums:
         """The sums over all ranks; waits for the device."""
         total = torch.cat([self._measured, self._measured.new_tensor(self._counts)])
         dist.all_reduce(total)
-        *measured, tokens, masked, sequences = total.tolist()
-        mlm_loss, mlm_correct, sso_loss, sso_correct = measured
-        return Sums(
-            mlm_loss=mlm_loss,
-            mlm_correct=mlm_correct,
-            sso_loss=sso_loss,
-            sso_correct=sso_correct,
-            tokens=int(tokens),
-            masked=int(masked),
-            sequences=int(sequences),
-        )
+        names = (field.name for field in fields(Sums))
+        return Sums(**dict(zip(names, total.tolist(), strict=True)))
 
 
 def dropout_seed(seed: int, batch: Batch) -> int:
@@ -121,10 +105,8 @@ def dropout_seed(seed: int, batch: Batch) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did on this rank; nothing of it is read from the device."""
+    """What a step did; nothing of it is read from the device."""
 
-    tally: Tally
-    """Of its micro-batches."""
     grad_norm: Tensor | None
     """Norm of the gradient before clipping, when asked for."""
     epoch: int
@@ -134,14 +116,17 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine,
-    batches: Iterator[Batch],
-    *,
-    seed: int,
-    want_norm: bool,
+    engine: Engine, batches: Iterator[Batch], tally: Tally, *, seed: int, want_norm: bool
 ) -> StepResult:
-    """Accumulate this rank's micro-batches of a global batch and update the weights."""
-    tally = Tally(engine.device)
+    """Accumulate this rank's micro-batches of a global batch and update the weights.
+
+    Args:
+        engine: trains the model.
+        batches: of this rank.
+        tally: takes their sums.
+        seed: of the run.
+        want_norm: of the gradient.
+    """
     norm = None
     parts = list(islice(batches, engine.accumulation_steps))
     last = parts[-1]
@@ -155,7 +140,7 @@ def train_step(
         if want_norm and batch is last:
             norm = engine.grad_norm()
         engine.end_micro_batch(last=batch is last)
-    return StepResult(tally=tally, grad_norm=norm, epoch=last.epoch, epoch_step=last.step)
+    return StepResult(grad_norm=norm, epoch=last.epoch, epoch_step=last.step)
 
 
 @torch.no_grad()

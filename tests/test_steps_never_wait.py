@@ -78,7 +78,7 @@ def test_pretraining_step(mixer, precision):
     engine, batches = pretraining(mixer, precision=precision)
     with count_synchronising() as found:
         for _ in range(2):
-            result = train_step(engine, iter(batches), seed=0, want_norm=True)
+            result = train_step(engine, iter(batches), Tally(CPU), seed=0, want_norm=True)
     assert found == []
     assert result.grad_norm is not None
     assert engine.learning_rate != PretrainConfig().learning_rate
@@ -101,7 +101,7 @@ def test_a_step_that_reads_its_loss_is_caught(monkeypatch):
         Tally, "add", lambda self, out, *rest: (out.loss.item(), add(self, out, *rest))
     )
     with count_synchronising() as found:
-        train_step(engine, iter(batches), seed=0, want_norm=False)
+        train_step(engine, iter(batches), Tally(CPU), seed=0, want_norm=False)
     assert found == ["_local_scalar_dense"] * 2
 
 
