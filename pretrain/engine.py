@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ponet import PoNetForPreTraining
+from ponet.checkpoint import CheckpointError
 from ponet.cli import UsageError
 from ponet.model import PreTrainingOutput
 from ponet.training import autocast
@@ -195,7 +196,16 @@ class Engine:
             torch.save(parts, folder / _STATE)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on all ranks, whether there are as many as then or not."""
+        """Read what `save` wrote, on all ranks, whether there are as many as then or not.
+
+        Raises:
+            CheckpointError: the checkpoint is of another kind.
+        """
+        if not (folder / _STATE).is_file():
+            raise CheckpointError(
+                f"{folder}: holds no {_STATE}; the version of this program that wrote it can "
+                "continue the run, this one cannot"
+            )
         state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])

@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from ponet import PoNetConfig
+from ponet.batch import HostBatch
 from ponet.packing import layout_for, stream_of_packed
 from pretrain.batches import (
     LOOK_AHEAD,
@@ -249,6 +251,14 @@ def test_layout_and_masked_places_are_what_the_model_would_find(objective) -> No
         assert layout.max_segment_len == expected.max_segment_len
         assert (layout.rows.num_rows, layout.rows.length) == (len(item[3]), expected.max_seqlen)
         assert batch.sequences == (0 if objective == "mlm" else len(item[3]))
+
+
+def test_the_loader_pins_a_batch_as_one_block(monkeypatch) -> None:
+    pinned = []
+    monkeypatch.setattr(HostBatch, "pin_memory", lambda self: pinned.append(self) or self)
+    (batch,) = loaded(1, 0)
+    assert pin_memory(batch) is batch
+    assert pinned == [batch.inputs]
 
 
 def test_evaluation_set_is_fixed() -> None:

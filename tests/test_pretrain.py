@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from ponet import PoNetForMaskedLM, PoNetForPreTraining
+from ponet.checkpoint import CheckpointError
 from ponet.cli import UsageError
-from pretrain.engine import engine_config, learning_rate_factor, read_engine_file
+from pretrain.engine import Engine, engine_config, learning_rate_factor, read_engine_file
 from pretrain.settings import PRESETS, PretrainConfig, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,10 +181,7 @@ def test_deepspeed_alone_has_the_same_bits_and_continues_a_run_without_it(workpl
 
 # None hides a module from `import` and from `find_spec`
 WITHOUT_DEEPSPEED = (
-    "import sys\n"
-    "sys.modules['deepspeed'] = None\n"
-    "import pretrain.run\n"
-    "pretrain.run.main()\n"
+    "import sys\nsys.modules['deepspeed'] = None\nimport pretrain.run\npretrain.run.main()\n"
 )
 
 
@@ -240,6 +238,13 @@ def test_damaged_checkpoints(workplace, whole_run):
     assert done.returncode == 1
     assert "pretrain: error:" in done.stderr
     assert "damaged checkpoint" in done.stderr
+
+
+def test_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+    config = PretrainConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=64)
+    engine = Engine(config, PoNetForPreTraining(config.model_config(100, 0, 1, 2)))
+    with pytest.raises(CheckpointError, match=r"holds no state\.pt; the version"):
+        engine.load(tmp_path)
 
 
 def test_full_disk_names_the_folder_and_leaves_nothing_half_written(workplace):
