@@ -240,7 +240,7 @@ def measure_pipeline(
     def load() -> int:
         # plans the next epoch in the background, as every epoch of a run does
         batches = islice(make_loader(sampler), epoch.num_steps)
-        return sum(len(batch["input_ids"]) for batch in batches)
+        return sum(batch.tokens for batch in batches)
 
     stages = {"plan_epoch": plan, "pack_bins": pack, "draw_batch": draw, "whole loader": load}
     rows = [measure(name, run, options.repeats) for name, run in stages.items()]

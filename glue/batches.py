@@ -1,64 +1,53 @@
 """Which examples a batch holds, as a function of seed and number alone, and the batch itself."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from glue.encoding import EncodedRows
+from ponet import PoNetConfig
+from ponet.batch import HostBatch
+from ponet.packing import layout_for, stream_of_packed
 
 # batches that are sorted by length together
 _POOL = 32
 _SHUFFLE = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """B examples with T tokens, without padding; the fields are named as a model's arguments."""
-
-    input_ids: Tensor
-    """`[T]` int64."""
-    cu_seqlens: Tensor
-    """`[B + 1]` int32."""
-    token_type_ids: Tensor
-    """`[T]` int64, 1 in the second text and its [SEP]."""
-    segment_ids: Tensor | None
-    """`[T]` int64; None: segments are the texts."""
-    labels: Tensor | None
-    """`[B]`, int64 or float32."""
-
-
-def collect(rows: EncodedRows, indices: np.ndarray, device: torch.device) -> Batch:
-    """Make a batch.
+def collect(rows: EncodedRows, indices: np.ndarray, config: PoNetConfig) -> HostBatch:
+    """Make a batch of B examples with T tokens, without padding, as a model takes it.
 
     Args:
         rows: where from.
         indices: `[B]`, which.
-        device: of the batch.
+        config: of the model.
+
+    Returns:
+        `input_ids` `[T]` int64; `labels` `[B]`, int64 or float32, where there are any;
+        `token_type_ids` `[T]` int64, 1 in the second text and its [SEP], where the model knows
+        them; and the layout.
     """
     lengths = rows.lengths[indices]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     within = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
     places = within + np.repeat(rows.offsets[:-1][indices], lengths)
-    types = within >= np.repeat(rows.second[indices], lengths)
-    return Batch(
-        input_ids=_tensor(rows.ids[places], torch.int64, device),
-        cu_seqlens=_tensor(cu_seqlens, torch.int32, device),
-        token_type_ids=_tensor(types, torch.int64, device),
-        segment_ids=None
-        if rows.segments is None
-        else _tensor(rows.segments[places], torch.int64, device),
-        labels=None if rows.labels is None else _labels(rows.labels[indices], device),
-    )
+    ids = _tensor(rows.ids[places], torch.int64)
+    tensors = {"input_ids": ids}
+    # some encoders know no second text
+    if config.type_vocab_size > 1:
+        types = within >= np.repeat(rows.second[indices], lengths)
+        tensors["token_type_ids"] = _tensor(types, torch.int64)
+    if rows.labels is not None:
+        is_number = rows.labels.dtype.kind == "f"
+        labels = _tensor(rows.labels[indices], torch.float32 if is_number else torch.int64)
+        tensors["labels"] = labels
+    segments = None if rows.segments is None else _tensor(rows.segments[places], torch.int64)
+    stream = stream_of_packed(ids, _tensor(cu_seqlens, torch.int32))
+    return HostBatch(tensors, layout_for(config, stream, ids, segments))
 
 
-def _tensor(values: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(dtype).to(device)
-
-
-def _labels(labels: np.ndarray, device: torch.device) -> Tensor:
-    return _tensor(labels, torch.float32 if labels.dtype.kind == "f" else torch.int64, device)
+def _tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(values).to(dtype)
 
 
 class ShuffledBatches:

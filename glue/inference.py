@@ -5,28 +5,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from glue.batches import Batch, batches_of_all, collect
+from glue.batches import batches_of_all, collect
 from glue.encoding import EncodedRows
 from ponet import PoNetForSequenceClassification
-from ponet.model import ClassifierOutput
 from ponet.training import autocast
 
 Precision = Literal["fp32", "bf16"]
 
 _MAX_TOKENS = 16_384
-
-
-def apply(model: PoNetForSequenceClassification, batch: Batch) -> ClassifierOutput:
-    """Run a batch through a model."""
-    # some encoders know no second text
-    types = batch.token_type_ids if model.config.type_vocab_size > 1 else None
-    return model(
-        batch.input_ids,
-        cu_seqlens=batch.cu_seqlens,
-        token_type_ids=types,
-        segment_ids=batch.segment_ids,
-        labels=batch.labels,
-    )
 
 
 @torch.inference_mode()
@@ -46,10 +32,16 @@ def outputs_of(
     model.eval()
     device = next(model.parameters()).device
     outputs = np.empty((len(rows), model.config.num_labels), dtype=np.float32)
-    for indices in batches_of_all(rows.lengths, _MAX_TOKENS):
+    batches = batches_of_all(rows.lengths, _MAX_TOKENS)
+    logits = []
+    for indices in batches:
+        inputs = collect(rows, indices, model.config).to(device)
+        # no answer is in question here
+        inputs.pop("labels", None)
         with autocast(precision, device):
-            logits = apply(model, collect(rows, indices, device)).logits
-        outputs[indices] = logits.float().cpu().numpy()
+            logits.append(model(**inputs).logits.float())
+    # read at the end: it waits for the device
+    outputs[np.concatenate(batches)] = torch.cat(logits).cpu().numpy()
     return outputs
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from glue.batches import ShuffledBatches, collect
 from glue.encoding import EncodedRows
-from glue.inference import apply
 from glue.settings import RunSettings
 from ponet import PoNetForSequenceClassification
 from ponet.log import MetricsWriter
@@ -179,9 +178,9 @@ class Trainer:
             group["lr"] = settings.learning_rate * factor
         torch.manual_seed(step_seed(settings.seed, _DROPOUT, step))
         self._model.train()
-        batch = collect(self._rows, self._batches.indices(step), device)
+        batch = collect(self._rows, self._batches.indices(step), self._model.config)
         with autocast(settings.precision, device):
-            loss = apply(self._model, batch).loss
+            loss = self._model(**batch.to(device)).loss
         assert loss is not None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), _MAX_GRAD_NORM)

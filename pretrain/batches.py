@@ -12,12 +12,14 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ponet.batch import HostBatch
+from ponet.packing import BatchLayout, TokenStream, layout_of
 from pretrain.objectives import (
     ExamplePlan,
     ExampleSettings,
@@ -29,8 +31,8 @@ from pretrain.objectives import (
 # epoch, step and slot of a micro-batch, and its examples
 BatchItem = tuple[int, int, int, ExamplePlan]
 
-# the tensors of `draw_batch` by name, and "epoch", "step", "slot" as integers
-Batch = dict[str, Any]
+# what the model reads; its positions and segments are those of the layout
+_INPUTS = ("input_ids", "token_type_ids", "labels", "label_positions", "sso_labels")
 
 # how far ahead of the shuffled order a bin may look for an example that fits its rest: further
 # gains little, since a handful of short examples among them is enough
@@ -287,6 +289,31 @@ class MicroBatchSampler(Sampler[BatchItem]):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch on the host, and its place in the run."""
+
+    inputs: HostBatch
+    """Arguments of `PoNetForPreTraining.forward`."""
+    epoch: int
+    """Pass over the documents."""
+    step: int
+    """Global batch of the pass."""
+    slot: int
+    """Micro-batch of the global batch."""
+    tokens: int
+    """T, special ones included."""
+    masked: int
+    """M, tokens to predict."""
+    sequences: int
+    """Sentence pairs to judge: B, 0 for "mlm"."""
+
+    def pin_memory(self) -> Self:
+        """Move the tensors to page-locked memory; a `DataLoader` calls it."""
+        self.inputs.pin_memory()
+        return self
+
+
 class PackedDataset(Dataset[Batch]):
     """Draws the micro-batch a sampler's item describes; holds no state but the corpus.
 
@@ -304,14 +331,35 @@ class PackedDataset(Dataset[Batch]):
 
         Args:
             index: An item of `MicroBatchSampler`.
-
-        Returns:
-            The arrays of `draw_batch` as tensors, and `epoch`, `step`, `slot` as integers.
         """
         epoch, step, slot, plan = index
         arrays = draw_batch(self.corpus, plan, self.settings)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return {**tensors, "epoch": epoch, "step": step, "slot": slot}
+        return Batch(
+            inputs=HostBatch(
+                {name: tensors[name] for name in _INPUTS}, self._layout(tensors, plan.length)
+            ),
+            epoch=epoch,
+            step=step,
+            slot=slot,
+            tokens=len(tensors["input_ids"]),
+            masked=len(tensors["labels"]),
+            sequences=len(plan) if self.settings.num_labels else 0,
+        )
+
+    def _layout(self, tensors: dict[str, torch.Tensor], lengths: np.ndarray) -> BatchLayout:
+        """The layout that the model would make of the ids: made here, no step waits for it."""
+        stream = TokenStream(
+            cu_seqlens=tensors["cu_seqlens"],
+            sequences=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+            positions=tensors["position_ids"],
+            row_length=int(lengths.max()),
+            index=None,
+            rows=None,
+        )
+        ids = tensors["input_ids"]
+        special = (ids == self.settings.cls_id) | (ids == self.settings.sep_id)
+        return layout_of(stream, special, tensors["segment_ids"])
 
 
 def make_loader(
@@ -328,7 +376,7 @@ def make_loader(
         pin_memory: Whether batches land in page-locked memory, for copies to a GPU.
 
     Returns:
-        Loader of the dictionaries of `PackedDataset`.
+        Loader of the batches of `PackedDataset`.
     """
     # forked workers share the corpus arrays of this process, elsewhere each unpickles its own. A
     # spawned worker that is stopped while it sends a batch may also abort in its own shutdown

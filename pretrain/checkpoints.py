@@ -64,7 +64,7 @@ class CheckpointStore:
             partial.mkdir(parents=True)
         dist.barrier()
         try:
-            engine.save_checkpoint(str(partial), tag=name, save_latest=False)
+            engine.save(partial / name)
             dist.barrier()
             if self._rank == 0:
                 self._complete(partial / name, progress, evaluation_loss, engine)
@@ -89,7 +89,7 @@ class CheckpointStore:
         manifest = {
             "progress": asdict(progress),
             "evaluation_loss": evaluation_loss,
-            "zero_stage": engine.zero_optimization_stage(),
+            "zero_stage": engine.zero_stage,
             "world_size": self._world_size,
             "files": {str(path.relative_to(written)): _digest(path) for path in files},
         }
@@ -141,10 +141,8 @@ class CheckpointStore:
             logger.info("%s holds no checkpoint yet: starting from step 0", self._folder)
             return Progress()
         folder, manifest = chosen[0]
-        self._check_shards(folder, manifest, engine.zero_optimization_stage())
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed could not load it")
+        self._check_shards(folder, manifest, engine.zero_stage)
+        engine.load(folder)
         logger.info("resuming from %s", folder)
         return Progress(**manifest["progress"])
 

@@ -1,30 +1,25 @@
-"""The DeepSpeed engine: its configuration, optimizer and schedule, and safe checkpoint files."""
+"""What turns gradients into weights: one process by itself, or processes that DeepSpeed joins."""
 
 import difflib
+import importlib.util
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ponet import PoNetForPreTraining
+from ponet.checkpoint import CheckpointError
 from ponet.cli import UsageError
+from ponet.model import PreTrainingOutput
+from ponet.training import autocast
 from pretrain.settings import PretrainConfig
 
-Engine = deepspeed.DeepSpeedEngine
-VERSION: str = deepspeed.__version__
-
-# the plain records that DeepSpeed puts beside the tensors of ZeRO's shards
-_RECORDS: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+_STATE = "state.pt"
 
 # DeepSpeed accepts unknown keys in silence, so the file may hold only what is known to matter
 _ENGINE_KEYS = {
@@ -101,7 +96,7 @@ def engine_config(config: PretrainConfig, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": config.micro_batches_per_step // world_size,
         "gradient_clipping": config.max_grad_norm,
         "zero_optimization": zero,
-        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": config.arithmetic == "bf16", "dtype": "bfloat16"},
         "fp16": {"enabled": config.precision == "fp16"},
     }
 
@@ -128,63 +123,122 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-class SafeCheckpointEngine(TorchCheckpointEngine):
-    """Loads tensors, plain values and `_RECORDS` only, never pickled code."""
+class Engine:
+    """A process that trains alone."""
 
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Load a file of a DeepSpeed checkpoint."""
-        with torch.serialization.safe_globals(_RECORDS):
-            return torch.load(path, map_location=map_location, weights_only=True)
+    def __init__(self, config: PretrainConfig, model: PoNetForPreTraining) -> None:
+        """Make an optimizer and its schedule.
+
+        Args:
+            config: of the run.
+            model: on its device.
+        """
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.zero_stage = config.zero_stage
+        self.accumulation_steps = config.micro_batches_per_step
+        """Micro-batches of this process in a step."""
+        self._arithmetic = config.arithmetic
+        self._max_grad_norm = config.max_grad_norm
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            # on a CPU, too, several times as fast as one operation after another
+            fused=True,
+        )
+        self._schedule = LambdaLR(self._optimizer, learning_rate_factor(config))
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    def forward(self, inputs: dict[str, Any]) -> PreTrainingOutput:
+        """Run a micro-batch through the model."""
+        with autocast(self._arithmetic, self.device):
+            return self.model(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's share of the loss."""
+        (loss / self.accumulation_steps).backward()
+
+    def grad_norm(self) -> Tensor | None:
+        """Norm of the gradients before clipping; between the last backward pass and the step."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+        # summed as DeepSpeed does, so that a run has the same bits with it and without
+        return torch.stack(norms).square().sum().sqrt()
+
+    def end_micro_batch(self, *, last: bool) -> None:
+        """Update the weights after the last micro-batch of a step."""
+        if not last:
+            return
+        if self._max_grad_norm:
+            norm = self.grad_norm()
+            assert norm is not None
+            nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._schedule.step()
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint, on all ranks.
+
+        Raises:
+            OSError, RuntimeError: it could not be written.
+        """
+        if dist.get_rank() == 0:
+            folder.mkdir()
+            parts = {name: part.state_dict() for name, part in self._parts().items()}
+            torch.save(parts, folder / _STATE)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on all ranks, whether there are as many as then or not.
+
+        Raises:
+            CheckpointError: the checkpoint is of another kind.
+        """
+        if not (folder / _STATE).is_file():
+            raise CheckpointError(
+                f"{folder}: holds no {_STATE}; the version of this program that wrote it can "
+                "continue the run, this one cannot"
+            )
+        state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self._optimizer, "schedule": self._schedule}
 
 
-def build_engine(config: PretrainConfig, model: nn.Module, world_size: int) -> Engine:
-    """Wrap a model that is on its device already.
+def needs_deepspeed(config: PretrainConfig, world_size: int) -> bool:
+    """Whether gradients are summed over processes, weights are sharded, or losses are scaled."""
+    return world_size > 1 or config.zero_stage > 0 or config.precision == "fp16"
+
+
+def check_engine(config: PretrainConfig, world_size: int, device: torch.device) -> None:
+    """See whether there is an engine for a run, before anything is prepared for it.
 
     Raises:
-        UsageError: for what `engine_config` refuses, or fp16 without a GPU.
+        UsageError: for what `engine_config` refuses, fp16 without a GPU, or a want of DeepSpeed.
     """
-    device = next(model.parameters()).device
+    engine_config(config, world_size)
     if config.precision == "fp16" and device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU, expected fp32 or bf16 on a CPU")
-    # torch 2.13 warns about the collectives that ZeRO calls, once a call and rank
-    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=device.type == "cuda" or None,
-    )
-    schedule: Any = LambdaLR(optimizer, learning_rate_factor(config))
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        config=engine_config(config, world_size),
-        dist_init_required=False,
-    )
-    engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
-    return engine
+    if needs_deepspeed(config, world_size) and importlib.util.find_spec("deepspeed") is None:
+        raise UsageError(
+            "several processes, --zero-stage 1 and 2, and --precision fp16 need DeepSpeed, which "
+            "is not installed; install deepspeed, or run one process"
+        )
 
 
-def model_of(engine: Engine) -> PoNetForPreTraining:
-    """The model inside an engine."""
-    assert isinstance(engine.module, PoNetForPreTraining)
-    return engine.module
+def build_engine(config: PretrainConfig, model: PoNetForPreTraining, world_size: int) -> Engine:
+    """The engine of a model that is on its device already."""
+    if not needs_deepspeed(config, world_size):
+        return Engine(config, model)
+    from pretrain.deepspeed_engine import DeepSpeed
 
-
-def device_of(engine: Engine) -> torch.device:
-    """Where an engine computes."""
-    return next(model_of(engine).parameters()).device
-
-
-def gradient_norm(engine: Engine) -> float | None:
-    """Norm of the gradients of this step before clipping; call between backward and step.
-
-    ZeRO knows it only after the step, so there it is that of the step before, or None.
-    """
-    if engine.zero_optimization_stage() == 0 and not engine.fp16_enabled():
-        gradients = [p.grad for p in model_of(engine).parameters() if p.grad is not None]
-        return float(nn.utils.get_total_norm(gradients))
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+    return DeepSpeed(config, model, world_size)

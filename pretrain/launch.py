@@ -1,6 +1,5 @@
 """Starting a rank under `deepspeed`, `torchrun` or plain `python`, and its last word on stdout."""
 
-import logging
 import os
 import select
 import socket
@@ -9,11 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
-import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger as deepspeed_logger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +43,6 @@ def rendezvous_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     missing = {name: value for name, value in alone.items() if name not in environment}
-    # DeepSpeed would look for MPI if any of the five were unset
     if "MASTER_PORT" not in environment:
         missing["MASTER_PORT"] = str(_free_port())
     return missing
@@ -57,16 +53,15 @@ def start() -> Launch:
     os.environ.update(rendezvous_variables(os.environ))
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
-    _quieten()
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        _skip_compiled_collectives()
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
     patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     assert isinstance(patient_group, dist.ProcessGroup)
     return Launch(
@@ -76,22 +71,6 @@ def start() -> Launch:
         device=device,
         patient_group=patient_group,
     )
-
-
-def _quieten() -> None:
-    # stdout is for the result; warnings of the engine belong with what a person reads
-    for handler in deepspeed_logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
-    deepspeed_logger.setLevel(logging.ERROR)
-
-
-def _skip_compiled_collectives() -> None:
-    # on CPU DeepSpeed compiles a shared-memory all-reduce at the first start, half a minute with a
-    # compiler and a failure without one; gloo does the same work
-    registry = getattr(deepspeed.ops, "__compatible_ops__", None)
-    if registry is not None:
-        registry["deepspeed_shm_comm"] = False
 
 
 def finish() -> None:

@@ -267,7 +267,8 @@ def draw_batch(
 
     Returns:
         `input_ids` `int64` `[T]`: `[CLS] A [SEP] B [SEP]` of all examples.
-        `labels` `int64` `[T]`: the original id at selected positions, -100 elsewhere.
+        `label_positions` `int64` `[M]`: offsets of the selected tokens, ascending.
+        `labels` `int64` `[M]`: their original ids.
         `token_type_ids` `int64` `[T]`: 0 for `[CLS] A [SEP]`, 1 for `B [SEP]`.
         `segment_ids` `int32` `[T]`: within each example [CLS] is 0, then each sentence (or piece
         of one) and each [SEP] counts one up.
@@ -298,10 +299,11 @@ def draw_batch(
 
     part_lengths = np.diff(_interleave(cu_seqlens[:-1], separator + 1), append=num_tokens)
     position_ids = offsets - np.repeat(cu_seqlens[:-1], plan.length)
-    labels = _mask_tokens(input_ids, position_ids, plan, settings)
+    selected, originals = _mask_tokens(input_ids, position_ids, plan, settings)
     return {
         "input_ids": input_ids,
-        "labels": labels,
+        "label_positions": selected,
+        "labels": originals,
         "token_type_ids": np.repeat(np.tile([0, 1], len(plan)), part_lengths),
         "segment_ids": _segment_ids(corpus, plan, shift, cu_seqlens, separator),
         "position_ids": position_ids,
@@ -498,7 +500,7 @@ def _segment_ids(
 
 def _mask_tokens(
     input_ids: np.ndarray, position_ids: np.ndarray, plan: ExamplePlan, settings: ExampleSettings
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Mask `input_ids` in place for MLM.
 
     Args:
@@ -508,7 +510,7 @@ def _mask_tokens(
         settings: Probabilities and ids.
 
     Returns:
-        Labels, `int64` `[T]`.
+        The selected offsets, ascending, and the ids they held, `int64` `[M]` each.
     """
     is_ordinary, ordinary_ids = _ordinary_tokens(settings.vocab_size, settings.special_ids)
     stream = _draw_bits(plan.key, _Draw.MASKING)
@@ -519,8 +521,7 @@ def _mask_tokens(
     selected = np.flatnonzero(bits < min(int(settings.mask_probability * 2.0**64), _WORD))
     selected = selected[is_ordinary[input_ids[selected]]]
 
-    labels = np.full(len(input_ids), IGNORED_LABEL)
-    labels[selected] = input_ids[selected]
+    originals = input_ids[selected]
     # the bits above are small numbers where a token was selected: mix them anew
     action_bits = _scramble(bits[selected] + _GOLDEN)
     action = _to_uniform(action_bits)
@@ -528,7 +529,7 @@ def _mask_tokens(
     is_random = (action >= _MASK_SHARE) & (action < _MASK_SHARE + _RANDOM_SHARE)
     draw = _to_uniform(_scramble(action_bits[is_random] + _GOLDEN))
     input_ids[selected[is_random]] = ordinary_ids[(draw * len(ordinary_ids)).astype(np.int64)]
-    return labels
+    return selected, originals
 
 
 @lru_cache(maxsize=8)

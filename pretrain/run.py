@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +28,22 @@ from ponet.measure import (
     matmul_rate,
     peak_memory_mib,
     source_commit,
-    synchronise,
     training_flops,
 )
-from ponet.model import IGNORED_LABEL
 from ponet.tokenizer import SpecialTokens, save_tokenizer
-from pretrain.batches import MicroBatchSampler, evaluation_batches, make_loader
+from ponet.training import TrainingError
+from pretrain.batches import Batch, MicroBatchSampler, evaluation_batches, make_loader
 from pretrain.checkpoints import CheckpointStore, Progress
 from pretrain.corpus import Corpus
-from pretrain.engine import (
-    VERSION,
-    Engine,
-    build_engine,
-    device_of,
-    engine_config,
-    model_of,
-)
+from pretrain.engine import Engine, build_engine, check_engine, needs_deepspeed
 from pretrain.launch import Launch, finish, print_last, start
 from pretrain.prepare import check_unchanged, describe, example_settings, prepare
 from pretrain.settings import PretrainConfig, as_yaml, parse
 from pretrain.trainer import (
     StepResult,
     Stopwatch,
-    Sums,
-    TrainingError,
-    add_ranks,
+    Tally,
     evaluate,
-    no_sums,
     train_step,
 )
 
@@ -95,7 +85,7 @@ def record_run(
         "processes": launch.world_size,
         "device": str(launch.device),
         "torch": torch.__version__,
-        "deepspeed": VERSION,
+        "deepspeed": version("deepspeed") if needs_deepspeed(config, launch.world_size) else None,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     write_json(folder / "run.json", record)
@@ -103,13 +93,20 @@ def record_run(
     write_text(folder / "config.yaml", text)
 
 
-def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> PoNetForPreTraining:
+def build_model(
+    config: PretrainConfig, tokenizer: Tokenizer, device: torch.device
+) -> PoNetForPreTraining:
     """A freshly initialised model, the same on all ranks."""
     special = SpecialTokens.from_tokenizer(tokenizer)
     torch.manual_seed(config.seed)
-    return PoNetForPreTraining(
+    model = PoNetForPreTraining(
         config.model_config(tokenizer.get_vocab_size(), special.pad, special.cls, special.sep)
-    )
+    ).to(device)
+    encoder = model.ponet.encoder
+    encoder.half_residual = config.precision == "bf16-residual"
+    if device.type == "cuda" if config.compile is None else config.compile:
+        encoder.compile_layers()
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +115,7 @@ class Data:
 
     train: MicroBatchSampler
     """Training micro-batches of this rank, from where the run stands."""
-    evaluation: list[dict[str, Any]]
+    evaluation: list[Batch]
     """Evaluation micro-batches of this rank."""
     baselines: dict[str, float]
     """Accuracy of always answering the commonest token and the commonest class."""
@@ -174,7 +171,7 @@ def build_data(
     )
 
 
-def baselines(corpus: Corpus, batches: list[dict[str, Any]]) -> dict[str, float]:
+def baselines(corpus: Corpus, batches: list[Batch]) -> dict[str, float]:
     """Held-out accuracy of the answers that need no model.
 
     Returns:
@@ -182,10 +179,10 @@ def baselines(corpus: Corpus, batches: list[dict[str, Any]]) -> dict[str, float]
         `sso_baseline`: share of the commonest class, absent without a sentence objective.
     """
     commonest = int(corpus.token_frequencies().argmax())
-    labels = torch.cat([batch["labels"] for batch in batches])
-    labels = labels[labels != IGNORED_LABEL]
+    inputs = [batch.inputs.to(torch.device("cpu")) for batch in batches]
+    labels = torch.cat([tensors["labels"] for tensors in inputs])
     shares = {"mlm_baseline": float((labels == commonest).double().mean())}
-    classes = torch.cat([batch["sso_labels"] for batch in batches])
+    classes = torch.cat([tensors["sso_labels"] for tensors in inputs])
     # "mlm" labels no sentences
     if (classes >= 0).all():
         shares["sso_baseline"] = float(classes.bincount().max() / len(classes))
@@ -202,38 +199,45 @@ class Reporter:
         writer: MetricsWriter,
         peak_rate: float,
         world_size: int,
-        seconds: float,
+        progress: Progress,
     ) -> None:
         self._config = config
         self._engine = engine
-        self._device = device_of(engine)
         self._writer = writer
         self._peak_rate = peak_rate * world_size
-        self._begin(seconds)
+        self._begin(progress.step, progress.seconds)
 
-    def _begin(self, seconds: float) -> None:
-        """Begin an interval at this reading of the stopwatch."""
-        self._seconds, self._steps = seconds, 0
-        self._total = no_sums(self._device)
+    def _begin(self, step: int, seconds: float) -> None:
+        """Begin an interval after a step, at this reading of the stopwatch."""
+        self._step, self._seconds = step, seconds
+        self.tally = Tally(self._engine.device)
+        """For the steps of the interval."""
 
-    def add(self, sums: torch.Tensor) -> None:
-        """Take the sums of one step."""
-        self._total += sums
-        self._steps += 1
+    def report(self, step: int, result: StepResult, stopwatch: Stopwatch) -> int:
+        """Log the interval, on all ranks because they add up their sums, then begin another.
 
-    def report(self, step: int, result: StepResult, stopwatch: Stopwatch) -> None:
-        """Log the interval, on all ranks because they add up their sums, then begin another."""
-        synchronise(self._device)
+        Returns:
+            Tokens of the interval.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        sums = self.tally.read()
         now = stopwatch.seconds()
-        sums = add_ranks(self._total)
-        values = sums.metrics() | {
-            "learning_rate": self._engine.get_lr()[0],
-            **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
-            **self._speed(sums, now - self._seconds),
-            "peak_memory_mib": peak_memory_mib(self._device),
+        steps, seconds = step - self._step, now - self._seconds
+        where = f"step {step}" if steps == 1 else f"steps {self._step + 1} to {step}"
+        flops = training_flops(self._engine.model.config, int(sums.tokens), int(sums.masked))
+        values = sums.metrics(where) | {
+            "learning_rate": self._engine.learning_rate,
+            **({} if result.grad_norm is None else {"grad_norm": float(result.grad_norm)}),
+            "step_ms": seconds / steps * 1e3,
+            "tokens_per_second": sums.tokens / seconds,
+            # executed operations over what a plain matrix product reaches on this device
+            "flops_utilisation": flops / seconds / self._peak_rate,
+            "peak_memory_mib": peak_memory_mib(self._engine.device),
         }
         self._writer.write("train", step, values)
-        remaining = (self._config.steps - step) * (now - self._seconds) / self._steps
+        remaining = (self._config.steps - step) * seconds / steps
         logger.info(
             "step %d/%d | loss %.3f mlm %.3f sso %.3f | lr %.1e | %.0f ms | %.1fk tok/s | "
             "%s MiB | eta %s",
@@ -248,16 +252,8 @@ class Reporter:
             f"{values['peak_memory_mib']:,.0f}",
             f"{remaining / 60:.0f}m" if remaining >= 60 else f"{remaining:.0f}s",
         )
-        self._begin(now)
-
-    def _speed(self, sums: Sums, seconds: float) -> dict[str, float]:
-        flops = training_flops(model_of(self._engine).config, int(sums.tokens), int(sums.masked))
-        return {
-            "step_ms": seconds / self._steps * 1e3,
-            "tokens_per_second": sums.tokens / seconds,
-            # executed operations over what a plain matrix product reaches on this device
-            "flops_utilisation": flops / seconds / self._peak_rate,
-        }
+        self._begin(step, now)
+        return int(sums.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,40 +282,39 @@ def train(
         CheckpointError: a checkpoint cannot be written.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    peak_rate = matmul_rate(launch.device, dtype[config.precision])
-    reporter = Reporter(config, engine, writer, peak_rate, launch.world_size, progress.seconds)
+    peak_rate = matmul_rate(launch.device, dtype[config.arithmetic])
+    reporter = Reporter(config, engine, writer, peak_rate, launch.world_size, progress)
     on_gpu = launch.device.type == "cuda"
     loader = iter(make_loader(data.train, num_workers=config.num_workers, pin_memory=on_gpu))
     evaluation: dict[str, float] = {}
     stopwatch = Stopwatch(progress.seconds)
-    trained = no_sums(launch.device)
+    tokens = progress.tokens
     bar = progress_bar(progress.step, config.steps, shown=launch.rank == 0)
     for step in range(progress.step + 1, config.steps + 1):
-        logs = step % config.log_every == 0 or step == config.steps
-        result = train_step(engine, loader, seed=config.seed, want_norm=logs)
-        reporter.add(result.sums)
-        trained += result.sums
+        saves = step % config.eval_every == 0 or step == config.steps
+        # a report finds out whether losses are finite: there is one before every checkpoint
+        logs = step % config.log_every == 0 or saves
+        result = train_step(engine, loader, reporter.tally, seed=config.seed, want_norm=logs)
         bar.update()
         if logs:
-            reporter.report(step, result, stopwatch)
-        if step % config.eval_every and step != config.steps:
+            tokens += reporter.report(step, result, stopwatch)
+        if not saves:
             continue
         stopwatch.pause()
-        evaluation = evaluate(engine, data.evaluation)
+        evaluation = evaluate(engine, data.evaluation, step)
         report_evaluation(step, evaluation, data.baselines, writer)
         progress = Progress(
             step=step,
             epoch=result.epoch,
             epoch_step=result.epoch_step + 1,
-            tokens=progress.tokens + int(add_ranks(trained).tokens),
+            tokens=tokens,
             seconds=stopwatch.seconds(),
         )
-        trained.zero_()
         store.save(engine, progress, evaluation["loss"])
         stopwatch.resume()
     bar.close()
     if not evaluation:
-        evaluation = evaluate(engine, data.evaluation)
+        evaluation = evaluate(engine, data.evaluation, progress.step)
     return Outcome(progress=progress, evaluation=evaluation)
 
 
@@ -348,7 +343,7 @@ def export(
 ) -> Path:
     """Write the model folder that `from_pretrained` loads."""
     target = folder / "model"
-    model_of(engine).save_pretrained(target)
+    engine.model.save_pretrained(target)
     save_tokenizer(tokenizer, target, max_length=config.seq_len)
     return target
 
@@ -360,13 +355,13 @@ def pretrain(config: PretrainConfig, preset: str, launch: Launch, began: float) 
         The results, the same on all ranks.
     """
     # contradictions first: they should not wait for the data
-    engine_config(config, launch.world_size)
+    check_engine(config, launch.world_size, launch.device)
     folder = run_folder(config, preset, launch)
     resumed = folder if config.resume else None
     tokenizer, corpus = prepare(config, launch, resumed)
     if resumed:
         check_unchanged(corpus, json.loads((folder / "run.json").read_text()), folder)
-    model = build_model(config, tokenizer).to(launch.device)
+    model = build_model(config, tokenizer, launch.device)
     engine = build_engine(config, model, launch.world_size)
     store = CheckpointStore(
         folder / "checkpoints",

@@ -94,8 +94,11 @@ class PretrainConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: never."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic: fp32, bf16 autocast with fp32 weights, or fp16 with loss scaling (GPU only)."""
+    precision: Literal["fp32", "bf16", "bf16-residual", "fp16"] = "fp32"
+    """Arithmetic: fp32; bf16 autocast with fp32 weights; the same with the residual stream in bf16
+    too, LayerNorm statistics in fp32; or fp16 with loss scaling (GPU only)."""
+    compile: bool | None = None
+    """Compile encoder layers; None: on a GPU."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage, 0 to 2."""
     deepspeed_config: str = str(_DEEPSPEED_FILE)
@@ -147,6 +150,11 @@ class PretrainConfig:
     def micro_batches_per_step(self) -> int:
         """Micro-batches of a global batch, over all processes and accumulation steps."""
         return self.batch_tokens // self.micro_batch_tokens
+
+    @property
+    def arithmetic(self) -> str:
+        """Of autocast: fp32, bf16 or fp16."""
+        return self.precision.removesuffix("-residual")
 
     def model_config(self, vocab_size: int, pad: int, cls: int, sep: int) -> PoNetConfig:
         """The model for a vocabulary with these special tokens."""

@@ -5,56 +5,45 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ponet.model import IGNORED_LABEL, PreTrainingOutput
-from pretrain.engine import Engine, device_of, gradient_norm
-
-_INPUTS = (
-    "input_ids",
-    "token_type_ids",
-    "segment_ids",
-    "position_ids",
-    "labels",
-    "sso_labels",
-    "cu_seqlens",
-)
+from ponet.model import PreTrainingOutput
+from ponet.training import TrainingError
+from pretrain.batches import Batch
+from pretrain.engine import Engine
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on: the message says where it stopped and on what."""
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Sums:
     """Sums over examples from which losses and accuracies follow."""
 
-    mlm_loss: float = 0.0
+    mlm_loss: float
     """Cross-entropy summed over masked tokens."""
-    mlm_correct: float = 0.0
+    mlm_correct: float
     """Masked tokens whose likeliest prediction is right."""
-    masked: float = 0.0
-    """Masked tokens."""
-    sso_loss: float = 0.0
+    sso_loss: float
     """Cross-entropy summed over sequences."""
-    sso_correct: float = 0.0
+    sso_correct: float
     """Sequences whose likeliest class is right."""
-    sequences: float = 0.0
-    """Sequences."""
-    tokens: float = 0.0
+    tokens: float
     """Tokens, special ones included."""
+    masked: float
+    """Masked tokens."""
+    sequences: float
+    """Sequences with a sentence label."""
 
-    def add(self, values: Tensor) -> None:
-        """Add a vector in the order of the fields."""
-        for field, value in zip(fields(self), values.tolist(), strict=True):
-            setattr(self, field.name, getattr(self, field.name) + value)
+    def metrics(self, where: str) -> dict[str, float]:
+        """Means: losses in nats, accuracies as shares.
 
-    def metrics(self) -> dict[str, float]:
-        """Means: losses in nats, accuracies as shares."""
+        Args:
+            where: what was summed, for the error.
+
+        Raises:
+            TrainingError: the loss is not a finite number.
+        """
         means = {
             "mlm_loss": self.mlm_loss / max(self.masked, 1),
             "mlm_accuracy": self.mlm_correct / max(self.masked, 1),
@@ -62,52 +51,63 @@ class Sums:
         if self.sequences:
             means["sso_loss"] = self.sso_loss / self.sequences
             means["sso_accuracy"] = self.sso_correct / self.sequences
-        return {"loss": means["mlm_loss"] + means.get("sso_loss", 0.0), **means}
+        loss = means["mlm_loss"] + means.get("sso_loss", 0.0)
+        if not math.isfinite(loss):
+            parts = ", ".join(f"{n[:3]} {x:.4g}" for n, x in means.items() if n.endswith("loss"))
+            raise TrainingError(
+                f"loss is {loss} in {where} ({parts}); lower --learning-rate or --max-grad-norm, "
+                "or raise --warmup-steps, and --resume from the last checkpoint"
+            )
+        return {"loss": loss, **means}
 
 
-def no_sums(device: torch.device) -> Tensor:
-    """Sums of nothing: `[7]` float64, in the order of `Sums`."""
-    return torch.zeros(len(fields(Sums)), dtype=torch.float64, device=device)
+class Tally:
+    """Adds up micro-batches without waiting: losses on the device, counts on the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        # in the order of the fields of `Sums`
+        self._measured = torch.zeros(4, dtype=torch.float64, device=device)
+        self._counts = [0, 0, 0]
+
+    @torch.no_grad()
+    def add(self, output: PreTrainingOutput, labels: dict[str, Tensor], batch: Batch) -> None:
+        """Add a micro-batch.
+
+        Args:
+            output: of the model.
+            labels: those on the device, `labels` `[M]` and `sso_labels` `[B]`.
+            batch: the micro-batch.
+        """
+        assert output.mlm_loss is not None
+        mlm_correct = (output.mlm_logits.argmax(dim=-1) == labels["labels"]).sum()
+        sums = [output.mlm_loss.detach() * batch.masked, mlm_correct]
+        if output.sso_loss is not None and output.sso_logits is not None:
+            sso_correct = (output.sso_logits.argmax(dim=-1) == labels["sso_labels"]).sum()
+            sums += [output.sso_loss.detach() * batch.sequences, sso_correct]
+        self._measured[: len(sums)].add_(torch.stack([value.double() for value in sums]))
+        counts = (batch.tokens, batch.masked, batch.sequences)
+        self._counts = [a + b for a, b in zip(self._counts, counts, strict=True)]
+
+    def read(self) -> Sums:
+        """The sums over all ranks; waits for the device."""
+        total = torch.cat([self._measured, self._measured.new_tensor(self._counts)])
+        dist.all_reduce(total)
+        names = (field.name for field in fields(Sums))
+        return Sums(**dict(zip(names, total.tolist(), strict=True)))
 
 
-@torch.no_grad()
-def _measure(output: PreTrainingOutput, inputs: dict[str, Tensor]) -> Tensor:
-    labels = inputs["labels"]
-    targets = labels[labels != IGNORED_LABEL]
-    assert output.mlm_loss is not None
-    correct = (output.mlm_logits.argmax(dim=-1) == targets).sum()
-    sums = [output.mlm_loss.detach() * len(targets), correct, targets.new_tensor(len(targets))]
-    if output.sso_loss is not None and output.sso_logits is not None:
-        answers = inputs["sso_labels"]
-        sums += [
-            output.sso_loss.detach() * len(answers),
-            (output.sso_logits.argmax(dim=-1) == answers).sum(),
-            answers.new_tensor(len(answers)),
-        ]
-    else:
-        sums += [targets.new_tensor(0)] * 3
-    sums.append(targets.new_tensor(len(labels)))
-    return torch.stack([value.double() for value in sums])
-
-
-def _inputs(batch: dict[str, Any], device: torch.device) -> dict[str, Tensor]:
-    return {name: batch[name].to(device, non_blocking=True) for name in _INPUTS if name in batch}
-
-
-def dropout_seed(seed: int, batch: dict[str, Any]) -> int:
+def dropout_seed(seed: int, batch: Batch) -> int:
     """Seed of the dropout of a micro-batch: the same wherever and whenever it is computed."""
     # distinct odd multipliers keep the three counters from cancelling out
-    mixed = seed * 0x9E3779B97F4A7C15 + batch["epoch"] * 0xC2B2AE3D27D4EB4F
-    return (mixed + batch["step"] * 0x165667B19E3779F9 + batch["slot"] * 0x27D4EB2F165667C5) % 2**63
+    mixed = seed * 0x9E3779B97F4A7C15 + batch.epoch * 0xC2B2AE3D27D4EB4F
+    return (mixed + batch.step * 0x165667B19E3779F9 + batch.slot * 0x27D4EB2F165667C5) % 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did on this rank."""
+    """What a step did; nothing of it is read from the device."""
 
-    sums: Tensor
-    """`[7]` float64, in the order of `Sums`."""
-    grad_norm: float | None
+    grad_norm: Tensor | None
     """Norm of the gradient before clipping, when asked for."""
     epoch: int
     """Pass over the documents."""
@@ -116,65 +116,47 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine,
-    batches: Iterator[dict[str, Any]],
-    *,
-    seed: int,
-    want_norm: bool,
+    engine: Engine, batches: Iterator[Batch], tally: Tally, *, seed: int, want_norm: bool
 ) -> StepResult:
     """Accumulate this rank's micro-batches of a global batch and update the weights.
 
-    Raises:
-        TrainingError: a loss is not a finite number.
+    Args:
+        engine: trains the model.
+        batches: of this rank.
+        tally: takes their sums.
+        seed: of the run.
+        want_norm: of the gradient.
     """
-    total = no_sums(device_of(engine))
     norm = None
-    parts = list(islice(batches, engine.gradient_accumulation_steps()))
-    for batch in parts:
-        total += _backward(engine, batch, seed)
-        if want_norm and batch is parts[-1]:
-            norm = gradient_norm(engine)
-        engine.step()
+    parts = list(islice(batches, engine.accumulation_steps))
     last = parts[-1]
-    return StepResult(sums=total, grad_norm=norm, epoch=last["epoch"], epoch_step=last["step"])
-
-
-def _backward(engine: Engine, batch: dict[str, Any], seed: int) -> Tensor:
-    inputs = _inputs(batch, device_of(engine))
-    torch.manual_seed(dropout_seed(seed, batch))
-    output = engine(**inputs)
-    # read once: it waits for the device
-    loss = float(output.loss.detach())
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"loss is {loss} in step {batch['step']} of epoch "
-            f"{batch['epoch']}, micro-batch {batch['slot']} (mlm "
-            f"{float(output.mlm_loss.detach()):.4g}); lower --learning-rate or --max-grad-norm, or "
-            "raise --warmup-steps, and --resume from the last checkpoint"
-        )
-    engine.backward(output.loss)
-    return _measure(output, inputs)
+    for batch in parts:
+        inputs = batch.inputs.to(engine.device)
+        torch.manual_seed(dropout_seed(seed, batch))
+        output = engine.forward(inputs)
+        tally.add(output, inputs, batch)
+        assert output.loss is not None
+        engine.backward(output.loss)
+        if want_norm and batch is last:
+            norm = engine.grad_norm()
+        engine.end_micro_batch(last=batch is last)
+    return StepResult(grad_norm=norm, epoch=last.epoch, epoch_step=last.step)
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Losses and accuracies over the evaluation batches of all ranks."""
-    total = no_sums(device_of(engine))
-    engine.eval()
+def evaluate(engine: Engine, batches: Iterable[Batch], step: int) -> dict[str, float]:
+    """Losses and accuracies after a step, over the evaluation batches of all ranks.
+
+    Raises:
+        TrainingError: the loss is not a finite number.
+    """
+    tally = Tally(engine.device)
+    engine.model.eval()
     for batch in batches:
-        inputs = _inputs(batch, device_of(engine))
-        total += _measure(engine(**inputs), inputs)
-    engine.train()
-    return add_ranks(total).metrics()
-
-
-def add_ranks(total: Tensor) -> Sums:
-    """Add up the sums of all ranks."""
-    total = total.clone()
-    dist.all_reduce(total)
-    sums = Sums()
-    sums.add(total)
-    return sums
+        inputs = batch.inputs.to(engine.device)
+        tally.add(engine.forward(inputs), inputs, batch)
+    engine.model.train()
+    return tally.read().metrics(f"the evaluation after step {step}")
 
 
 class Stopwatch:

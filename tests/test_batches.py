@@ -1,6 +1,7 @@
 """Packing and the stream of micro-batches: budgets, coverage, ranks, workers and resuming."""
 
 import pickle
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data._utils.pin_memory import pin_memory
 
+from ponet import PoNetConfig
+from ponet.batch import HostBatch
+from ponet.packing import layout_for, stream_of_packed
 from pretrain.batches import (
     LOOK_AHEAD,
+    Batch,
     EpochBatches,
     MicroBatchSampler,
     PackedDataset,
@@ -20,7 +26,7 @@ from pretrain.batches import (
     make_loader,
     pack_bins,
 )
-from pretrain.objectives import ExampleSettings, plan_epoch
+from pretrain.objectives import ExampleSettings, draw_batch, plan_epoch
 
 SETTINGS = ExampleSettings(
     seq_len=64, vocab_size=1000, cls_id=1, sep_id=2, mask_id=3, special_ids=(0, 1, 2, 3)
@@ -53,19 +59,30 @@ def stream(count: int, **changes) -> list[tuple]:
     return [(epoch, step, slot, plan.key.tolist()) for epoch, step, slot, plan in items]
 
 
-def loaded(count: int, num_workers: int, **changes) -> list[dict]:
+def loaded(count: int, num_workers: int, **changes) -> list[Batch]:
     return list(islice(make_loader(make_sampler(**changes), num_workers=num_workers), count))
 
 
-def assert_same_batches(first: list[dict], second: list[dict]) -> None:
+def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
+    inputs = batch.inputs.to(torch.device("cpu"))
+    return inputs | inputs.pop("layout").tensors()
+
+
+def numbers_of(batch: Batch) -> tuple:
+    """All that is no tensor, the bounds of the layout among it."""
+    layout = batch.inputs.to(torch.device("cpu"))["layout"]
+    empty = layout.with_tensors(dict.fromkeys(layout.tensors()))
+    return (empty, *(value for value in vars(batch).values() if isinstance(value, int)))
+
+
+def assert_same_batches(first: list[Batch], second: list[Batch]) -> None:
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, other[name]), name
-            else:
-                assert value == other[name], name
+        assert numbers_of(one) == numbers_of(other)
+        tensors = tensors_of(other)
+        assert tensors_of(one).keys() == tensors.keys()
+        for name, value in tensors_of(one).items():
+            assert torch.equal(value, tensors[name]), name
 
 
 @settings(max_examples=200, deadline=None)
@@ -206,9 +223,42 @@ def test_loader_leaves_the_default_generator_alone() -> None:
 
 def test_batch_fits_its_budget_and_names_its_place() -> None:
     for number, batch in enumerate(loaded(9, 0)):
-        assert (batch["epoch"], batch["step"], batch["slot"]) == (0, number // 4, number % 4)
-        assert batch["cu_seqlens"][-1] == len(batch["input_ids"]) <= 512
-        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+        tensors = tensors_of(batch)
+        assert (batch.epoch, batch.step, batch.slot) == (0, number // 4, number % 4)
+        assert tensors["cu_seqlens"][-1] == len(tensors["input_ids"]) == batch.tokens <= 512
+        assert tensors["input_ids"].dtype == tensors["labels"].dtype == torch.int64
+        assert len(tensors["labels"]) == len(tensors["label_positions"]) == batch.masked
+        assert len(tensors["sso_labels"]) == batch.sequences
+
+
+@pytest.mark.parametrize("objective", ["mlm+sso", "mlm"])
+def test_layout_and_masked_places_are_what_the_model_would_find(objective) -> None:
+    config = replace(SETTINGS, objective=objective)
+    sampler = MicroBatchSampler(
+        CORPUS, DOCUMENTS, config, seed=3, micro_batch_tokens=512, micro_batches_per_step=4
+    )
+    for item in islice(sampler, 5):
+        batch = PackedDataset(CORPUS, config)[item]
+        arrays = draw_batch(CORPUS, item[3], config)
+        drawn = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        stream = stream_of_packed(drawn["input_ids"], drawn["cu_seqlens"])
+        model = PoNetConfig(cls_token_id=config.cls_id, sep_token_id=config.sep_id)
+        expected = layout_for(model, stream, drawn["input_ids"], drawn["segment_ids"])
+        layout = batch.inputs.to(torch.device("cpu"))["layout"]
+        for name, value in expected.tensors().items():
+            assert torch.equal(layout.tensors()[name], value), name
+        assert layout.max_seqlen == expected.max_seqlen
+        assert layout.max_segment_len == expected.max_segment_len
+        assert (layout.rows.num_rows, layout.rows.length) == (len(item[3]), expected.max_seqlen)
+        assert batch.sequences == (0 if objective == "mlm" else len(item[3]))
+
+
+def test_the_loader_pins_a_batch_as_one_block(monkeypatch) -> None:
+    pinned = []
+    monkeypatch.setattr(HostBatch, "pin_memory", lambda self: pinned.append(self) or self)
+    (batch,) = loaded(1, 0)
+    assert pin_memory(batch) is batch
+    assert pinned == [batch.inputs]
 
 
 def test_evaluation_set_is_fixed() -> None:
@@ -219,7 +269,7 @@ def test_evaluation_set_is_fixed() -> None:
     assert_same_batches(first, again)
     everything = evaluation_batches(CORPUS, DOCUMENTS[:4], SETTINGS, max_batches=9999, **options)
     assert_same_batches(first, everything[:3])
-    examples = sum(len(batch["sso_labels"]) for batch in everything)
+    examples = sum(batch.sequences for batch in everything)
     assert examples == len(plan_epoch(CORPUS, DOCUMENTS[:4], SETTINGS, 9, 0))
 
 

@@ -20,6 +20,7 @@ from glue.readers import label_names, read_hub, read_table
 from glue.rows import DataError, Rows
 from glue.sources import OwnFiles, cut, load_own, load_task
 from glue.tasks import NINE_COLUMNS, TASKS, Segments, Table
+from ponet import PoNetConfig
 from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -386,15 +387,20 @@ class TestEncoding:
 
     def test_batch(self, tokenizer):
         encoder = RowEncoder(tokenizer, max_length=20, segments="sentences")
-        encoded = encoder.encode(rows(["a", "a b. c", ""], ["b", "d", "e"], labels=[4, 5, 6]))
-        batch = collect(encoded, np.array([2, 0]), torch.device("cpu"))
-        assert batch.input_ids.tolist() == [2, 3, 9, 3, 2, 5, 3, 6, 3]
-        assert batch.cu_seqlens.tolist() == [0, 4, 9]
-        assert batch.token_type_ids.tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1]
-        assert batch.segment_ids is not None
-        assert batch.segment_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4]
-        assert batch.labels is not None
-        assert batch.labels.tolist() == [6, 4]
+        texts = (["a", "One two. Three", ""], ["b", "d", "e"])
+        encoded = encoder.encode(rows(*texts, labels=[4, 5, 6]))
+        config = PoNetConfig(cls_token_id=2, sep_token_id=3)
+        batch = collect(encoded, np.array([2, 0]), config).to(torch.device("cpu"))
+        assert batch["input_ids"].tolist() == [2, 3, 9, 3, 2, 5, 3, 6, 3]
+        assert batch["layout"].cu_seqlens.tolist() == [0, 4, 9]
+        assert batch["token_type_ids"].tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1]
+        # every token is a segment of its own
+        assert batch["layout"].cu_segments.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+        assert batch["labels"].tolist() == [6, 4]
+        two_sentences = collect(encoded, np.array([1]), config.replace(type_vocab_size=1))
+        batch = two_sentences.to(torch.device("cpu"))
+        assert batch.keys() == {"input_ids", "labels", "layout"}
+        assert batch["layout"].cu_segments.tolist() == [0, 1, 4, 5, 6, 7, 8]
 
 
 class TestBatches:

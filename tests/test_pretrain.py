@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from ponet import PoNetForMaskedLM, PoNetForPreTraining
+from ponet.checkpoint import CheckpointError
 from ponet.cli import UsageError
-from pretrain.engine import engine_config, learning_rate_factor, read_engine_file
+from pretrain.engine import Engine, engine_config, learning_rate_factor, read_engine_file
 from pretrain.settings import PRESETS, PretrainConfig, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,6 +158,44 @@ def test_two_processes_under_the_deepspeed_launcher(workplace, whole_run):
     assert result["tokens"] == result_of(whole_run[1])["tokens"]
 
 
+def test_deepspeed_alone_has_the_same_bits_and_continues_a_run_without_it(workplace, whole_run):
+    """As it is where one process uses no feature of DeepSpeed, and where it does."""
+    folder = workplace / "continued"
+    shutil.copytree(whole_run[0], folder)
+    for late in ("checkpoints/step-00000012", "model"):
+        shutil.rmtree(folder / late)
+    assert not (folder / "checkpoints" / "step-00000012").exists()
+    with_deepspeed = (
+        "import sys, pretrain.engine\n"
+        "pretrain.engine.needs_deepspeed = lambda *_: True\n"
+        "import pretrain.run\n"
+        "pretrain.run.main()\n"
+        "assert 'deepspeed' in sys.modules\n"
+    )
+    result_of(run([sys.executable, "-c", with_deepspeed, f"--resume={folder}"]))
+    assert metrics_of(folder) == metrics_of(whole_run[0])
+    expected = load_file(whole_run[0] / "model" / "model.safetensors")
+    for name, tensor in load_file(folder / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# None hides a module from `import` and from `find_spec`
+WITHOUT_DEEPSPEED = (
+    "import sys\nsys.modules['deepspeed'] = None\nimport pretrain.run\npretrain.run.main()\n"
+)
+
+
+def test_deepspeed_need_not_be_installed_for_one_process(workplace, whole_run):
+    arguments = command(workplace, f"--output-dir={workplace / 'without'}", "--steps=4")[2:]
+    done = run([sys.executable, "-c", WITHOUT_DEEPSPEED, *arguments, "--warmup-steps=1"])
+    result_of(done)
+    assert json.loads((workplace / "without" / "run.json").read_text())["deepspeed"] is None
+    sharded = command(workplace, f"--output-dir={workplace / 'sharded'}", "--zero-stage=1")[2:]
+    done = run([sys.executable, "-c", WITHOUT_DEEPSPEED, *sharded])
+    assert done.returncode == 2
+    assert "need DeepSpeed, which is not installed" in done.stderr
+
+
 def free_port() -> int:
     import socket
 
@@ -165,9 +204,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("flags", [["--zero-stage=2", "--precision=bf16"], ["--objective=mlm"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--zero-stage=2", "--precision=bf16"],
+        ["--objective=mlm"],
+        ["--precision=bf16-residual", "--objective=mlm"],
+    ],
+)
 def test_variants_run_and_resume(workplace, flags):
-    folder = workplace / f"variant{flags[0]}"
+    folder = workplace / f"variant{''.join(flags)}"
     short = ["--steps=4", "--eval-every=2", f"--output-dir={folder}"]
     first = result_of(run(command(workplace, *flags, *short)))
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
@@ -179,11 +225,11 @@ def test_variants_run_and_resume(workplace, flags):
 def test_damaged_checkpoints(workplace, whole_run):
     folder = workplace / "damaged"
     shutil.copytree(whole_run[0], folder)
-    newest = folder / "checkpoints" / "step-00000012" / "mp_rank_00_model_states.pt"
+    newest = folder / "checkpoints" / "step-00000012" / "state.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[:-100])
     done = run([*command(workplace)[:2], f"--resume={folder}"])
-    assert "step-00000012/mp_rank_00_model_states.pt: damaged checkpoint" in done.stderr
+    assert "step-00000012/state.pt: damaged checkpoint" in done.stderr
     assert "resuming from" in done.stderr
     assert result_of(done)["loss"] == result_of(whole_run[1])["loss"]
     for path in folder.glob("checkpoints/step-*/manifest.json"):
@@ -192,6 +238,13 @@ def test_damaged_checkpoints(workplace, whole_run):
     assert done.returncode == 1
     assert "pretrain: error:" in done.stderr
     assert "damaged checkpoint" in done.stderr
+
+
+def test_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+    config = PretrainConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=64)
+    engine = Engine(config, PoNetForPreTraining(config.model_config(100, 0, 1, 2)))
+    with pytest.raises(CheckpointError, match=r"holds no state\.pt; the version"):
+        engine.load(tmp_path)
 
 
 def test_full_disk_names_the_folder_and_leaves_nothing_half_written(workplace):
@@ -231,10 +284,31 @@ def test_full_disk_while_preparing_names_the_file(workplace, limit, name):
 
 
 def test_diverging_run_stops_with_the_step(workplace):
-    done = run(command(workplace, f"--output-dir={workplace / 'nan'}", "--learning-rate=1e30"))
+    folder = workplace / "nan"
+    done = run(command(workplace, f"--output-dir={folder}", "--learning-rate=1e30"))
     assert done.returncode == 1
     assert "loss is nan in step" in done.stderr
     assert "--learning-rate" in done.stderr
+    assert not list(folder.glob("checkpoints/step-*"))
+
+
+def test_diverging_run_writes_no_checkpoint_before_its_next_line_of_the_log(workplace):
+    folder = workplace / "late-nan"
+    flags = ["--learning-rate=1e30", "--log-every=100", "--eval-every=3"]
+    done = run(command(workplace, f"--output-dir={folder}", *flags))
+    assert done.returncode == 1
+    assert "loss is nan in steps 1 to 3 (mlm nan" in done.stderr
+    assert not list(folder.glob("checkpoints/step-*"))
+
+
+def test_weights_that_the_last_step_ruined_are_not_saved(workplace):
+    """The losses of a step are those before it: its evaluation tells."""
+    folder = workplace / "ruined"
+    flags = ["--learning-rate=1e30", "--eval-every=1", "--warmup-steps=0"]
+    done = run(command(workplace, f"--output-dir={folder}", *flags))
+    assert done.returncode == 1
+    assert "loss is nan in the evaluation after step 1 (mlm nan" in done.stderr
+    assert not list(folder.glob("checkpoints/step-*"))
 
 
 def with_text(name: str, content: bytes):
@@ -283,6 +357,8 @@ def test_settings_of_a_run_cannot_change_on_resume(whole_run):
         UsageError, match=r"--hidden-size cannot change on --resume: the run has 32"
     ):
         parse([f"--resume={folder}", "--hidden-size=64"])
+    with pytest.raises(UsageError, match="--compile cannot change on --resume"):
+        parse([f"--resume={folder}", "--compile"])
     config, _ = parse([f"--resume={folder}", "--num-workers=3"])
     assert (config.num_workers, config.hidden_size) == (3, 32)
     with pytest.raises(UsageError, match="holds no config"):
@@ -311,7 +387,8 @@ def test_unknown_flags_presets_and_values(tmp_path, capsys):
         parse(["--config=huge"])
     with pytest.raises(UsageError, match="--steps: expected int, found 'many'"):
         parse(["--steps=many"])
-    with pytest.raises(UsageError, match="--precision: expected one of fp32, bf16, fp16"):
+    expected = "--precision: expected one of fp32, bf16, bf16-residual, fp16"
+    with pytest.raises(UsageError, match=expected):
         parse(["--precision=fp8"])
     with pytest.raises(UsageError, match="--batch-tokens 1000 is not a multiple"):
         parse(["--batch-tokens=1000", "--micro-batch-tokens=600"])
