@@ -96,6 +96,7 @@ class Encoder(nn.Module):
             raise ConfigError(f"mixer must be one of {sorted(MIXERS)}, found {config.mixer!r}")
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.final_norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
+        self._uses_rows = config.mixer != "ponet"
         self.recomputes = False
         """Layers keep nothing for the backward pass, which computes them again: less memory."""
         self.half_residual = False
@@ -108,6 +109,9 @@ class Encoder(nn.Module):
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> list[Tensor]:
         """States after the embedding and after each layer, L + 1 tensors `[T, C]`."""
+        if self._uses_rows:
+            # here, where it is made once, and not in the code that compiled layers share
+            _ = layout.rows
         states = [cast_for_projections(hidden) if self.half_residual else hidden]
         for layer in self.layers:
             if self.recomputes and torch.is_grad_enabled():

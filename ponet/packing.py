@@ -7,6 +7,7 @@ by the collator on the host, otherwise by the model.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -53,19 +54,30 @@ class Rows:
 class BatchLayout(PackedLayout):
     """A layout, and the rectangle of its sequences."""
 
-    rows: Rows
-    """Made once per batch."""
+    given_rows: Rows | None = None
+    """The rectangle, where it is not simply one row per sequence."""
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rectangle, made at most once per batch, without reading from a device."""
+        if self.given_rows is not None:
+            return self.given_rows
+        return rows_of(self.cu_seqlens, self.token_sequences, self.max_seqlen)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by field, those of the rectangle as `rows.<field>`."""
-        rows = {"rows.mask": self.rows.mask, "rows.places": self.rows.places}
+        """The tensors by field, those of a given rectangle as `rows.<field>`."""
+        if self.given_rows is None:
+            return super().tensors()
+        rows = {"rows.mask": self.given_rows.mask, "rows.places": self.given_rows.places}
         return super().tensors() | {name: x for name, x in rows.items() if x is not None}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """The same layout with other tensors, such as copies on a device."""
         own = {name: x for name, x in tensors.items() if not name.startswith("rows.")}
-        rows = replace(self.rows, mask=tensors.get("rows.mask"), places=tensors.get("rows.places"))
-        return replace(self, **own, rows=rows)
+        if self.given_rows is None:
+            return replace(self, **own)
+        mask, places = tensors.get("rows.mask"), tensors.get("rows.places")
+        return replace(self, **own, given_rows=replace(self.given_rows, mask=mask, places=places))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,28 +251,29 @@ def layout_of(
     Raises:
         ValueError: `segment_ids` decrease inside a sequence.
     """
-    sequence_starts = torch.ones_like(special)
-    sequence_starts[1:] = stream.sequences[1:] != stream.sequences[:-1]
-    apart = starts_around(special) | sequence_starts
+    # a start at T, that of an empty last sequence, is none
+    starts = special.new_zeros(special.shape[0] + 1)
+    starts = starts.index_fill(0, stream.cu_seqlens[:-1].long(), True)[:-1]
+    apart = starts_around(special) | starts
+    starts = apart
     if segment_ids is not None:
         starts = apart | starts_of_given(segment_ids, stream.sequences)
     elif num_segments is not None:
         starts = apart | starts_of_chunks(stream.positions, stream.row_length, num_segments)
-    else:
-        starts = apart
-    # where padding was taken out between two tokens, local windows end
-    gaps = torch.zeros_like(special)
-    gaps[1:] = stream.positions[1:] != stream.positions[:-1] + 1
+    if stream.index is not None:
+        # where padding was taken out between two tokens, local windows end
+        gaps = torch.zeros_like(special)
+        gaps[1:] = stream.positions[1:] != stream.positions[:-1] + 1
+        apart = apart | gaps
     cu_segments = _offsets_of_starts(starts)
     return BatchLayout(
         cu_seqlens=stream.cu_seqlens,
         cu_segments=cu_segments,
-        token_segments=starts.long().cumsum(0) - 1,
+        token_segments=starts.cumsum(0).sub_(1),
         segment_sequences=stream.sequences.index_select(0, cu_segments[:-1]),
-        token_marks=token_marks(apart | gaps, special),
+        token_marks=token_marks(apart, special),
         max_seqlen=stream.row_length,
         max_segment_len=_longest(cu_segments, stream.row_length),
-        rows=rows_of(stream.cu_seqlens, stream.sequences, stream.row_length),
     )
 
 

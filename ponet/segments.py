@@ -20,9 +20,7 @@ def starts_around(special: Tensor) -> Tensor:
     Returns:
         `[T]` bool, a segment starts at the token (sequence starts not considered).
     """
-    starts = special.clone()
-    starts[1:] |= special[:-1]
-    return starts
+    return torch.cat([special[:1], special[1:] | special[:-1]])
 
 
 def starts_of_given(segment_ids: Tensor, sequences: Tensor) -> Tensor:
