@@ -250,6 +250,9 @@ def test_model_exports_for_any_batch_and_length(tmp_path):
         program = torch.export.export(
             LastState(model), (rows, mask), dynamic_shapes=(free, free), strict=False
         )
+        # as in the model itself: no queries and keys of every token
+        called = {str(node.target) for node in program.graph.nodes if "ponet" in str(node.target)}
+        assert called == {"ponet.global_aggregation.default", "ponet.fused_pooling.default"}
         other = torch.randint(0, 200, (3, 17))
         ragged = torch.arange(17) < torch.tensor([[17], [9], [1]])
         expected = LastState(model)(other, ragged)
