@@ -314,7 +314,10 @@ def test_gradcheck_of_the_hand_written_backward_passes(backend):
             (lambda *a: global_aggregation(*a, 2, whole(lengths)), (x, *weights)),
             (lambda *a: fused_pooling(*a, layout), (g, values)),
         ):
-            assert torch.autograd.gradcheck(function, inputs, fast_mode=backend == "triton")
+            # PyTorch's scatter adds in any order on a GPU
+            assert torch.autograd.gradcheck(
+                function, inputs, fast_mode=backend == "triton", nondet_tol=1e-12
+            )
 
 
 @backends
