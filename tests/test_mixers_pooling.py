@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from ponet import PoNetConfig
-from ponet.mixers.pooling import PoNetMixer, is_plain
+from ponet.mixers.pooling import PoNetMixer
 from ponet.mixers.pooling_eager import EagerPoNetMixer
+from ponet.mixers.projections import is_plain
 from ponet.packing import BatchLayout, layout_of, stream_of_packed, stream_of_rows
 from ponet_kernels import use_backend
 from ponet_kernels.testing import assert_close, relative_error
