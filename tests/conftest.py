@@ -1,6 +1,7 @@
 """Shared by all tests: slow ones on request, the shared oracles and data where they are present."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# what the interpreter of Triton before 3.9 cannot do, by the message it ends with
+INTERPRETER_LIMITS = {
+    "has no attribute 'get_bf16'": "Triton's interpreter before 3.9 makes no bfloat16 constants",
+    "only 0-dimensional arrays can be converted": (
+        "Triton's interpreter before 3.9 takes no range() of a tensor with NumPy 2.5 or later"
+    ),
+}
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -26,6 +34,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip a test that asks an old interpreter for what it cannot do; a GPU needs none."""
+    try:
+        return (yield)
+    except Exception as error:
+        reason = None if torch.cuda.is_available() else _interpreter_limit(error)
+        if reason is None:
+            raise
+        pytest.skip(reason)
+
+
+def _interpreter_limit(error: BaseException | None) -> str | None:
+    """Why Triton's interpreter failed, when it is old and that is a known limit of it."""
+    if error is None:
+        return None
+    if isinstance(error, BaseExceptionGroup):
+        reasons = [_interpreter_limit(part) for part in error.exceptions]
+        return None if None in reasons else reasons[0]
+    if type(error).__name__ == "InterpreterError":
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+            for message, reason in INTERPRETER_LIMITS.items():
+                if message in str(error):
+                    return reason
+    return _interpreter_limit(error.__cause__)
 
 
 def _shared(*parts: str) -> Path:

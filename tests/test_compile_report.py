@@ -6,11 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ponet_kernels import compile_report
+from ponet_kernels.dispatch import Backend
 
 KERNELS = Path(compile_report.__file__).parent / "triton_kernels"
 COMMAND = ("-m", "ponet_kernels.compile_report")
@@ -39,7 +43,7 @@ def list_jobs(targets, dtypes, shapes):
     jobs = []
     # one warp cannot hold SIZE numbers in its registers
     for kernel, size in ((scaling_kernel, 1024), (scaling_kernel, SIZE), (broken_kernel, 32)):
-        launch = Launch(kernel, (1,), (torch.empty(size, device="meta"),), {"BLOCK": size}, 1)
+        launch = Launch(kernel, (1,), (torch.empty(size, device="meta"),), {"BLOCK": size}, 1, None)
         jobs += [compile_report.job_of(launch, target) for target in targets]
     return jobs
 
@@ -63,7 +67,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def finished() -> subprocess.CompletedProcess:
-    """The command without flags: about two minutes on two cores with an empty cache."""
+    """The command without flags: about five minutes on two cores with an empty cache."""
     return run(*COMMAND)
 
 
@@ -104,6 +108,70 @@ def test_figures_are_within_what_a_gpu_has(rows):
         assert 0 < row["registers"] <= 255, line
         assert 0 <= row["shared_bytes"] <= 99 * 1024, line
         assert 0 <= row["wide_loads"] <= row["loads"], line
+
+
+@needs_triton
+def test_limits_of_registers_hold(rows):
+    """Those that the launcher gives to NVIDIA's compiler: 12 warps, 16 in float32."""
+    found = {"float32": 0, "bfloat16": 0, "float16": 0}
+    for row in rows:
+        if row["kernel"] == "fusion_bwd_kernel" and row["target"].startswith("sm_"):
+            for dtype in found.keys() & row["dtypes"]:
+                found[dtype] = max(found[dtype], row["registers"])
+    assert 0 < found["float32"] <= 128
+    assert min(found["bfloat16"], found["float16"]) > 0
+    assert max(found["bfloat16"], found["float16"]) <= 168
+
+
+@needs_triton
+def test_limits_of_registers_are_for_nvidia(tmp_path):
+    script = tmp_path / "limits.py"
+    code = (
+        FAULTY.partition("def list_jobs")[0]
+        + """
+launch = Launch(scaling_kernel, (1,), (torch.empty(64, device="meta"),), {"BLOCK": 64}, 1, 48)
+for target in compile_report.TARGETS:
+    options = compile_report.job_of(launch, target).options
+    print(target, options.get("maxnreg"))
+"""
+    )
+    script.write_text(code)
+    finished = run(str(script))
+    assert finished.stdout.splitlines() == ["sm_80 48", "sm_90 48", "gfx942 None"], finished.stderr
+
+
+@needs_triton
+def test_card_names_the_compiler(finished):
+    import triton
+
+    assert finished.stdout.splitlines()[0] == f"triton: {triton.__version__}"
+    card = json.loads(finished.stdout.splitlines()[-1])["card"]
+    assert card["triton"] == triton.__version__
+
+
+@needs_triton
+def test_float64_is_compiled_in_the_small_shape(rows):
+    shapes = {shape for row in rows if row["dtypes"] == ["float64"] for shape in row["shapes"]}
+    assert shapes == {compile_report.SMALL_SHAPE}
+
+
+class Called:
+    """Stands for a backend and notes which of its functions are called."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        self.names.add(name)
+        return lambda *_: None
+
+
+def test_every_function_of_a_backend_is_called():
+    functions: Any = Called()
+    shape = compile_report.SHAPES["lra"][0]
+    compile_report.call_every_function(functions, shape, torch.bfloat16)
+    wanted = {name for name in vars(Backend) if not name.startswith("_")}
+    assert functions.names == wanted
 
 
 @needs_triton

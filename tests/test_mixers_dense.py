@@ -26,7 +26,7 @@ from ponet.mixers.fnet import FNetMixer
 from ponet.mixers.linear_attention import LinearAttention
 from ponet.mixers.linformer import LinformerAttention
 from ponet.mixers.performer import PerformerAttention, orthogonal_features
-from ponet.packing import PackedLayout, layout_of, stream_of_packed
+from ponet.packing import BatchLayout, layout_of, stream_of_packed
 from ponet_kernels.testing import assert_close, relative_error
 
 SMALL = PoNetConfig(
@@ -53,10 +53,13 @@ def build(cls, config: PoNetConfig = SMALL):
     return mixer
 
 
-def layout(lengths: list[int]) -> PackedLayout:
+def layout(lengths: list[int], row_length: int | None = None) -> BatchLayout:
+    """Sequences in rows of a length, of the longest when None."""
     total = sum(lengths)
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     stream = stream_of_packed(torch.zeros(total, dtype=torch.long), offsets)
+    if row_length is not None:
+        stream = dataclasses.replace(stream, row_length=row_length)
     return layout_of(stream, torch.zeros(total, dtype=torch.bool))
 
 
@@ -195,9 +198,10 @@ def test_longer_rows_than_any_sequence_change_nothing(cls):
     """The path with a mask agrees with the path without."""
     mixer = build(cls)
     hidden = tokens(18).requires_grad_()
-    full = layout([9, 9])
-    plain = mixer(hidden, full)
-    masked = mixer(hidden, dataclasses.replace(full, max_seqlen=13))
+    assert layout([9, 9]).rows.mask is None
+    assert layout([9, 9], 13).rows.mask is not None
+    plain = mixer(hidden, layout([9, 9]))
+    masked = mixer(hidden, layout([9, 9], 13))
     assert_close(masked, plain, 1e-12)
     expected = gradients(mixer, hidden, plain)["hidden"]
     assert_close(gradients(mixer, hidden, masked)["hidden"], expected, 1e-12)
@@ -205,7 +209,7 @@ def test_longer_rows_than_any_sequence_change_nothing(cls):
 
 def test_fnet_sees_padding_as_zero_vectors():
     hidden = tokens(18)
-    long = dataclasses.replace(layout([9, 9]), max_seqlen=13)
+    long = layout([9, 9], 13)
     rows = F.pad(hidden.view(2, 9, 24), (0, 0, 0, 4))
     expected = torch.fft.fft2(rows).real[:, :9].flatten(0, 1)
     assert_close(FNetMixer(SMALL)(hidden, long), expected, 1e-12)
@@ -226,7 +230,7 @@ def test_fnet_sees_padding_as_zero_vectors():
 def test_edge_cases_are_finite_and_differentiable(cls, lengths, length, dtype):
     mixer = build(cls).to(dtype)
     hidden = tokens(sum(lengths)).to(dtype).requires_grad_()
-    out = mixer(hidden, dataclasses.replace(layout(lengths), max_seqlen=length))
+    out = mixer(hidden, layout(lengths, length))
     assert out.shape == hidden.shape
     assert out.isfinite().all()
     # also finds a NaN at padding, which would reach no gradient below

@@ -17,7 +17,7 @@ from ponet.mixers.bigbird import BigBirdAttention
 from ponet.mixers.longformer import SlidingWindowAttention
 from ponet.mixers.nystromformer import NystromAttention
 from ponet.mixers.reformer import LSHAttention
-from ponet.packing import PackedLayout, layout_of, stream_of_packed, stream_of_rows
+from ponet.packing import BatchLayout, layout_of, stream_of_packed, stream_of_rows
 from ponet_kernels.testing import assert_close
 
 MIXERS = [NystromAttention, LSHAttention, SlidingWindowAttention, BigBirdAttention]
@@ -48,13 +48,13 @@ def build(cls, config: PoNetConfig = CONFIG, seed: int = 0):
     return mixer
 
 
-def packed(lengths: list[int]) -> PackedLayout:
+def packed(lengths: list[int]) -> BatchLayout:
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     stream = stream_of_packed(torch.zeros(sum(lengths), dtype=torch.long), cu_seqlens)
     return layout_of(stream, torch.zeros(sum(lengths), dtype=torch.bool))
 
 
-def padded(lengths: list[int], row_length: int, left: bool = False) -> PackedLayout:
+def padded(lengths: list[int], row_length: int, left: bool = False) -> BatchLayout:
     columns = torch.arange(row_length).flip(0) if left else torch.arange(row_length)
     mask = columns < torch.tensor(lengths).unsqueeze(1)
     stream = stream_of_rows(torch.zeros(mask.shape, dtype=torch.long), mask)
@@ -77,7 +77,7 @@ def attention(mixer, hidden: Tensor, allowed: Tensor) -> Tensor:
     return (scores.softmax(dim=-1) @ value).transpose(0, 1).flatten(1)
 
 
-def compare(mixer, layout: PackedLayout, hidden: Tensor, expected: Tensor, tolerance=1e-12) -> None:
+def compare(mixer, layout: BatchLayout, hidden: Tensor, expected: Tensor, tolerance=1e-12) -> None:
     """Values, and gradients of the input and of every parameter, for a random upstream gradient."""
     out = mixer(hidden, layout)
     assert_close(out, expected, tolerance, "output")

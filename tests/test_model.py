@@ -20,8 +20,14 @@ from ponet import (
     PoNetForTokenClassification,
     PoNetModel,
 )
-from ponet.packing import layout_of, stream_of_rows
-from ponet_kernels import global_aggregation, local_max, pooling_fusion, segment_max, use_backend
+from ponet.packing import (
+    layout_for,
+    layout_of,
+    stream_of_layout,
+    stream_of_packed,
+    stream_of_rows,
+)
+from ponet_kernels import fused_pooling, global_aggregation, use_backend
 from ponet_kernels.testing import assert_close
 
 CLS, SEP = 101, 102
@@ -118,15 +124,9 @@ def test_published_mixing_of_equal_chunks(lra_oracle, case):
     both = torch.cat([packed["q"], packed["k"]], dim=1)
     pick = torch.eye(2 * width, dtype=torch.float64)
     zero = torch.zeros(width, dtype=torch.float64)
-    g = global_aggregation(both, pick[:width], zero, pick[width:], zero, 4, layout.cu_seqlens)
-    mixed = pooling_fusion(
-        g,
-        segment_max(packed["segment"], layout.cu_segments, layout.token_segments),
-        packed["o"],
-        local_max(packed["local"], layout.cu_runs),
-        layout.token_segments,
-        layout.segment_sequences,
-    )
+    g = global_aggregation(both, pick[:width], zero, pick[width:], zero, 4, layout)
+    values = torch.cat([packed["o"], packed["segment"], packed["local"]], dim=1)
+    mixed = fused_pooling(g, values, layout)
     out = stream.unpack(mixed)
     real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.bool()
     assert_close(out[real], oracle[f"{case}.output"][real], 1e-9, "output")
@@ -184,6 +184,211 @@ def test_padding_and_neighbours_change_nothing(sizes, padding, left, seed):
     poolers = torch.cat([out.pooler_output for out in alone])
     assert_close(batched.pooler_output, poolers, 1e-12, "pooled")
     assert_close(packed.pooler_output, poolers, 1e-12, "pooled, packed")
+
+
+PAIRS = [(4, 5), (1, 0), (9, 3)]
+
+
+class Batch:
+    """The same sequences as rows, as a stream with offsets, and as a stream with a layout."""
+
+    def __init__(self, config: PoNetConfig, with_segments: bool) -> None:
+        sequences = [pair(a, b, seed) for seed, (a, b) in enumerate(PAIRS)]
+        longest = max(len(ids) for ids, _ in sequences)
+        ids, types = (rows([s[k] for s in sequences], longest) for k in (0, 1))
+        mask = rows([[1] * len(i) for i, _ in sequences], longest)
+        real = mask.bool()
+        segments = (torch.arange(longest) // 3).expand(ids.shape)
+        labels = torch.where(real & (ids % 3 == 0), (ids + 7) % 120, -100)
+        self.mask, self.labels = mask, labels
+        self.sso_labels = torch.tensor([0, 2, 1])
+        self.rows = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+        self.packed = {
+            "input_ids": ids[real],
+            "token_type_ids": types[real],
+            "cu_seqlens": torch.cat([torch.zeros(1), mask.sum(dim=1).cumsum(0)]).int(),
+        }
+        if with_segments:
+            self.rows["segment_ids"] = segments
+            self.packed["segment_ids"] = segments[real]
+        self.given = {name: self.packed[name] for name in ("input_ids", "token_type_ids")}
+        stream = stream_of_packed(ids[real], self.packed["cu_seqlens"])
+        self.layout = layout_for(config, stream, ids[real], self.packed.get("segment_ids"))
+
+
+def results_of(model, inputs: dict, fields: tuple[str, ...]) -> dict[str, Tensor]:
+    """Fields of the output, and the gradient of every parameter."""
+    model.zero_grad()
+    out = model(**inputs)
+    loss = out.last_hidden_state.square().sum() if isinstance(model, PoNetModel) else out.loss
+    loss.backward()
+    found = {name: getattr(out, name) for name in fields}
+    return found | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("with_segments", [False, True], ids=["special", "segment_ids"])
+@pytest.mark.parametrize("mixer", ["ponet", "ponet_eager", "attention", "longformer"])
+def test_layout_in_place_of_offsets_or_rows_changes_no_bit(mixer, with_segments):
+    config = SMALL.replace(mixer=mixer)
+    batch = Batch(config, with_segments)
+    for cls, fields in (
+        (PoNetForPreTraining, ("loss", "mlm_loss", "sso_loss", "mlm_logits", "sso_logits")),
+        (PoNetForMaskedLM, ("loss", "logits")),
+        (PoNetForSequenceClassification, ("loss", "logits")),
+        (PoNetModel, ("pooler_output",)),
+    ):
+        model = build(cls, config.replace(num_labels=3))
+        by_rows: dict = dict(batch.rows)
+        packed: dict = dict(batch.packed)
+        given: dict = {**batch.given, "layout": batch.layout}
+        positions = {}
+        if cls in (PoNetForPreTraining, PoNetForMaskedLM):
+            by_rows["labels"] = batch.labels
+            packed["labels"] = given["labels"] = batch.labels[batch.mask.bool()]
+            places = (packed["labels"] != -100).nonzero().squeeze(1)
+            positions = {"labels": packed["labels"][places], "label_positions": places}
+        name = {PoNetForPreTraining: "sso_labels", PoNetForSequenceClassification: "labels"}
+        if cls in name:
+            for inputs in (by_rows, packed, given):
+                inputs[name[cls]] = batch.sso_labels
+        expected = results_of(model, packed, fields)
+        assert len(expected) > len(fields) + 10
+        for inputs in (by_rows, given, given | positions, packed | positions):
+            found = results_of(model, inputs, fields)
+            assert found.keys() == expected.keys()
+            for key, tensor in found.items():
+                assert torch.equal(tensor, expected[key]), f"{cls.__name__} {key}"
+
+
+def test_token_classifier_with_a_layout():
+    batch, model = Batch(SMALL, True), build(PoNetForTokenClassification)
+    labels = (batch.rows["input_ids"] % 2).masked_fill(batch.mask == 0, -100)
+    stream = labels[batch.mask.bool()]
+    by_rows = model(**batch.rows, labels=labels)
+    for inputs in (batch.packed, {**batch.given, "layout": batch.layout}):
+        out = model(**inputs, labels=stream)
+        assert torch.equal(out.loss, by_rows.loss)
+        assert torch.equal(out.logits, by_rows.logits[batch.mask.bool()])
+
+
+def test_states_and_positions_with_a_layout():
+    """What is given besides the layout is used, what is returned is packed."""
+    batch, model = Batch(SMALL, False), build()
+    positions = torch.arange(len(batch.given["input_ids"])) % 11
+    out = model(**batch.packed, position_ids=positions, output_hidden_states=True)
+    found = model(
+        **batch.given, position_ids=positions, layout=batch.layout, output_hidden_states=True
+    )
+    assert len(found.hidden_states) == 3
+    for ours, theirs in zip(found.hidden_states, out.hidden_states, strict=True):
+        assert torch.equal(ours, theirs)
+    plain = model(**batch.given, layout=batch.layout).last_hidden_state
+    assert not torch.equal(plain, found.last_hidden_state)
+
+
+def test_layout_is_one_of_chunks_where_the_model_cuts_chunks():
+    config = SMALL.replace(num_segments=3, separate_special_tokens=False)
+    batch, model = Batch(config, False), build(config=config)
+    found = model(**batch.given, layout=batch.layout).last_hidden_state
+    assert torch.equal(found, model(**batch.packed).last_hidden_state)
+    other = Batch(SMALL, False).layout
+    assert not torch.equal(found, model(**batch.given, layout=other).last_hidden_state)
+
+
+def test_stream_of_a_layout_is_that_it_was_made_of():
+    ids = torch.arange(9)
+    for offsets in ([0, 4, 4, 9], [0, 9], [0, 0, 9, 9]):
+        stream = stream_of_packed(ids, torch.tensor(offsets, dtype=torch.int32))
+        again = stream_of_layout(layout_of(stream, ids % 5 == 4))
+        assert torch.equal(again.cu_seqlens, stream.cu_seqlens)
+        assert torch.equal(again.sequences, stream.sequences)
+        assert torch.equal(again.positions, stream.positions)
+        assert again.row_length == stream.row_length
+        assert again.index is again.rows is None
+
+
+def test_what_may_not_come_with_a_layout():
+    batch = Batch(SMALL, False)
+    ids, layout = batch.given["input_ids"], batch.layout
+    total = len(ids)
+    for model in (build(), build(PoNetForPreTraining), build(PoNetForSequenceClassification)):
+        for extra in (
+            {"attention_mask": torch.ones_like(ids)},
+            {"segment_ids": torch.zeros_like(ids)},
+            {"cu_seqlens": batch.packed["cu_seqlens"]},
+        ):
+            with pytest.raises(
+                ValueError, match=rf"with layout, input_ids must be \[{total}\] and"
+            ):
+                model(ids, layout=layout, **extra)
+        for wrong in (batch.rows["input_ids"], ids[:-1]):
+            with pytest.raises(ValueError, match=r"with layout, .* found input_ids \("):
+                model(wrong, layout=layout)
+
+
+def test_labels_and_their_positions_are_as_long_as_each_other():
+    batch = Batch(SMALL, False)
+    for cls in (PoNetForPreTraining, PoNetForMaskedLM):
+        with pytest.raises(ValueError, match=r"labels \(3,\) and label_positions \(2,\)"):
+            build(cls)(
+                **batch.given,
+                layout=batch.layout,
+                labels=torch.tensor([1, 2, 3]),
+                label_positions=torch.tensor([0, 4]),
+            )
+
+
+def test_no_masked_places_in_a_stream():
+    batch, none = Batch(SMALL, False), torch.zeros(0, dtype=torch.long)
+    model = build(PoNetForPreTraining)
+    out = model(**batch.given, layout=batch.layout, labels=none, label_positions=none)
+    assert out.mlm_loss == 0
+    assert out.mlm_logits.shape == (0, 120)
+    out.loss.backward()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_decoder_filled_up_to_a_fast_width(monkeypatch, tied, dtype):
+    """Loss, gradients and logits are those of the vocabulary, and logits are as wide."""
+    config = SMALL.replace(tie_word_embeddings=tied)
+    batch, model = Batch(config, False), build(PoNetForPreTraining, config).to(dtype)
+    fields = ("loss", "mlm_loss", "mlm_logits")
+    inputs = {**batch.rows, "labels": batch.labels, "sso_labels": batch.sso_labels}
+    expected, states = results_of(model, inputs, fields), torch.randn(5, 24, dtype=dtype)
+    whole = model.mlm_head(states)
+    assert torch.equal(model.mlm_head.padded(states), whole)
+    widths = []
+
+    def wider(width: int, device: torch.device) -> int:
+        widths.append(width)
+        return -(-width // 64) * 64
+
+    monkeypatch.setattr("ponet.model.fast_width", wider)
+    found = results_of(model, inputs, fields)
+    assert widths == [120]
+    assert found["mlm_logits"].shape[1] == 120
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for name, tensor in expected.items():
+        assert_close(found[name].reshape(-1), tensor.reshape(-1), tolerance, name)
+    assert_close(model.mlm_head(states), whole, tolerance)
+    padded = model.mlm_head.padded(states)
+    assert padded.shape == (5, 128)
+    assert padded[:, 120:].isneginf().all()
+    assert padded.log_softmax(dim=1)[:, :120].isfinite().all()
+    unlabelled = model(**batch.rows)
+    assert unlabelled.mlm_logits.shape == (*batch.mask.shape, 120)
+
+
+def test_wrapped_decoder_is_not_filled_up(monkeypatch):
+    """An adapter's forward pass counts, so its weight is not used in its place."""
+    model = build(PoNetForMaskedLM)
+    monkeypatch.setattr("ponet.model.fast_width", lambda width, _: 128)
+    states, seen = torch.randn(5, 24, dtype=torch.float64), []
+    plain = model.mlm_head(states)
+    model.mlm_head.decoder.register_forward_hook(lambda _, i, out: seen.append(out) or 2 * out)
+    assert_close(model.mlm_head.padded(states), 2 * plain, 1e-12)
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("use_global", [True, False])

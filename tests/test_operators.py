@@ -13,18 +13,19 @@ from torch.utils.checkpoint import checkpoint
 
 from ponet import PoNetConfig, PoNetForPreTraining, PoNetModel
 from ponet.encoder import Encoder
-from ponet.packing import PackedLayout, layout_of, stream_of_packed
+from ponet.packing import BatchLayout, layout_of, stream_of_packed
 from ponet_kernels import (
+    PackedLayout,
     fused_pooling,
     global_aggregation,
     global_mean,
-    local_max,
-    pooling_fusion,
     segment_max,
     token_marks,
     use_backend,
 )
 from ponet_kernels.testing import assert_close
+
+pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 8
@@ -49,45 +50,107 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
 
 
-def layout_arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Offsets, token segments, segment sequences and marks; the fourth token is special."""
-    runs, special = offsets([3, 1, 5, 6]), torch.tensor([3], device=DEVICE)
-    marks = token_marks(runs, 15, special)
-    return offsets(SEGMENTS), owners(SEGMENTS), owners([3, 0, 2]), marks
+def small_layout() -> PackedLayout:
+    """Three sequences, one without tokens; the fourth token is special, and its segment."""
+    starts = torch.zeros(15, dtype=torch.bool, device=DEVICE)
+    starts[[0, 3, 4, 9]] = True
+    special = torch.zeros_like(starts)
+    special[3] = True
+    return PackedLayout(
+        cu_seqlens=offsets(SEQUENCES),
+        cu_segments=offsets(SEGMENTS),
+        token_segments=owners(SEGMENTS),
+        segment_sequences=owners([3, 0, 2]),
+        token_marks=token_marks(starts, special),
+        max_seqlen=9,
+        max_segment_len=5,
+    )
 
 
 def cases(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    ops = torch.ops.ponet
-    x = random(15, WIDTH)
-    cu_segments, token_segments, segment_sequences, marks = layout_arguments()
+    """An operator and its arguments, as the functions of the package call it."""
+    ops, layout = torch.ops.ponet, small_layout()
+    x, g = random(15, WIDTH), random(3, WIDTH)
     square, row = [random(WIDTH, WIDTH, seed=s) for s in (1, 2)], [random(WIDTH) for _ in "ab"]
     parameters = (square[0], row[0], square[1], row[1])
-    values = [random(3, WIDTH), *(random(15, WIDTH, seed=s) for s in (3, 4, 5))]
-    layout = (cu_segments, token_segments, segment_sequences, marks)
-    joined = (token_segments, segment_sequences, backend)
+    segments = (layout.cu_segments, layout.token_segments)
+    tables = (*segments, layout.segment_sequences, layout.token_marks)
+    span = (layout.cu_seqlens, 9, backend)
+
+    def fused(terms: str, longest: int = 5, has_empty: bool = True) -> tuple[Any, tuple[Any, ...]]:
+        values = random(15, WIDTH * (1 + ("s" in terms) + ("l" in terms)), seed=3)
+        flags = ("s" in terms, "l" in terms, longest, has_empty, "s" in terms, backend)
+        return ops.fused_pooling, (g if "g" in terms else None, values, *tables, *flags)
+
+    # what the backward operators are given, from a forward pass
+    arguments = fused("gsl")[1]
+    _, maxima, places = ops.fused_pooling(*(detached(a) for a in arguments))
+    saved = [detached(a) for a in (arguments[0], arguments[1], maxima, places, *tables)]
+    settings = (True, True, True, backend)
+    up = detached(random(15, WIDTH, seed=6))
+    aggregated = [detached(a) for a in (x, *parameters)]
+    pooled, *kept = ops.global_aggregation(*aggregated, 2, *span)
+    x_and_weights = (aggregated[0], aggregated[1], aggregated[3])
     return {
-        "segment_max": (ops.segment_max, (x, cu_segments, token_segments, 15, True, backend)),
-        "local_max": (ops.local_max, (x, marks, backend)),
-        "pooling_fusion": (
-            ops.pooling_fusion,
-            (values[0], random(5, WIDTH), values[2], values[3], *joined),
+        "segment_max": (ops.segment_max, (x, *segments, 15, True, True, backend)),
+        "segment_max_of_many": (ops.segment_max, (x, *segments, 300, False, True, backend)),
+        "segment_max_backward": (
+            ops.segment_max_backward,
+            (detached(random(5, WIDTH)), places, *segments, backend),
         ),
-        "without_terms": (ops.pooling_fusion, (None, None, values[2], values[3], *joined)),
-        "fused_pooling": (ops.fused_pooling, (*values, *layout, 15, True, backend)),
-        "fused_without_segment": (
-            ops.fused_pooling,
-            (values[0], None, values[2], values[3], *layout, 300, True, backend),
+        **{f"fused_pooling_{terms}": fused(terms) for terms in ("gsl", "gs", "gl", "sl", "g")},
+        "fused_pooling_of_many": fused("gsl", 300, False),
+        "fused_pooling_backward": (ops.fused_pooling_backward, (up, *saved, *settings)),
+        "fused_pooling_backward_without_global": (
+            ops.fused_pooling_backward,
+            (up, None, *saved[1:], *settings),
         ),
-        "global_mean": (ops.global_mean, (x, offsets(SEQUENCES), 9, backend)),
-        "global_aggregation": (
-            ops.global_aggregation,
-            (x, *parameters, 2, offsets(SEQUENCES), 9, backend),
+        "global_mean": (ops.global_mean, (x, *span)),
+        "global_mean_backward": (ops.global_mean_backward, (detached(g), detached(x), *span)),
+        "global_aggregation": (ops.global_aggregation, (x, *parameters, 2, *span)),
+        "global_aggregation_backward": (
+            ops.global_aggregation_backward,
+            (torch.ones_like(pooled), *x_and_weights, *kept, *span),
         ),
     }
 
 
+CASES = (
+    "segment_max",
+    "segment_max_of_many",
+    "segment_max_backward",
+    "fused_pooling_gsl",
+    "fused_pooling_gs",
+    "fused_pooling_gl",
+    "fused_pooling_sl",
+    "fused_pooling_g",
+    "fused_pooling_of_many",
+    "fused_pooling_backward",
+    "fused_pooling_backward_without_global",
+    "global_mean",
+    "global_mean_backward",
+    "global_aggregation",
+    "global_aggregation_backward",
+)
+
+
+def detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def test_every_operator_is_checked():
+    registered = {
+        name.removeprefix("ponet::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("ponet::")
+    }
+    assert registered == {
+        op._qualified_op_name.partition("::")[2] for op, _ in cases("torch").values()
+    }
+
+
 @backends
-@pytest.mark.parametrize("name", list(cases("torch")))
+@pytest.mark.parametrize("name", CASES)
 def test_opcheck(name, backend):
     """Schema, fake kernel, autograd registration, and tracing with dynamic shapes."""
     op, arguments = cases(backend)[name]
@@ -107,14 +170,14 @@ def config(**changes: Any) -> PoNetConfig:
     return PoNetConfig(**(sizes | changes))
 
 
-def layout(lengths: list[int]) -> PackedLayout:
+def layout(lengths: list[int]) -> BatchLayout:
     ids = torch.randint(0, 9, (sum(lengths),), device=DEVICE)
     special = torch.zeros(len(ids), dtype=torch.bool, device=DEVICE)
     special[offsets(lengths)[:-1].long()] = True
     return layout_of(stream_of_packed(ids, offsets(lengths)), special, ids.cumsum(0) // 40)
 
 
-def encode(encoder: Callable, hidden: Tensor, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+def encode(encoder: Callable, hidden: Tensor, layout: BatchLayout) -> tuple[Tensor, Tensor]:
     leaf = hidden.detach().requires_grad_()
     last = encoder(leaf, layout)[-1]
     (gradient,) = torch.autograd.grad(last, leaf, random(*last.shape, seed=9).to(last.dtype))
@@ -145,7 +208,7 @@ def test_activation_checkpointing_changes_nothing(backend):
     encoder = Encoder(config()).to(DEVICE)
     hidden, places = random(50, 32), layout([20, 30])
 
-    def recomputed(hidden: Tensor, places: PackedLayout) -> list[Tensor]:
+    def recomputed(hidden: Tensor, places: BatchLayout) -> list[Tensor]:
         for layer in encoder.layers:
             hidden = checkpoint(layer, hidden, places, use_reentrant=False)
         return [hidden]
@@ -187,6 +250,9 @@ def test_model_exports_for_any_batch_and_length(tmp_path):
         program = torch.export.export(
             LastState(model), (rows, mask), dynamic_shapes=(free, free), strict=False
         )
+        # as in the model itself: no queries and keys of every token
+        called = {str(node.target) for node in program.graph.nodes if "ponet" in str(node.target)}
+        assert called == {"ponet.global_aggregation.default", "ponet.fused_pooling.default"}
         other = torch.randint(0, 200, (3, 17))
         ragged = torch.arange(17) < torch.tensor([[17], [9], [1]])
         expected = LastState(model)(other, ragged)
@@ -253,34 +319,67 @@ def test_fifty_training_steps_match_the_reference(backend):
         assert abs(ours - theirs) < 1e-4, f"step {step}: {ours} against {theirs}"
 
 
-def test_operators_refuse_what_does_not_fit():
-    cu_segments, token_segments, segment_sequences, marks = layout_arguments()
-    places = (cu_segments, token_segments, segment_sequences, marks, 15)
-    x = random(15, WIDTH)
-    with pytest.raises(ValueError, match=r"fused_pooling: expected token_segments .* \[14\]"):
-        fused_pooling(None, x[:14], x[:14], None, *places)
-    with pytest.raises(ValueError, match=r"segment_values .*float64"):
-        fused_pooling(None, x.double(), x, None, *places)
-    with pytest.raises(ValueError, match=r"local is torch\.float64"):
-        pooling_fusion(None, None, x, x.double(), token_segments, segment_sequences)
+@backends
+def test_operators_compile_with_their_gradients(backend):
+    """Each alone, with a layout among the arguments; other lengths need no other code."""
+    torch._dynamo.reset()
+    square, row = random(WIDTH, WIDTH, seed=1), random(WIDTH)
+
+    def mixed(x: Tensor, values: Tensor, layout: PackedLayout) -> Tensor:
+        g = global_aggregation(x, square, row, square, row, 2, layout)
+        fused = fused_pooling(g + global_mean(x, layout), values, layout)
+        return fused.sum() + segment_max(x, layout).square().sum()
+
+    compiled = torch.compile(mixed, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ([9, 6], [3, 1, 8]):
+        places = PackedLayout.of_sequences(offsets(lengths), sum(lengths), max(lengths))
+        inputs = random(sum(lengths), WIDTH), random(sum(lengths), 3 * WIDTH, seed=2)
+        with use_backend(backend):
+            found, expected = compiled(*inputs, places), mixed(*inputs, places)
+            assert_close(found.view(1), expected.view(1), 1e-5)
+            slopes = torch.autograd.grad(found, (*inputs, square, row))
+            wanted = torch.autograd.grad(expected, (*inputs, square, row))
+        for actual, gradient in zip(slopes, wanted, strict=True):
+            assert_close(actual, gradient, 1e-5)
 
 
 def test_nothing_is_kept_for_the_backward_pass_without_gradients():
-    cu_segments, token_segments, _, _ = layout_arguments()
+    layout = small_layout()
     with torch.no_grad():
-        assert segment_max(random(15, WIDTH), cu_segments, token_segments).grad_fn is None
+        assert segment_max(random(15, WIDTH), layout).grad_fn is None
+    arguments = [detached(a) for a in cases("torch")["fused_pooling_gsl"][1]]
+    arguments[-2] = False
+    assert torch.ops.ponet.fused_pooling(*arguments)[2].numel() == 0
 
 
-def test_empty_streams():
-    empty, none = random(0, WIDTH), torch.zeros(0, dtype=torch.long, device=DEVICE)
-    cu = offsets([])
-    marks = token_marks(cu, 0)
-    assert segment_max(empty, cu, none).shape == (0, WIDTH)
-    assert local_max(empty, cu).shape == (0, WIDTH)
-    assert global_mean(empty, offsets([0, 0])).tolist() == [[0.0] * WIDTH] * 2
-    out = fused_pooling(random(0, WIDTH), empty, empty, empty, cu, none, none, marks, 0)
-    assert out.shape == (0, WIDTH)
-    out.sum().backward()
-    square, bias = random(WIDTH, WIDTH), random(WIDTH)
-    pooled = global_aggregation(empty, square, bias, square, bias, 2, offsets([0]))
-    assert torch.equal(pooled, bias.unsqueeze(0))
+def test_an_unused_result_has_no_gradient():
+    """A graph that goes on from saved values alone."""
+    x = random(15, WIDTH)
+    op, arguments = cases("torch")["segment_max"]
+    maxima, _ = op(x, *arguments[1:])
+    (gradient,) = torch.autograd.grad((maxima * 0).sum() + x.sum(), x)
+    assert torch.equal(gradient, torch.ones_like(x))
+
+
+@backends
+def test_empty_streams(backend):
+    empty, square, bias = random(0, WIDTH), random(WIDTH, WIDTH), random(WIDTH)
+    none = PackedLayout.of_sequences(offsets([]), 0)
+    two = PackedLayout.of_sequences(offsets([0, 0]), 0)
+    with use_backend(backend):
+        assert segment_max(empty, none).shape == (0, WIDTH)
+        assert global_mean(empty, none).shape == (0, WIDTH)
+        assert global_mean(empty, two).tolist() == [[0.0] * WIDTH] * 2
+        assert segment_max(empty, two).isneginf().all()
+        for layout in (none, two):
+            g, values = random(layout.num_sequences, WIDTH), random(0, 3 * WIDTH)
+            out = fused_pooling(g, values, layout)
+            assert out.shape == (0, WIDTH)
+            out.sum().backward()
+            assert g.grad is not None
+            assert not g.grad.any()
+        pooled = global_aggregation(empty, square, bias, square, bias, 2, two)
+        assert torch.equal(pooled, bias.expand(2, -1))
+        pooled.sum().backward()
+        assert bias.grad is not None
+        assert torch.equal(bias.grad, torch.full_like(bias, 2.0))

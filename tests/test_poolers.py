@@ -264,7 +264,7 @@ def test_attention_equals_the_library(name, num_heads):
     literal = pooler_of(name, hidden_size=12, num_heads=num_heads, reading="literal")
     padded = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
     expected = library(padded[:, :1], padded, padded)[0][:, 0]
-    assert_close(literal(states, offsets), expected, 1e-12, "zeros in place of padding")
+    assert_close(literal(states, layout(offsets)), expected, 1e-12, "zeros in place of padding")
 
 
 @pytest.mark.parametrize("layer_choice", ["own", "norm"])
@@ -288,7 +288,8 @@ def test_gradients(name, reading, layer_choice):
 def test_equal_maxima_send_the_gradient_to_the_first():
     tokens = torch.tensor([[2.0, 1.0], [2.0, 5.0], [0.0, 5.0]], dtype=torch.float64)
     tokens.requires_grad_()
-    pooler_of("max")([tokens, tokens], torch.tensor([0, 3], dtype=torch.int32)).sum().backward()
+    place = layout(torch.tensor([0, 3], dtype=torch.int32))
+    pooler_of("max")([tokens, tokens], place).sum().backward()
     assert tokens.grad is not None
     assert tokens.grad.tolist() == [[1, 0], [0, 1], [0, 0]]
 
@@ -348,7 +349,7 @@ def test_empty_sequence_counts_as_a_zero_token(name, reading):
 def test_one_layer_is_the_last():
     states, offsets = random_batch([5, 1, 4])
     mha = pooler_of("mha", hidden_size=12, num_heads=3)
-    expected = mha(states, offsets)
+    expected = mha(states, layout(offsets))
     for name in ("maxseq_mha", "meanseq_mha"):
         pooler = pooler_of(name, hidden_size=12, num_heads=3, num_layers=1)
         pooler.load_state_dict(mha.state_dict())
@@ -358,7 +359,7 @@ def test_one_layer_is_the_last():
             pooler_of(name, hidden_size=12, num_layers=1, layer_choice=choice)
             for choice in ("own", "norm")
         )
-        assert torch.equal(plain(states, offsets), by_norm(states, offsets))
+        assert torch.equal(plain(states, layout(offsets)), by_norm(states, layout(offsets)))
 
 
 def test_layer_of_the_longest_vector():
@@ -372,7 +373,7 @@ def test_layer_of_the_longest_vector():
     check(attention, [attended(tokens[:3]), tokens[3]])
     # of equal norms the lower layer
     twins = [torch.tensor([[x, y]], dtype=torch.float64) for x, y in ((9, 9), (3, 4), (5, 0))]
-    found = pooler_of("mean", **choice)(twins, torch.tensor([0, 1], dtype=torch.int32))
+    found = pooler_of("mean", **choice)(twins, layout(torch.tensor([0, 1], dtype=torch.int32)))
     assert found.tolist() == [[3, 4]]
 
 
@@ -380,7 +381,7 @@ def test_what_does_not_fit_is_refused():
     states, offsets = random_batch([2, 1], layers=2)
     for name in ("max_cls", "maxseq_mha", "meanseq_mha"):
         with pytest.raises(ValueError, match="reads the last 3 layers, found 2"):
-            pooler_of(name, hidden_size=12)(states, offsets)
+            pooler_of(name, hidden_size=12)(states, layout(offsets))
         config = SMALL.replace(pooler=PoolerConfig(name=name, num_layers=4))
         with pytest.raises(ConfigError, match="last 4 layers, num_hidden_layers is 3"):
             PoNetForSequenceClassification(config)
@@ -561,5 +562,5 @@ def test_bfloat16(name):
     for state in states:
         state.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        pooler.train()(states, offsets).sum().backward()
+        pooler.train()(states, layout(offsets)).sum().backward()
     assert bool(states[-1].grad.isfinite().all())

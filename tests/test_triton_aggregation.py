@@ -1,6 +1,8 @@
 """Triton kernels of global aggregation against formulas in float64, one sequence at a time."""
 
+from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from ponet_kernels.testing import assert_close
 
 pytest.importorskip("triton")
 from ponet_kernels.triton_kernels import global_aggregation as kernels
-from ponet_kernels.triton_kernels.launch import record_launches
+from ponet_kernels.triton_kernels.launch import launch, record_launches
+
+pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -54,38 +58,83 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
-def formulas(x: Tensor, rows: Tensor, weights: Tensor, lengths: list[int]) -> dict[str, Tensor]:
-    """All five results in float64 on the CPU."""
-    x, rows, weights = (t.detach().cpu().double() for t in (x, rows, weights))
-    xs, ws = x.split(lengths), weights.split(lengths)
-    return {
-        "means": torch.stack([h.sum(0) / max(len(h), 1) for h in xs]),
-        "scores": torch.cat([h @ u.T for h, u in zip(xs, rows, strict=True)]),
-        "softmax": torch.cat([w.softmax(0) for w in ws]),
-        "sums": torch.stack([w.T @ h for w, h in zip(ws, xs, strict=True)]),
-        "spread": torch.cat([w @ u for w, u in zip(ws, rows, strict=True)]),
-    }
+class Inputs:
+    """Tokens x, rows and weights of each sequence, and what the backward pass adds to them."""
+
+    def __init__(
+        self,
+        width: int,
+        num_rows: int,
+        lengths: list[int],
+        dtype: torch.dtype,
+        seed: int = 0,
+        slack: int = 0,
+    ) -> None:
+        """Draw them; no sequence is said to be longer than the longest and `slack` more."""
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        self.lengths, self.longest = lengths, max(lengths, default=0) + slack
+        self.x = random(sum(lengths), width, dtype=dtype, seed=seed)
+        self.rows = random(len(lengths), num_rows, width, dtype=acc, seed=seed + 1)
+        self.weights = random(sum(lengths), num_rows, dtype=acc, seed=seed + 2)
+        self.more_rows = random(len(lengths), num_rows, width, dtype=acc, seed=seed + 3)
+        self.more_weights = random(sum(lengths), num_rows, dtype=acc, seed=seed + 4)
+        self.centre = random(len(lengths), num_rows, dtype=acc, seed=seed + 5)
+        self.shared = random(len(lengths), width, dtype=acc, seed=seed + 6)
+
+    def expected(self) -> dict[str, Tensor]:
+        """All results in float64 on the CPU, one sequence at a time."""
+        names = ("x", "rows", "weights", "more_rows", "more_weights", "centre", "shared")
+        tensors = {name: getattr(self, name).detach().cpu().double() for name in names}
+        for name in ("x", "weights", "more_weights"):
+            tensors[name] = tensors[name].split(self.lengths)
+        xs, rows, ws, more_rows, more_ws, centres, shared = tensors.values()
+        every = list(zip(xs, rows, ws, more_rows, more_ws, centres, shared, strict=True))
+        return {
+            "means": torch.stack([h.sum(0) / max(len(h), 1) for h in xs]),
+            "totals": torch.stack([h.sum(0) for h in xs]),
+            "scores": torch.cat([h @ u.T for h, u, *_ in every]),
+            "slopes": torch.cat([w * (h @ u.T - c) for h, u, w, _, _, c, _ in every]),
+            "softmax": torch.cat([w.softmax(0) for w in ws]),
+            "sums": torch.stack([w.T @ h for h, _, w, *_ in every]),
+            "spread": torch.cat([s / max(len(h), 1) + w @ u for h, u, w, _, _, _, s in every]),
+            "spread_of_two": torch.cat(
+                [s / max(len(h), 1) + w @ u + w2 @ u2 for h, u, w, u2, w2, _, s in every]
+            ),
+            "share": torch.cat([(s / max(len(h), 1)).expand(len(h), -1) for h, *_, s in every]),
+        }
+
+    def found(self) -> dict[str, Tensor]:
+        """All results of the kernels, on the CPU; each element of them is written."""
+        span = offsets(self.lengths), self.longest
+        one = (self.weights, self.rows)
+        pairs = {"spread": (one,), "spread_of_two": (one, (self.more_weights, self.more_rows))}
+        found = {
+            "means": kernels.sequence_means(self.x, *span),
+            "totals": kernels.sequence_totals(self.x, *span),
+            "scores": kernels.token_scores(self.x, self.rows, *span),
+            "slopes": kernels.score_gradients(self.x, self.rows, self.weights, self.centre, *span),
+            "softmax": kernels.sequence_softmax(self.weights, *span),
+            "sums": kernels.sequence_sums(self.weights, self.x, *span),
+        }
+        for name, tensor in found.items():
+            assert tensor.dtype == self.rows.dtype, name
+        for name, chosen in {**pairs, "share": ()}.items():
+            # the last columns of a wider tensor, of which nothing else may change
+            wide = torch.full((len(self.x), 2 * self.x.shape[1] + 3), 7.0).to(self.x)
+            out = wide[:, self.x.shape[1] + 3 :].fill_(torch.nan)
+            kernels.spread_rows(chosen, self.shared, *span, out)
+            assert (wide[:, : self.x.shape[1] + 3] == 7.0).all(), name
+            found[name] = out
+        return {name: tensor.cpu() for name, tensor in found.items()}
 
 
-def results(
-    x: Tensor, rows: Tensor, weights: Tensor, lengths: list[int], slack: int = 0
-) -> dict[str, Tensor]:
-    """All five results of the kernels on the CPU, `slack` added to the longest length."""
-    bounds = offsets(lengths), max(lengths, default=0) + slack
-    found = {
-        "means": kernels.sequence_means(x, *bounds),
-        "scores": kernels.token_scores(x, rows, *bounds),
-        "softmax": kernels.sequence_softmax(weights, *bounds),
-        "sums": kernels.sequence_sums(weights, x, *bounds),
-        "spread": kernels.spread_rows(weights, rows, *bounds, x.dtype),
-    }
-    for name, tensor in found.items():
-        assert tensor.dtype == (x.dtype if name == "spread" else rows.dtype), name
-    return {name: tensor.cpu() for name, tensor in found.items()}
+SPREAD = ("spread", "spread_of_two", "share")
 
 
 def tolerance(name: str, dtype: torch.dtype) -> float:
-    if name != "spread" or dtype == torch.float32:
+    if dtype == torch.float64:
+        return 1e-13
+    if name not in SPREAD or dtype == torch.float32:
         return TOLERANCE
     # eps is twice the largest error of rounding; the interpreter cuts off instead of rounding to
     # bfloat16, which alone reaches it
@@ -93,27 +142,20 @@ def tolerance(name: str, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * (2 if interpreted else 1)
 
 
-def check(x: Tensor, rows: Tensor, weights: Tensor, lengths: list[int], slack: int = 0) -> None:
-    found = results(x, rows, weights, lengths, slack)
-    for name, expected in formulas(x, rows, weights, lengths).items():
-        assert_close(found[name], expected, tolerance(name, x.dtype), name)
-
-
-def inputs(
-    width: int, num_rows: int, lengths: list[int], dtype: torch.dtype, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = random(sum(lengths), width, dtype=dtype, seed=seed)
-    rows = random(len(lengths), num_rows, width, seed=seed + 1)
-    return x, rows, random(sum(lengths), num_rows, seed=seed + 2)
+def check(inputs: Inputs) -> None:
+    found = inputs.found()
+    for name, expected in inputs.expected().items():
+        assert_close(found[name], expected, tolerance(name, inputs.x.dtype), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @pytest.mark.parametrize(("width", "num_rows", "lengths"), CASES, ids=case_id)
 def test_kernels_equal_formulas(width, num_rows, lengths, dtype):
-    check(*inputs(width, num_rows, lengths, dtype), lengths)
+    check(Inputs(width, num_rows, lengths, dtype))
 
 
-@settings(deadline=None, max_examples=25)
+# on a GPU kernels are compiled for most of them
+@settings(deadline=None, max_examples=25 if DEVICE == "cpu" else 8)
 @given(
     lengths=st.lists(st.integers(0, 140), min_size=1, max_size=5),
     width=st.sampled_from([1, 3, 16, 40]),
@@ -123,15 +165,12 @@ def test_kernels_equal_formulas(width, num_rows, lengths, dtype):
     seed=st.integers(0, 99),
 )
 def test_kernels_equal_formulas_for_any_lengths(lengths, width, num_rows, dtype, slack, seed):
-    check(*inputs(width, num_rows, lengths, dtype, seed), lengths, slack)
+    check(Inputs(width, num_rows, lengths, dtype, seed, slack))
 
 
-def test_float64_is_exact():
-    lengths = [70, 0, 1]
-    double = [t.double() for t in inputs(40, 3, lengths, torch.float32)]
-    found = results(double[0], double[1], double[2], lengths)
-    for name, expected in formulas(double[0], double[1], double[2], lengths).items():
-        assert_close(found[name], expected, 1e-13, name)
+@pytest.mark.parametrize("lengths", [[70, 0, 1], [300, 2]], ids=case_id)
+def test_float64_is_exact(lengths):
+    check(Inputs(40, 3, lengths, torch.float64))
 
 
 def test_softmax_joins_many_spans():
@@ -145,75 +184,89 @@ def test_softmax_joins_many_spans():
 
 @pytest.mark.parametrize("layout", ["columns", "rows", "transposed", "expanded"])
 def test_any_strides(layout):
-    lengths = [70, 1, 0, 30]
-    x, rows, weights = inputs(48, 3, lengths, torch.bfloat16)
+    inputs = Inputs(48, 3, [70, 1, 0, 30], torch.bfloat16)
+    x = inputs.x
     wide = torch.full((101, 64), torch.nan, dtype=x.dtype, device=DEVICE)
     wide[:, 16:] = x
     tall = torch.full((202, 48), torch.nan, dtype=x.dtype, device=DEVICE)
     tall[::2] = x
-    x = {
+    inputs.x = {
         "columns": wide[:, 16:],
         "rows": tall[::2],
         "transposed": x.T.contiguous().T,
         "expanded": x[:1].expand(101, -1),
     }[layout]
-    assert not x.is_contiguous()
-    check(x, rows.mT.contiguous().mT, weights.T.contiguous().T, lengths)
+    assert not inputs.x.is_contiguous()
+    for name in ("rows", "weights", "more_rows", "more_weights", "centre", "shared"):
+        tensor = getattr(inputs, name)
+        setattr(inputs, name, tensor.mT.contiguous().mT)
+        assert not getattr(inputs, name).is_contiguous()
+    check(inputs)
 
 
 def test_weights_outside_the_range_of_half_precision():
-    lengths = [100, 20]
-    x, rows, weights = inputs(48, 3, lengths, torch.float16)
     for scale in (1e-12, 1e12):
-        found = results(x, rows * scale, weights * scale, lengths)
-        expected = formulas(x, rows * scale, weights * scale, lengths)
-        for name in ("scores", "sums"):
+        inputs = Inputs(48, 3, [100, 20], torch.float16)
+        inputs.rows, inputs.weights = inputs.rows * scale, inputs.weights * scale
+        found, expected = inputs.found(), inputs.expected()
+        for name in ("scores", "slopes", "sums"):
             assert_close(found[name], expected[name], TOLERANCE, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 def test_nan_stays_in_its_sequence(dtype):
-    lengths = [3, 70, 4]
-    x, rows, weights = inputs(16, 2, lengths, dtype)
+    inputs = Inputs(16, 2, [3, 70, 4], dtype)
     # the NaN that devices produce, with all bits set
     nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32, device=DEVICE).view(torch.float32)
-    x[40], rows[1, 0], weights[40] = nan.to(dtype), nan, nan
-    found = results(x, rows, weights, lengths)
-    for name, expected in formulas(x, rows, weights, lengths).items():
+    inputs.x[40], inputs.rows[1, 0], inputs.weights[40] = nan.to(dtype), nan, nan
+    found = inputs.found()
+    for name, expected in inputs.expected().items():
         assert torch.equal(found[name].isnan(), expected.isnan()), name
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0, 0]], ids=["B0", "B3"])
 def test_without_tokens(lengths):
-    found = results(*inputs(48, 3, lengths, torch.bfloat16), lengths)
-    B = len(lengths)
-    shapes = {"means": (B, 48), "scores": (0, 3), "softmax": (0, 3), "sums": (B, 3, 48)}
-    for name, shape in {**shapes, "spread": (0, 48)}.items():
+    found, B = Inputs(48, 3, lengths, torch.bfloat16).found(), len(lengths)
+    shapes = {
+        **dict.fromkeys(("means", "totals"), (B, 48)),
+        **dict.fromkeys(("scores", "slopes", "softmax"), (0, 3)),
+        "sums": (B, 3, 48),
+        **dict.fromkeys(SPREAD, (0, 48)),
+    }
+    assert set(shapes) == set(found)
+    for name, shape in shapes.items():
         assert found[name].shape == shape, name
         assert not found[name].any(), name
 
 
-def test_two_runs_agree_bit_by_bit():
-    lengths = [200, 0, 65, 1]
-    tensors = inputs(48, 12, lengths, torch.bfloat16)
-    first, second = results(*tensors, lengths), results(*tensors, lengths)
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+def test_two_runs_agree_bit_by_bit(dtype):
+    inputs = Inputs(48, 12, [200, 0, 65, 1], dtype)
+    first, second = inputs.found(), inputs.found()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_rows_beyond_two_to_the_31_elements(tmp_path):
-    lengths, stride = [5, 1], 2**29 + 8
-    size = 5 * stride + 48
+    """Read and written; between two tokens of a sequence and before its first one."""
+    inputs, stride = Inputs(48, 3, [5, 1], torch.bfloat16), 2**29 + 8
+    size = 5 * stride + 128
     if DEVICE == "cpu":
         path = str(tmp_path / "sparse")
         memory = torch.from_file(path, shared=True, size=size, dtype=torch.bfloat16)
     else:
         memory = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
-    # within a sequence and from its first token on
     assert 4 * stride > 2**31
-    x = memory.as_strided((6, 48), (stride, 1))
-    x.copy_(random(6, 48, dtype=x.dtype))
-    _, rows, weights = inputs(48, 3, lengths, torch.bfloat16)
-    check(x, rows, weights, lengths)
+    out = memory[64:].as_strided((6, 48), (stride, 1))
+    inputs.x = memory.as_strided((6, 48), (stride, 1)).copy_(inputs.x)
+    found, expected = {}, inputs.expected()
+    span = offsets(inputs.lengths), 5
+    found["means"] = kernels.sequence_means(inputs.x, *span)
+    found["scores"] = kernels.token_scores(inputs.x, inputs.rows, *span)
+    found["sums"] = kernels.sequence_sums(inputs.weights, inputs.x, *span)
+    kernels.spread_rows(((inputs.weights, inputs.rows),), inputs.shared, *span, out)
+    found["spread"] = out
+    for name, tensor in found.items():
+        assert_close(tensor.cpu(), expected[name], tolerance(name, inputs.x.dtype), name)
 
 
 def test_launches_are_listed_without_a_device():
@@ -227,3 +280,65 @@ def test_launches_are_listed_without_a_device():
         "sequence_sums_kernel",
         "combine_spans_kernel",
     ]
+
+
+def test_launches_of_a_backward_pass():
+    """Score gradients are one launch, and so are both products of the spread."""
+    x = torch.empty(65536, 768, dtype=torch.bfloat16, device="meta")
+    weights, rows = torch.empty(65536, 12, device="meta"), torch.empty(128, 12, 768, device="meta")
+    span = torch.empty(129, dtype=torch.int32, device="meta"), 512
+    with record_launches() as launches:
+        kernels.score_gradients(x, rows, weights, rows[:, :, 0], *span)
+        kernels.spread_rows(((weights, rows), (weights, rows)), rows[:, 0], *span, x)
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["token_scores_kernel", "spread_rows_kernel"]
+
+
+class FakeKernel:
+    """Notes the device that is current when it is launched."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[int, dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.launched.append((FakeDevice.current, options))
+
+
+class FakeDevice:
+    """Stands for `torch.cuda.device`."""
+
+    current = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.index = device.index
+
+    def __enter__(self) -> None:
+        self.before, FakeDevice.current = FakeDevice.current, self.index
+
+    def __exit__(self, *_: object) -> None:
+        FakeDevice.current = self.before
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, which need not be that of the arguments."""
+    monkeypatch.setattr(torch.cuda, "device", FakeDevice)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: FakeDevice.current)
+    monkeypatch.setattr(
+        torch.Tensor, "device", property(lambda x: torch.device("cuda", x.shape[0]))
+    )
+    kernel = FakeKernel()
+    for index in (0, 1):
+        # a term that is left out comes first
+        launch(kernel, (3,), None, torch.empty(index), 5, num_warps=4, SIZE=16)
+    launch(kernel, (0,), torch.empty(1), num_warps=4)
+    options = {"num_warps": 4, "SIZE": 16}
+    assert kernel.launched == [(0, options), (1, options)]
+    assert FakeDevice.current == 0
+
+
+@pytest.mark.parametrize("hip", [None, "6.4"])
+def test_only_nvidia_is_told_how_many_registers(monkeypatch, hip):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    kernel = FakeKernel()
+    launch(kernel, (1,), torch.empty(1), num_warps=1, max_registers=168)
+    assert kernel.launched == [(0, {"num_warps": 1} | ({} if hip else {"maxnreg": 168}))]

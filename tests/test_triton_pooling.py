@@ -1,4 +1,4 @@
-"""Triton kernels of the three poolings and their fusion against the reference in float64."""
+"""Triton kernels of the poolings and their fusion against the reference in float64."""
 
 from itertools import accumulate
 from pathlib import Path
@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ponet_kernels.marks import SEES_LEFT, SPECIAL, token_marks
+from ponet_kernels import PackedLayout, fused_pooling, token_marks, use_backend
+from ponet_kernels.layout import SEES_LEFT, SPECIAL
 from ponet_kernels.reference import (
     fused_pooling_ref,
     local_max_ref,
@@ -19,7 +20,10 @@ from ponet_kernels.reference import (
 from ponet_kernels.testing import assert_close, relative_error
 
 pytest.importorskip("triton")
-from ponet_kernels.triton_kernels import fusion, local_max, segment_max, segmented_reduce
+from ponet_kernels.triton_kernels import fusion, segment_max, segmented_reduce
+from ponet_kernels.triton_kernels.launch import record_launches
+
+pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5
@@ -74,9 +78,9 @@ def ties(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
     return torch.randint(-1, 2, shape, generator=generator).to(DEVICE, dtype)
 
 
-def double(x: Tensor | None) -> Tensor | None:
+def double(x: Tensor) -> Tensor:
     """A leaf in float64 on the CPU."""
-    return None if x is None else x.detach().cpu().double().requires_grad_()
+    return x.detach().cpu().double().requires_grad_()
 
 
 def gradient(out: Tensor, leaf: Tensor, grad: Tensor) -> Tensor:
@@ -104,11 +108,13 @@ def special_segments(lengths: list[int]) -> list[int]:
 
 def marks_of(lengths: list[int], every: int = 7) -> Tensor:
     """Marks of a stream whose runs end every few tokens and at special tokens."""
-    total, starts = sum(lengths), offsets(lengths).tolist()
-    special = [starts[j] for j in special_segments(lengths)]
-    ends = {0, total, *range(0, total, every), *special, *(t + 1 for t in special)}
-    cu_runs = torch.tensor(sorted(ends), dtype=torch.int32, device=DEVICE)
-    return token_marks(cu_runs, total, torch.tensor(special, dtype=torch.int64, device=DEVICE))
+    total, begin = sum(lengths), offsets(lengths)[:-1].long()
+    special = torch.zeros(total + 1, dtype=torch.bool, device=DEVICE)
+    special[begin[special_segments(lengths)]] = True
+    starts = torch.arange(total, device=DEVICE) % every == 0
+    starts |= special[:-1]
+    starts[1:] |= special[: max(total - 1, 0)]
+    return token_marks(starts, special[:-1])
 
 
 def runs_of(marks: Tensor) -> Tensor:
@@ -116,26 +122,39 @@ def runs_of(marks: Tensor) -> Tensor:
     return torch.cat([starts, starts.new_tensor([len(marks)])]).cpu()
 
 
+class Columns:
+    """The last columns of a wider tensor, which a kernel writes, and nothing else of it."""
+
+    def __init__(self, num_rows: int, num_channels: int, dtype: torch.dtype) -> None:
+        self.all = torch.full((num_rows, 2 * num_channels + 3), 7.0, dtype=dtype, device=DEVICE)
+        self.all[:, -num_channels:] = torch.nan
+        self.written = self.all[:, -num_channels:]
+
+    def check(self) -> Tensor:
+        """What was written: each element, and none beside."""
+        assert (self.all[:, : -self.written.shape[1]] == 7.0).all()
+        return self.written
+
+
 def check_segment_max(x: Tensor, lengths: list[int], dtype: torch.dtype = torch.int16) -> None:
-    cu_segments, token_segments = offsets(lengths), owners(lengths)
-    maxima, places = segment_max.segment_max_fwd(x, cu_segments, token_segments, dtype)
+    layout = offsets(lengths), owners(lengths)
+    maxima, places = segment_max.segment_max_fwd(x, *layout, dtype, 0 in lengths)
     assert places is not None
     assert places.dtype == dtype
     assert maxima.dtype == x.dtype
     leaf = double(x)
-    expected = segment_max_ref(leaf, cu_segments.cpu(), token_segments.cpu())
+    expected = segment_max_ref(leaf, layout[0].cpu())
     torch.testing.assert_close(
         maxima.cpu().double(), expected, rtol=0, atol=0, equal_nan=True, check_stride=False
     )
-    assert (places[cu_segments.diff() == 0] == 0).all()
-    without, nothing = segment_max.segment_max_fwd(x, cu_segments, token_segments, None)
+    assert (places[layout[0].diff() == 0] == 0).all()
+    without, nothing = segment_max.segment_max_fwd(x, *layout, None, 0 in lengths)
     assert nothing is None
     torch.testing.assert_close(without, maxima, rtol=0, atol=0, equal_nan=True)
 
-    grad = random(*maxima.shape, seed=1)
-    dx = segment_max.segment_max_bwd(grad, places, cu_segments, token_segments, x.dtype)
-    assert dx.dtype == x.dtype
-    wanted = gradient(expected, leaf, grad)
+    grad, columns = random(*maxima.shape, seed=1), Columns(*x.shape, x.dtype)
+    segment_max.segment_max_bwd(grad, places, *layout, columns.written)
+    dx, wanted = columns.check(), gradient(expected, leaf, grad)
     assert_close(dx.cpu(), wanted, 2**-7 if x.dtype in HALF else 0.0, "dx")
     assert torch.equal((dx != 0).cpu(), wanted != 0)
 
@@ -179,63 +198,28 @@ def test_segment_max_of_views(view):
     x = view(random(sum(RAGGED), 48))
     assert not x.is_contiguous()
     check_segment_max(x, RAGGED)
-    cu_segments, token_segments = offsets(RAGGED), owners(RAGGED)
-    _, places = segment_max.segment_max_fwd(x, cu_segments, token_segments, torch.uint8)
+    layout = offsets(RAGGED), owners(RAGGED)
+    _, places = segment_max.segment_max_fwd(x, *layout, torch.uint8, True)
     grad = random(len(RAGGED), 48)
-    expected = segment_max.segment_max_bwd(grad, places, cu_segments, token_segments, x.dtype)
-    arguments = (view(places), cu_segments, token_segments, x.dtype)
-    assert torch.equal(segment_max.segment_max_bwd(view(grad), *arguments), expected)
+    expected, actual = torch.empty_like(grad[layout[1]]), torch.empty_like(grad[layout[1]])
+    segment_max.segment_max_bwd(grad, places, *layout, expected)
+    segment_max.segment_max_bwd(view(grad), view(places), *layout, actual)
+    assert torch.equal(actual, expected)
 
 
-def check_local_max(x: Tensor, marks: Tensor) -> None:
-    out, cu_runs, leaf = local_max.local_max_fwd(x, marks), runs_of(marks), double(x)
-    assert out.dtype == x.dtype
-    expected = local_max_ref(leaf, cu_runs)
-    torch.testing.assert_close(
-        out.cpu().double(), expected, rtol=0, atol=0, equal_nan=True, check_stride=False
-    )
-    grad = random(*x.shape, dtype=x.dtype, seed=1)
-    dx = local_max.local_max_bwd(grad, x, marks)
-    assert dx.dtype == x.dtype
-    # one rounding of a sum of three; the interpreter truncates
-    assert_close(dx.cpu(), gradient(expected, leaf, grad), torch.finfo(x.dtype).eps, "dx")
-
-
-@dtypes
-@channels
-def test_local_max(dtype, num_channels):
-    marks = marks_of(RAGGED)
-    check_local_max(random(sum(RAGGED), num_channels, dtype=dtype), marks)
-    check_local_max(ties(sum(RAGGED), num_channels, dtype=dtype), marks)
-
-
-@pytest.mark.parametrize("every", [1, 2, 100])
-def test_local_max_of_runs(every):
-    check_local_max(ties(67, 5), marks_of([67], every))
-
-
-def test_local_max_of_nothing():
-    x, marks = random(0, 5), marks_of([])
-    assert local_max.local_max_fwd(x, marks).shape == (0, 5)
-    assert local_max.local_max_bwd(x, x, marks).shape == (0, 5)
-
-
-def test_local_max_of_nan_and_infinity():
-    x = random(60, 5)
-    x[[0, 9, 10, 12, 40, 59], :3] = float("nan")
-    x[[1, 30, 42], :4] = float("inf")
-    x[::2, 4] = float("-inf")
-    x[20:35, 4] = float("-inf")
-    check_local_max(x, marks_of([60]))
-
-
-@pytest.mark.parametrize("view", [wide_rows, transposed])
-def test_local_max_of_views(view):
-    x, marks = random(sum(RAGGED), 48), marks_of(RAGGED)
-    check_local_max(view(x), marks)
-    grad = random(*x.shape, seed=1)
-    expected = local_max.local_max_bwd(grad, x, marks)
-    assert torch.equal(local_max.local_max_bwd(view(grad), view(x), marks), expected)
+@pytest.mark.parametrize("has_empty", [True, False])
+def test_empty_segments_are_filled_only_where_there_may_be_some(has_empty):
+    """A launch less, forward and backward."""
+    x = torch.empty(4096, 48, device="meta")
+    layout = torch.empty(101, dtype=torch.int32, device="meta"), x[:, 0].long()
+    marks, maxima = torch.empty(4096, dtype=torch.uint8, device="meta"), x[:100]
+    tables = (*layout, torch.empty(100, dtype=torch.int64, device="meta"), marks)
+    with record_launches() as launches:
+        segment_max.segment_max_fwd(x, *layout, torch.uint8, has_empty)
+        fusion.fusion_bwd(x, None, maxima, x, x, *tables, x, x, has_empty)
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names.count("fill_empty_kernel") == 2 * has_empty
+    assert len(names) == 4 + 2 * has_empty
 
 
 class FusionCase:
@@ -247,7 +231,7 @@ class FusionCase:
         num_channels: int,
         dtype: torch.dtype = torch.float32,
         terms: str = "gsl",
-        with_marks: bool = True,
+        marks: Tensor | None = None,
     ) -> None:
         total, num_segments = sum(lengths), len(lengths)
         self.lengths, self.dtype = lengths, dtype
@@ -255,7 +239,7 @@ class FusionCase:
         # sequences 0 and 2 are empty
         of_sequence = [1 + (j >= num_segments // 3) * 2 for j in range(num_segments)]
         self.segment_sequences = torch.tensor(of_sequence, dtype=torch.int64, device=DEVICE)
-        self.marks = marks_of(lengths) if with_marks else None
+        self.marks = marks_of(lengths) if marks is None else marks
         # g' comes in float32 from global aggregation
         g = random(4, num_channels, dtype=dtype, seed=1).to(
             torch.float64 if dtype == torch.float64 else torch.float32
@@ -267,6 +251,7 @@ class FusionCase:
             ties(total, num_channels, dtype=dtype, seed=4) if "l" in terms else None,
         ]
         self.grad = random(total, num_channels, dtype=dtype, seed=5)
+        self.has_empty = 0 in lengths
 
     def forward(self) -> Tensor:
         return fusion.fusion_fwd(
@@ -274,8 +259,15 @@ class FusionCase:
         )
 
     def backward(self) -> list[Tensor | None]:
+        """Gradients of g', S, O and l; those of O and l are written beside other columns."""
         layout = (self.cu_segments, self.token_segments, self.segment_sequences, self.marks)
-        return list(fusion.fusion_bwd(self.grad, *self.values, *layout))
+        shape = self.values[2].shape
+        written = Columns(*shape, self.dtype), Columns(*shape, self.dtype)
+        local = None if self.values[3] is None else written[1].written
+        sums = fusion.fusion_bwd(
+            self.grad, *self.values, *layout, written[0].written, local, self.has_empty
+        )
+        return [*sums, written[0].check(), None if local is None else written[1].check()]
 
     def expected(self, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
         """Output and gradients by PyTorch's operations in `dtype`."""
@@ -283,28 +275,75 @@ class FusionCase:
             None if v is None else v.detach().cpu().to(dtype).requires_grad_() for v in self.values
         ]
         g, s, o, local = leaves
-        layout = (self.token_segments.cpu(), self.segment_sequences.cpu())
-        if self.marks is None:
-            out = pooling_fusion_ref(g, s, o, local, *layout)
-        else:
-            marks = self.marks.cpu()
-            special = ((marks & SPECIAL) != 0).nonzero().squeeze(1)
-            if s is not None:
-                s = s.index_fill(0, layout[0][special], 0.0)
-            if local is not None:
-                local = local_max_ref(local, runs_of(marks)).index_fill(0, special, 0.0)
-            out = pooling_fusion_ref(g, s, o, local, *layout)
+        layout, marks = (self.token_segments.cpu(), self.segment_sequences.cpu()), self.marks.cpu()
+        special = ((marks & SPECIAL) != 0).nonzero().squeeze(1)
+        if s is not None:
+            s = s.index_fill(0, layout[0][special], 0.0)
+        if local is not None:
+            local = local_max_ref(local, runs_of(marks)).index_fill(0, special, 0.0)
+        out = pooling_fusion_ref(g, s, o, local, *layout)
         if out.requires_grad:
             out.backward(self.grad.cpu().to(dtype))
         grads = [
             None if v is None else torch.zeros_like(v) if v.grad is None else v.grad for v in leaves
         ]
-        if self.marks is None:
-            grads[3] = None
         return [out.detach(), *grads]
 
     def results(self) -> list[Tensor | None]:
         return [self.forward(), *self.backward()]
+
+
+def check_windows(x: Tensor, marks: Tensor) -> None:
+    """Local max-pooling: without g' and S the fusion is L, and 0 at special tokens."""
+    case, leaf = FusionCase([len(x)], x.shape[1], x.dtype, "l", marks), double(x)
+    case.values[3] = x
+    special = (marks.cpu() & SPECIAL) != 0
+    expected = local_max_ref(leaf, runs_of(marks)).masked_fill(special.unsqueeze(1), 0.0)
+    out = case.forward()
+    assert out.dtype == x.dtype
+    torch.testing.assert_close(
+        out.cpu().double(), expected, rtol=0, atol=0, equal_nan=True, check_stride=False
+    )
+    dglobal, dsegment, doutput, dx = case.backward()
+    assert dglobal is None
+    assert dsegment is None
+    assert doutput is not None
+    assert not doutput.any()
+    assert dx is not None
+    # one rounding of a sum of three; the interpreter truncates
+    wanted = gradient(expected, leaf, case.grad)
+    assert_close(dx.cpu(), wanted, torch.finfo(x.dtype).eps, "dx")
+
+
+@dtypes
+@channels
+def test_windows(dtype, num_channels):
+    marks = marks_of(RAGGED)
+    check_windows(random(sum(RAGGED), num_channels, dtype=dtype), marks)
+    check_windows(ties(sum(RAGGED), num_channels, dtype=dtype), marks)
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_windows_of_runs(every):
+    check_windows(ties(67, 5), marks_of([67], every))
+
+
+def test_windows_of_nothing():
+    check_windows(random(0, 5), marks_of([]))
+
+
+def test_windows_of_nan_and_infinity():
+    x = random(60, 5)
+    x[[0, 9, 10, 12, 40, 59], :3] = float("nan")
+    x[[1, 30, 42], :4] = float("inf")
+    x[::2, 4] = float("-inf")
+    x[20:35, 4] = float("-inf")
+    check_windows(x, marks_of([60]))
+
+
+@pytest.mark.parametrize("view", [wide_rows, transposed])
+def test_windows_of_views(view):
+    check_windows(view(random(sum(RAGGED), 48)), marks_of(RAGGED))
 
 
 NAMES = ["out", "dglobal", "dsegment", "doutput", "dlocal"]
@@ -335,10 +374,10 @@ def test_fusion(dtype, num_channels):
     check_fusion(FusionCase(RAGGED, num_channels, dtype))
 
 
-@pytest.mark.parametrize("with_marks", [True, False], ids=["marks", "plain"])
+@pytest.mark.parametrize("every", [7, 100], ids=["runs", "one-run"])
 @pytest.mark.parametrize("terms", ["gsl", "gs", "gl", "sl", "g", "s", "l", ""])
-def test_fusion_of_some_terms(terms, with_marks):
-    check_fusion(FusionCase(RAGGED, 9, torch.float64, terms, with_marks))
+def test_fusion_of_some_terms(terms, every):
+    check_fusion(FusionCase(RAGGED, 9, torch.float64, terms, marks_of(RAGGED, every)))
 
 
 @pytest.mark.parametrize("lengths", [*LENGTHS.values(), LONG], ids=[*LENGTHS, "long"])
@@ -355,20 +394,38 @@ def test_special_tokens_give_and_take_no_local_or_segment_gradient():
     assert (dsegment[case.token_segments[special]] == 0).all()
 
 
-def test_fused_pooling_in_parts():
-    case = FusionCase(RAGGED, 7, torch.float64)
-    g, _, o, local = case.values
-    x = random(sum(RAGGED), 7, dtype=torch.float64, seed=9)
-    leaves = [double(v) for v in (g, x, o, local)]
-    layout = (case.cu_segments, case.token_segments, case.segment_sequences, case.marks)
-    expected = fused_pooling_ref(*leaves, *(t.cpu() for t in layout))
-    expected.backward(double(case.grad))
-    maxima, places = segment_max.segment_max_fwd(x, *layout[:2], torch.uint8)
-    case.values[1] = maxima
-    dg, ds, do, dl = case.backward()
-    dx = segment_max.segment_max_bwd(ds, places, *layout[:2], torch.float64)
-    assert_close(case.forward().cpu(), expected.detach(), 1e-14, "out")
-    for actual, leaf in zip((dg, dx, do, dl), leaves, strict=True):
+def layout_of(case: FusionCase) -> PackedLayout:
+    lengths = torch.zeros(4, dtype=torch.int64)
+    sequences = case.segment_sequences.cpu()
+    lengths = lengths.index_add(0, sequences, torch.tensor(case.lengths))
+    return PackedLayout(
+        cu_seqlens=offsets(lengths.tolist()),
+        cu_segments=case.cu_segments,
+        token_segments=case.token_segments,
+        segment_sequences=case.segment_sequences,
+        token_marks=case.marks,
+        max_seqlen=int(lengths.max()),
+        max_segment_len=max(case.lengths),
+        has_empty_segments=case.has_empty,
+    )
+
+
+@pytest.mark.parametrize("lengths", [RAGGED, [4, 1, 30, 1, 1]], ids=["empty", "full"])
+def test_fused_pooling(lengths):
+    """All parts as the operator puts them together, on columns of one tensor."""
+    case, total = FusionCase(lengths, 7, torch.float64), sum(lengths)
+    layout = layout_of(case)
+    wide = random(total, 25, dtype=torch.float64, seed=9)
+    values, g = wide[:, 2:23].requires_grad_(), case.values[0].requires_grad_()
+    with use_backend("triton"):
+        out = fused_pooling(g, values, layout)
+    found = torch.autograd.grad(out, (g, values), case.grad)
+    leaves = [double(v) for v in (g, *values.chunk(3, dim=1))]
+    host = layout.with_tensors({name: t.cpu() for name, t in layout.tensors().items()})
+    expected = fused_pooling_ref(*leaves, host)
+    expected.backward(case.grad.cpu())
+    assert_close(out.cpu(), expected, 1e-14, "out")
+    for actual, leaf in zip((found[0], *found[1].chunk(3, dim=1)), leaves, strict=True):
         assert_close(actual.cpu(), leaf.grad, 1e-14)
 
 
@@ -378,6 +435,7 @@ def test_fusion_of_views(view):
     expected = case.results()
     case.values = [view(v) for v in case.values]
     case.grad = view(case.grad)
+    assert not any(x.is_contiguous() for x in (*case.values, case.grad))
     for actual, wanted in zip(case.results(), expected, strict=True):
         assert torch.equal(actual, wanted)
 
@@ -398,7 +456,7 @@ def test_runs_agree_bit_by_bit():
 @given(st.lists(st.integers(0, 2 * WINDOW + 3), max_size=8), st.integers(1, 20))
 def test_any_lengths(lengths, num_channels):
     check_segment_max(ties(sum(lengths), num_channels), lengths)
-    check_local_max(ties(sum(lengths), num_channels), marks_of(lengths))
+    check_windows(ties(sum(lengths), num_channels), marks_of(lengths))
     check_fusion(FusionCase(lengths, num_channels))
 
 
@@ -413,26 +471,28 @@ def test_rows_beyond_two_to_the_31(tmp_path: Path):
             file.truncate(num_rows * width * 2)
         big = torch.from_file(name, shared=True, size=num_rows * width, dtype=torch.float16)
     assert (num_rows - 1) * width > 2**31
-    far = big.view(num_rows, width)[:, :6]
+    big = big.view(num_rows, width)
+    far, written = big[:, :6], (big[:, 16:22], big[:, 32:38])
     far.copy_(random(num_rows, 6, dtype=torch.float16))
     assert far.stride() == (width, 1)
     near, lengths = far.contiguous(), [30, 1, 9]
     layout = offsets(lengths), owners(lengths)
-    marks = marks_of(lengths)
-    maxima, places = segment_max.segment_max_fwd(far, *layout, torch.uint8)
-    expected = segment_max.segment_max_fwd(near, *layout, torch.uint8)
+    maxima, places = segment_max.segment_max_fwd(far, *layout, torch.uint8, False)
+    expected = segment_max.segment_max_fwd(near, *layout, torch.uint8, False)
     assert torch.equal(maxima, expected[0])
     assert torch.equal(places, expected[1])
-    assert torch.equal(local_max.local_max_fwd(far, marks), local_max.local_max_fwd(near, marks))
-    assert torch.equal(
-        local_max.local_max_bwd(far, far, marks), local_max.local_max_bwd(near, near, marks)
-    )
+    dx, grad = torch.empty_like(near), random(3, 6)
+    segment_max.segment_max_bwd(grad, places, *layout, dx)
+    segment_max.segment_max_bwd(grad, places, *layout, written[0])
+    assert torch.equal(written[0], dx)
     case = FusionCase(lengths, 6, torch.float16)
-    results = []
-    for x in (far, near):
-        case.values[2], case.values[3], case.grad = x, x, x
-        results.append(case.results())
-    for actual, wanted in zip(*results, strict=True):
+    case.values[2], case.values[3], case.grad = near, near, near
+    out, *sums, doutput, dlocal = case.results()
+    case.values[2], case.values[3], case.grad = far, far, far
+    assert torch.equal(case.forward(), out)
+    tables = (case.cu_segments, case.token_segments, case.segment_sequences, case.marks)
+    found = fusion.fusion_bwd(far, *case.values, *tables, *written, False)
+    for actual, wanted in zip((*found, *written), (*sums, doutput, dlocal), strict=True):
         assert torch.equal(actual, wanted)
 
 

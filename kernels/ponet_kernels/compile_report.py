@@ -36,11 +36,12 @@ from torch import Tensor
 
 from ponet_kernels.dispatch import Backend, backend_named
 from ponet_kernels.dtypes import accumulation_dtype
-from ponet_kernels.global_aggregation import spread_rank
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 """Arguments of Triton's `GPUTarget`: A100, H100 and H200, MI300."""
-DTYPES = ("float32", "bfloat16", "float16")
+PLACES = (torch.uint8, torch.int16, torch.int32)
+"""Types that places of maxima are kept in."""
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 HEAD = {
     "kernel": "kernel",
     "target": "target",
@@ -76,6 +77,8 @@ SHAPES = {
     "base": (Shape(768, 12, 128, 512, 25), Shape(768, 12, 16, 4096, 25)),
     "lra": (Shape(64, 2, 32, 4096, 2),),
 }
+SMALL_SHAPE = "lra"
+"""The only one for float64, in which tests compute and models do not."""
 
 
 @dataclass(frozen=True)
@@ -116,61 +119,50 @@ def call_every_function(functions: Backend, shape: Shape, dtype: torch.dtype) ->
     Args:
         dtype: of the tokens; gradients and global vectors come in it and in that of sums.
     """
-    C, H, B = shape.num_channels, shape.num_heads, shape.num_sequences
+    C, B = shape.num_channels, shape.num_sequences
     T, acc = B * shape.seq_len, accumulation_dtype(dtype)
     S = T // shape.segment_len
 
     def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    x, segment_vectors = empty(T, C), empty(S, C)
-    token_marks = empty(T, dtype=torch.uint8)
+    # side by side, as one product makes them and as their gradients are written
+    output, segment, local = empty(T, 3 * C).chunk(3, dim=1)
+    maxima, grad, marks = empty(S, C), empty(T, C), empty(T, dtype=torch.uint8)
     cu_segments, token_segments = empty(S + 1, dtype=torch.int32), empty(T, dtype=torch.int64)
-    segment_sequences = empty(S, dtype=torch.int64)
+    tables = (token_segments, empty(S, dtype=torch.int64), marks)
 
-    layout = (cu_segments, token_segments)
-    functions.segment_max_fwd(x, *layout, None)
-    for place_dtype in (torch.uint8, torch.int16, torch.int32):
-        functions.segment_max_fwd(x, *layout, place_dtype)
-        for kind in (dtype, acc):
-            grad, places = empty(S, C, dtype=kind), empty(S, C, dtype=place_dtype)
-            functions.segment_max_bwd(grad, places, *layout, dtype)
+    for kind, has_empty in itertools.product((None, *PLACES), (True, False)):
+        functions.segment_max_fwd(segment, cu_segments, token_segments, kind, has_empty)
+    for kind, place_kind in itertools.product((dtype, acc), PLACES):
+        sums, places = empty(S, C, dtype=kind), empty(S, C, dtype=place_kind)
+        functions.segment_max_bwd(sums, places, cu_segments, token_segments, segment)
 
-    functions.local_max_fwd(x, token_marks)
-    functions.local_max_bwd(x, x, token_marks)
+    g = empty(B, C, dtype=acc)
+    terms = [*itertools.product((g, None), (maxima, None), (local, None))][:-1]
+    for chosen in (*terms, (empty(B, C), maxima, local)):
+        *factors, pooled = chosen
+        functions.fusion_fwd(*factors, output, pooled, *tables)
+        for has_empty in (True, False):
+            written = (output, pooled, has_empty)
+            functions.fusion_bwd(grad, *factors, output, pooled, cu_segments, *tables, *written)
+    call_sequence_functions(functions, shape, grad)
 
-    def fuse(
-        g: Tensor | None, s: Tensor | None, local: Tensor | None, marks: Tensor | None
-    ) -> None:
-        tables = (token_segments, segment_sequences, marks)
-        functions.fusion_fwd(g, s, x, local, *tables)
-        # without marks the gradient of L needs no kernel
-        kept = None if marks is None else local
-        functions.fusion_bwd(x, g, s, x, kept, cu_segments, *tables)
 
-    global_vectors = empty(B, C, dtype=acc)
-    terms = ((global_vectors, None), (segment_vectors, None), (x, None))
-    for chosen in list(itertools.product(*terms))[:-1]:
-        fuse(*chosen, token_marks)
-    fuse(empty(B, C), segment_vectors, x, token_marks)
-    for g, s in (
-        (global_vectors, segment_vectors),
-        (global_vectors, None),
-        (None, segment_vectors),
-    ):
-        fuse(g, s, x, None)
-
-    # attention over H rows and its backward pass, the backward pass of the mean
-    span = (empty(B + 1, dtype=torch.int32), shape.seq_len)
-    scores = empty(T, H, dtype=acc)
+def call_sequence_functions(functions: Backend, shape: Shape, x: Tensor) -> None:
+    """Attention over H rows and its backward pass, the backward pass of the mean."""
+    C, H, B = shape.num_channels, shape.num_heads, shape.num_sequences
+    T, acc = B * shape.seq_len, accumulation_dtype(x.dtype)
+    span = (x.new_empty(B + 1, dtype=torch.int32), shape.seq_len)
+    scores, rows = x.new_empty(T, H, dtype=acc), x.new_empty(B, H, C, dtype=acc)
     functions.sequence_means(x, *span)
-    functions.sequence_means(scores, *span)
-    functions.token_scores(x, empty(B, H, C, dtype=acc), *span)
+    functions.sequence_totals(scores, *span)
+    functions.token_scores(x, rows, *span)
+    functions.score_gradients(x, rows, scores, x.new_empty(B, H, dtype=acc), *span)
     functions.sequence_softmax(scores, *span)
     functions.sequence_sums(scores, x, *span)
-    for count in (spread_rank(H), 1):
-        weights, rows = empty(T, count, dtype=acc), empty(B, count, C, dtype=acc)
-        functions.spread_rows(weights, rows, *span, dtype)
+    for pairs in (((scores, rows), (scores, rows)), ()):
+        functions.spread_rows(pairs, x.new_empty(B, C, dtype=acc), *span, x)
 
 
 def job_of(launch: Any, target: str) -> Job:
@@ -187,6 +179,8 @@ def job_of(launch: Any, target: str) -> Job:
     # the launcher's own two steps from its arguments to the compiler's
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     keywords = {**launch.constants, "num_warps": launch.num_warps}
+    if launch.max_registers is not None and TARGETS[target][0] == "cuda":
+        keywords["maxnreg"] = launch.max_registers
     bound, specialization, _ = bind(*launch.args, **keywords)
     options, *source = kernel._pack_args(backend, keywords, bound, specialization, None)
     named: dict[str, Any] = dict(zip(("signature", "constexprs", "attrs"), source, strict=True))
@@ -199,6 +193,8 @@ def list_jobs(targets: Iterable[str], dtypes: Iterable[str], shapes: Iterable[st
 
     jobs: dict[str, Job] = {}
     for shape, dtype in itertools.product(shapes, dtypes):
+        if dtype == "float64" and shape != SMALL_SHAPE:
+            continue
         with record_launches() as launches:
             for size in SHAPES[shape]:
                 call_every_function(backend_named("triton"), size, getattr(torch, dtype))

@@ -124,7 +124,8 @@ def _compute_backward(
         grad_local,
         has_empty,
     )
-    if grad_segment is not None and sums is not None:
+    # without places only the global vectors are to be differentiated
+    if grad_segment is not None and sums is not None and places.ndim == 2:
         functions.segment_max_bwd(sums, places, cu_segments, token_segments, grad_segment)
     if grad_global is None or global_vectors is None:
         return _nothing(values), grad_values

@@ -46,9 +46,10 @@ from ponet_kernels.triton_kernels.windows import load_marks, window_max, window_
 MIN_PROGRAMS = 4096
 """Programs of the backward pass: it needs more registers, so fewer of them run at a time."""
 
-MAX_REGISTERS = 168
-"""Of a thread of the backward pass in half precision: 12 warps on a multiprocessor. Left alone,
-Triton 3.6 takes 208, which leaves 9."""
+MAX_REGISTERS = {2: 168, 4: 128, 8: 168}
+"""Of a thread of the backward pass, by the bytes of an element: 12, 16 and 12 warps on a
+multiprocessor. Left alone, Triton 3.6 takes 209 in half precision, which leaves 9 warps, and spills
+two registers in float32 to have 20."""
 
 _SEES_LEFT = tl.constexpr(SEES_LEFT)
 _SEES_RIGHT = tl.constexpr(SEES_RIGHT)
@@ -500,7 +501,7 @@ def fusion_bwd(
         BLOCK_W=windows.block_w,
         BLOCK_C=windows.block_c,
         num_warps=1,
-        max_registers=MAX_REGISTERS if output.element_size() == 2 else None,
+        max_registers=MAX_REGISTERS[output.element_size()],
     )
     if dglobal is not None and global_partials is not None:
         combine(global_partials, dglobal, None, is_max=False)

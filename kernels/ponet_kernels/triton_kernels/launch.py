@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def launch(
     max_registers: int | None = None,
     **constants: Any,
 ) -> None:
-    """Run `kernel` on `grid` on the device of its first argument; no programs are no launch.
+    """Run `kernel` on `grid` on the device of its tensors; no programs are no launch.
 
     Args:
         args: tensors, sizes and strides in the kernel's order.
@@ -68,7 +69,7 @@ def launch(
     if max_registers is not None and not torch.version.hip:
         options["maxnreg"] = max_registers
     # Triton launches on the current device, whatever its arguments lie on
-    device = args[0].device
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants, **options)

@@ -1,0 +1,141 @@
+"""Batches on their way to a device, and layouts taken apart and put together."""
+
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ponet.batch import HostBatch
+from ponet.packing import BatchLayout, layout_of, stream_of_packed
+
+OFFSETS = {"ragged": [0, 4, 4, 9], "full": [0, 3, 6, 9], "nothing": [0, 0]}
+offsets = pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS)
+
+
+def layout(offsets: list[int]) -> BatchLayout:
+    """With a special token where there is room for one."""
+    ids = torch.arange(offsets[-1])
+    return layout_of(stream_of_packed(ids, torch.tensor(offsets, dtype=torch.int32)), ids % 5 == 3)
+
+
+def tensors(num_tokens: int) -> dict[str, Tensor]:
+    """Of sizes and types that leave gaps between aligned places."""
+    return {
+        "input_ids": torch.arange(num_tokens),
+        "flags": torch.arange(num_tokens) % 2 == 0,
+        "weights": torch.randn(3, 5, dtype=torch.float64).T,
+        "half": torch.randn(7).bfloat16(),
+        "none": torch.zeros(0, 4),
+        "rate": torch.tensor(0.25),
+    }
+
+
+def assert_same(found: BatchLayout, expected: BatchLayout) -> None:
+    for name in ("max_seqlen", "max_segment_len", "has_empty_segments", "num_tokens"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert (found.rows.num_rows, found.rows.length) == (
+        expected.rows.num_rows,
+        expected.rows.length,
+    )
+    ours, theirs = found.tensors(), expected.tensors()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+@offsets
+def test_layout_by_its_tensors(offsets):
+    place = layout(offsets)
+    parts = place.tensors()
+    assert len(parts) == (7 if place.rows.places is not None else 5)
+    assert (place.rows.places is None) is (place.rows.mask is None)
+    copy = place.with_tensors({name: tensor.clone() for name, tensor in parts.items()})
+    assert isinstance(copy, BatchLayout)
+    assert_same(copy, place)
+    for name, tensor in copy.tensors().items():
+        assert tensor is not parts[name], name
+    values = torch.randn(offsets[-1], 2)
+    rows = copy.rows.from_stream(values)
+    assert rows.shape == (len(offsets) - 1, place.max_seqlen, 2)
+    assert torch.equal(copy.rows.to_stream(rows), values)
+    for b, (start, end) in enumerate(pairwise(offsets)):
+        assert torch.equal(rows[b, : end - start], values[start:end])
+        assert not rows[b, end - start :].any()
+
+
+@offsets
+def test_batch_equals_what_was_put_in(offsets):
+    place, given = layout(offsets), tensors(offsets[-1])
+    found = HostBatch(given, place).to(torch.device("cpu"))
+    assert_same(found.pop("layout"), place)
+    assert found.keys() == given.keys()
+    for name, tensor in given.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        assert torch.equal(found[name], tensor), name
+        assert found[name].is_contiguous(), name
+
+
+def test_batch_is_one_aligned_block():
+    """One copy moves it, and kernels load 16 bytes at a time from every tensor of it."""
+    found = HostBatch(tensors(9), layout([0, 4, 4, 9])).to(torch.device("cpu"))
+    parts = [*found.pop("layout").tensors().values(), *found.values()]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in parts}) == 1
+    places = []
+    for tensor in parts:
+        start = tensor.storage_offset() * tensor.element_size()
+        assert start % 16 == 0
+        places.append((start, start + tensor.nbytes))
+    places.sort()
+    assert all(end <= start for (_, end), (start, _) in pairwise(places))
+    assert parts[0].untyped_storage().nbytes() < sum(tensor.nbytes + 16 for tensor in parts)
+
+
+def test_batch_is_a_copy():
+    ids = torch.arange(9)
+    batch = HostBatch({"input_ids": ids}, layout([0, 9]))
+    ids.zero_()
+    assert batch.to(torch.device("cpu"))["input_ids"].tolist() == list(range(9))
+
+
+@offsets
+def test_pickled_batch(offsets):
+    given, place = tensors(offsets[-1]), layout(offsets)
+    content = pickle.dumps(HostBatch(given, place))
+    found = pickle.loads(content).to(torch.device("cpu"))
+    assert_same(found.pop("layout"), place)
+    for name, tensor in given.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def collate(items: list[int]) -> HostBatch:
+    ids = torch.arange(sum(items))
+    ends = torch.tensor([0, *items]).cumsum(0).tolist()
+    return HostBatch({"input_ids": ids}, layout(ends))
+
+
+def test_batches_from_a_worker_process():
+    loader = DataLoader([4, 5, 2, 3], batch_size=2, collate_fn=collate, num_workers=1)
+    found = [batch.to(torch.device("cpu")) for batch in loader]
+    assert [batch["input_ids"].tolist() for batch in found] == [list(range(9)), list(range(5))]
+    assert_same(found[0]["layout"], layout([0, 4, 9]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
+@offsets
+def test_batch_on_a_gpu(offsets):
+    given, place = tensors(offsets[-1]), layout(offsets)
+    loader = DataLoader([0], collate_fn=lambda _: HostBatch(given, place), pin_memory=True)
+    for batch in (HostBatch(given, place), next(iter(loader))):
+        found = batch.to(torch.device("cuda"))
+        moved = found.pop("layout")
+        assert moved.cu_seqlens.is_cuda
+        assert_same(moved.with_tensors({n: t.cpu() for n, t in moved.tensors().items()}), place)
+        for name, tensor in given.items():
+            assert found[name].is_cuda
+            assert torch.equal(found[name].cpu(), tensor), name
