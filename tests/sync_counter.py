@@ -1,0 +1,106 @@
+"""Which operations of a block of code would make the host wait for a GPU; no GPU is needed to tell.
+
+    with count_synchronising() as found:
+        trainer.step(0)
+    assert found == []
+
+What counts, by the name in the list:
+
+- `_local_scalar_dense`: `item`, `float(x)`, `bool(x)`, `tolist` of one element; also `is_nonzero`
+- `equal`, `allclose`: answer with a bool of Python
+- `nonzero`, `masked_select`, `unique*`, `bincount`: the size of the result depends on values
+- `index with a mask`, `index_put with a mask`: a boolean index is turned into places by `nonzero`
+- `masked_scatter`: no wait, but a prefix sum in int64 over the expanded mask
+- `repeat_interleave`: the form without `output_size`, which reads the sum of the repeats
+- `_to_copy`, `copy_`: from one kind of device to another and blocking
+- `lift_fresh`: `torch.tensor(...)` and `new_tensor(...)`, on a GPU a blocking copy of memory that
+  is not pinned. `x[i] = 1.0` counts too, although it is none: write `x[i].fill_(1.0)`.
+
+Operators of `torch.ops.ponet` are looked into; run them with the backend that a GPU would use:
+
+    with use_backend("triton"), record_launches(), count_synchronising() as found: ...
+
+Only what the dispatcher sees counts: not the inside of PyTorch's own kernels, and not `numpy()`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_ALWAYS = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "item",
+    "equal",
+    "allclose",
+    "nonzero",
+    "masked_select",
+    "unique_dim",
+    "unique_consecutive",
+    "unique_dim_consecutive",
+    "_unique",
+    "_unique2",
+    "bincount",
+    "masked_scatter",
+    "masked_scatter_",
+    "lift_fresh",
+}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+_MASKS = (torch.bool, torch.uint8)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "ponet":
+            # the implementation itself, under this mode
+            with self:
+                keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+                return func.redispatch(keys, *args, **kwargs)
+        what = _what_waits(func, args, kwargs)
+        if what is not None:
+            self._found.append(what)
+        return func(*args, **kwargs)
+
+
+def _what_waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    name = func.overloadpacket.__name__
+    if name in _ALWAYS:
+        return name
+    if name in _INDEXING and any(x is not None and x.dtype in _MASKS for x in args[1]):
+        return f"{name} with a mask"
+    if name == "repeat_interleave" and kwargs.get("output_size") is None:
+        return name
+    if name == "_to_copy":
+        target = kwargs.get("device") or args[0].device
+        return None if kwargs.get("non_blocking") else _if_moved(name, args[0], target)
+    if name == "copy_" and isinstance(args[1], Tensor):
+        non_blocking = kwargs.get("non_blocking", args[2:] == (True,))
+        return None if non_blocking else _if_moved(name, args[1], args[0].device)
+    return None
+
+
+def _if_moved(name: str, source: Tensor, target: torch.device | str) -> str | None:
+    return name if source.device.type != torch.device(target).type else None
+
+
+@contextmanager
+def count_synchronising() -> Iterator[list[str]]:
+    """Collect, in order, the names of operations that would wait; see the module."""
+    found: list[str] = []
+    with _Counter(found):
+        yield found
