@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.batches import DEV, TEST, TRAIN, Batch, ShuffledBatches, batches_of_all, collect
+from lra.batches import DEV, TEST, TRAIN, ShuffledBatches, batches_of_all, collect
 from lra.cache import Split, TaskData
 from lra.model import LongRangeClassifier
 from lra.protocol import ModelInputs, model_inputs
@@ -17,10 +17,10 @@ from ponet.training import autocast
 
 
 def read(
-    split: Split, indices: np.ndarray, settings: RunSettings, device: torch.device
-) -> tuple[ModelInputs, Batch]:
-    """Examples in the form of the run's protocol, and the plain batch, both on a device."""
-    batch = collect(split, indices).to(device)
+    split: Split, indices: np.ndarray, settings: RunSettings
+) -> tuple[ModelInputs, dict[str, Tensor]]:
+    """Examples in the form of the run's protocol, and their `labels`, all on the host."""
+    batch = collect(split, indices)
     inputs = model_inputs(
         batch.ids,
         batch.lengths,
@@ -29,7 +29,7 @@ def read(
         mixer=settings.model,
         num_segments=settings.num_segments,
     )
-    return inputs, batch
+    return inputs, {"labels": batch.labels}
 
 
 class Classification:
@@ -81,10 +81,13 @@ class Classification:
 
     def loss(self, step: int) -> Tensor:
         """Mean cross-entropy on the batch of a training step."""
-        inputs, batch = read(
-            self._data.train, self._train.indices(step), self._settings, self._device
-        )
-        return F.cross_entropy(self.model(inputs).float(), batch.labels)
+        inputs, labels = self._read(self._data.train, self._train.indices(step))
+        return F.cross_entropy(self.model(inputs).float(), labels)
+
+    def _read(self, split: Split, indices: np.ndarray) -> tuple[ModelInputs, Tensor]:
+        inputs, beside = read(split, indices, self._settings)
+        inputs, beside = inputs.to(self._device, beside)
+        return inputs, beside["labels"]
 
     def dev_batches(self, evaluation: int) -> list[np.ndarray]:
         """Examples of an evaluation on the development set, counted from 0."""
@@ -133,7 +136,7 @@ class Classification:
         """Whether the model is right about each example of each batch: `[B]` bool."""
         self.model.eval()
         for indices in batches:
-            inputs, batch = read(split, indices, self._settings, self._device)
+            inputs, labels = self._read(split, indices)
             with autocast(self._settings.precision, self._device):
                 logits = self.model(inputs)
-            yield logits.argmax(dim=1) == batch.labels
+            yield logits.argmax(dim=1) == labels
