@@ -15,9 +15,9 @@ from lra.cache import TaskData
 from lra.classify import read
 from lra.model import initialise_linear_layers
 from lra.protocol import ModelInputs
+from lra.schedule import Plan
 from lra.settings import RunSettings
 from lra.tasks import Task
-from lra.trainer import Plan
 from ponet import PoNetForMaskedLM
 from ponet.training import step_seed
 
