@@ -6,6 +6,7 @@ head in place of the classifier. Only ids of the training set are used, never la
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,8 +98,8 @@ class MaskedPrediction:
             eval_every=steps,
         )
 
-    def loss(self, step: int) -> Tensor:
-        """Mean cross-entropy at the hidden tokens of the batch of a step."""
+    def batch(self, step: int) -> dict[str, Any]:
+        """Arguments of the model in a step, counted from 0, on the device."""
         inputs, _ = read(self._data.train, self._batches.indices(step), self._settings)
         seed = step_seed(self._settings.seed, _HIDING, step)
         hidden, places, labels = hide_tokens(
@@ -107,8 +108,14 @@ class MaskedPrediction:
         inputs, beside = replace(inputs, input_ids=hidden).to(
             self._device, {"labels": labels, "label_positions": places}
         )
-        loss = self._model(
-            inputs.input_ids, position_ids=inputs.position_ids, layout=inputs.layout, **beside
-        ).loss
+        return beside | {
+            "input_ids": inputs.input_ids,
+            "position_ids": inputs.position_ids,
+            "layout": inputs.layout,
+        }
+
+    def loss(self, step: int) -> Tensor:
+        """Mean cross-entropy at the hidden tokens of the batch of a step."""
+        loss = self._model(**self.batch(step)).loss
         assert loss is not None
         return loss

@@ -23,7 +23,7 @@ _AHEAD = 256
 class Step(ABC):
     """Does the steps of a plan; the optimizer is published AdamW without weight decay."""
 
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.AdamW
     """Of the model; either form continues a state of the other."""
 
     def __init__(
@@ -131,12 +131,12 @@ class CapturedStep(Step):
         super().__init__(model, plan, precision=precision, seeds=seeds, device=device)
         self._loss = loss
         self._choose = indices
-        self.optimizer = FlatAdamW(model.parameters(), beta2=_BETA2, eps=_EPSILON)
+        self.optimizer = self._flat = FlatAdamW(model.parameters(), beta2=_BETA2, eps=_EPSILON)
         self._ahead = range(0)
         self._tables: tuple[Tensor, ...] = ()
         self._indices = torch.zeros(len(indices(0)), dtype=torch.long, device=device)
         self._schedule = torch.zeros(2, dtype=torch.float64, device=device)
-        self.optimizer.set_schedule(self._schedule)
+        self._flat.set_schedule(self._schedule)
         self._replay = Replay(self._work, device, self._keep)
 
     def _do(self, step: int) -> Tensor:
@@ -155,8 +155,7 @@ class CapturedStep(Step):
         return self._update(lambda: self._loss(self._indices))
 
     def _keep(self) -> Callable[[], None]:
-        assert isinstance(self.optimizer, FlatAdamW)
-        tensors, scale = self.optimizer.tensors, self.scaler.state_dict()
+        tensors, scale = self._flat.tensors, self.scaler.state_dict()
         kept = [tensor.detach().clone() for tensor in tensors]
 
         def undo() -> None:
