@@ -97,7 +97,7 @@ class FlatAdamW(torch.optim.AdamW):
         change = -size * means / (squares.sqrt() / root + eps)
         if overflow is not None:
             fine = overflow.squeeze() == 0
-            change = change.where(fine, 0.0)
+            change = change.masked_fill(~fine, 0.0)
             means = means.where(fine, self._means)
             squares = squares.where(fine, self._squares)
             counts = counts.where(fine, self._counts)

@@ -131,7 +131,7 @@ def _layout(order: Tensor, passed: Tensor, size: int) -> BatchLayout:
     starts = torch.cat([F.pad(passed, (1, 0))[:, :length:size], counts], dim=1)
     num_segments = starts.shape[1]
     of_row = torch.arange(num_segments, device=order.device)
-    segments = torch.where(real, order // size, num_segments - 1) + numbers * num_segments
+    segments = (order // size).masked_fill(~real, num_segments - 1) + numbers * num_segments
     # windows end where a column is missing
     breaks = F.pad(order.diff(dim=1) != 1, (1, 0), value=True) | (places == counts)
     return BatchLayout(
