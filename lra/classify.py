@@ -14,7 +14,7 @@ from lra.cache import Split, TaskData
 from lra.model import LongRangeClassifier
 from lra.protocol import ModelInputs, model_inputs
 from lra.replay import Replay
-from lra.resident import ResidentExamples, resident_inputs, resident_stream
+from lra.resident import ResidentExamples, Shape, resident_inputs, resident_stream
 from lra.schedule import Plan
 from lra.settings import RunSettings
 from lra.steps import CapturedStep, PlainStep, Step, put
@@ -82,9 +82,10 @@ class Classification:
         if resident:
             stream = resident_stream(data.train, device)
             self._resident = {
-                split: ResidentExamples(split, data.task.seq_len, stream)
+                split: ResidentExamples(split, data.task, settings.model, stream)
                 for split in (data.train, data.dev, data.test)
             }
+        self._shapes: dict[Split, Shape] = {}
         self._replays: dict[Split, tuple[Tensor, Replay]] = {}
 
     def probe(self) -> "Classification":
@@ -94,7 +95,7 @@ class Classification:
         return other
 
     def step(self, plan: Plan, stage: int) -> Step:
-        """What trains the model by a plan, as a stage of the run."""
+        """What trains the model by a plan, as a stage of the run; evaluations follow the plan."""
         settings = self._settings
         seeds = (settings.seed, stage)
         if self._resident is None:
@@ -106,6 +107,16 @@ class Classification:
                 seeds=seeds,
                 device=self._device,
             )
+        data, evaluations = self._data, -(-plan.steps // plan.eval_every)
+        self._shapes = {
+            data.train: self._resident[data.train].shape(
+                map(self._train.indices, range(plan.steps))
+            ),
+            data.dev: self._resident[data.dev].shape(
+                batch for number in range(evaluations) for batch in self.dev_batches(number)
+            ),
+            data.test: self._resident[data.test].shape(self.test_batches()),
+        }
         return CapturedStep(
             self.model,
             plan,
@@ -146,6 +157,7 @@ class Classification:
         examples, settings = self._resident[split], self._settings
         inputs = resident_inputs(
             examples.rows(indices),
+            self._shapes[split],
             task=self._data.task,
             mixer=settings.model,
             num_segments=settings.num_segments,

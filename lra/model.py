@@ -93,6 +93,4 @@ class LongRangeClassifier(nn.Module):
         if inputs.counted is not None:
             states = states * inputs.counted.unsqueeze(1)
         mean = global_mean(states, inputs.layout)
-        if inputs.has_ghosts:
-            mean = mean.unflatten(0, (-1, 2))[:, 0]
-        return mean * inputs.scale.unsqueeze(1)
+        return mean[: len(inputs.scale)] * inputs.scale.unsqueeze(1)

@@ -46,8 +46,8 @@ class ModelInputs:
     """`[T]` bool, the tokens whose states count; None: all."""
     scale: Tensor
     """`[S]`, by which the mean over what the encoder saw is multiplied."""
-    has_ghosts: bool = False
-    """After each sequence of the stream comes one of what is absent from it."""
+    num_ghosts: int = 0
+    """Sequences behind those of the batch that do not count."""
 
     def to(
         self, device: torch.device, beside: Mapping[str, Tensor]
