@@ -157,12 +157,15 @@ class CapturedStep(Step):
     def _keep(self) -> Callable[[], None]:
         tensors, scale = self._flat.tensors, self.scaler.state_dict()
         kept = [tensor.detach().clone() for tensor in tensors]
+        seed = torch.initial_seed()
 
         def undo() -> None:
             with torch.no_grad():
                 for tensor, value in zip(tensors, kept, strict=True):
                     tensor.copy_(value)
             self.scaler.load_state_dict(scale)
+            # the generator stands where `__call__` had put it
+            torch.manual_seed(seed)
 
         return undo
 

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from lra.cache import Split, TaskData
 from lra.classify import Classification
 from lra.model import LongRangeClassifier, model_config
 from lra.protocol import ModelInputs, model_inputs
+from lra.replay import Replay
 from lra.resident import (
     ResidentExamples,
     Shape,
@@ -121,6 +122,15 @@ def build(task: Task, mixer: str) -> LongRangeClassifier:
 @pytest.mark.parametrize("task", [SMALL, TOKENS], ids=["pixels", "tokens"])
 @pytest.mark.parametrize("mixer", CAPTURED)
 def test_fixed_shapes_change_nothing(mixer, task):
+    compare_forms(mixer, task)
+
+
+def test_fixed_shapes_change_nothing_in_the_kernels():
+    with use_backend("triton"):
+        compare_forms("ponet", SMALL)
+
+
+def compare_forms(mixer: str, task: Task) -> None:
     model, found = build(task, mixer).eval(), []
     for form in ("dynamic", "resident"):
         model.zero_grad()
@@ -382,12 +392,61 @@ def test_the_warm_up_of_a_capture_is_undone(small):
     assert isinstance(step, CapturedStep)
     step(0)
     before = [x.detach().clone() for x in step._flat.tensors]
+    torch.manual_seed(3)
     undo = step._keep()
-    step._work()
-    step._work()
+    losses = [step._work(), step._work()]
+    assert losses[0] != losses[1]
     assert not any(map(torch.equal, before, step._flat.tensors))
     undo()
     assert all(map(torch.equal, before, step._flat.tensors))
+    assert step._work() == losses[0]
+
+
+class FakeStream:
+    """Takes the place of one of a GPU."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+
+def test_a_gpu_records_once_and_replays(monkeypatch):
+    log: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+
+    def work() -> Tensor:
+        log.append("work")
+        return torch.ones(())
+
+    def keep():
+        log.append("keep")
+        return lambda: log.append("undo")
+
+    replay = Replay(work, torch.device("cuda"), keep)
+    assert replay() is replay()
+    assert log == ["keep", "work", "work", "work", "undo", "work", "replay", "replay"]
+
+
+def test_a_scaled_loss_neither_waits_nor_changes_a_step(small):
+    losses = []
+    for enabled in (False, True):
+        step = classification_of("ponet", "published", resident=True).step(PLAN, 0)
+        step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=enabled)
+        losses.append(torch.stack([step(number).clone() for number in range(6)]))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert step.scaler.get_scale() == 2.0**16
+    with as_on_a_gpu() as found:
+        step(6)
+    assert found == []
 
 
 def test_rows_come_from_the_device_in_the_order_of_the_inputs(small):
