@@ -18,7 +18,7 @@ TRAIN, DEV, TEST, PRETRAIN = range(4)
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Examples without padding."""
+    """Examples without padding, on the host."""
 
     ids: Tensor
     """`[T]` int64, sequences end to end, all first inputs before all second ones."""
@@ -26,11 +26,6 @@ class Batch:
     """`[num_inputs * B]` int64, tokens of each sequence."""
     labels: Tensor
     """`[B]` int64."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """A copy on a device."""
-        ids, lengths, labels = (x.to(device) for x in (self.ids, self.lengths, self.labels))
-        return Batch(ids=ids, lengths=lengths, labels=labels)
 
 
 def collect(split: Split, indices: np.ndarray) -> Batch:

@@ -1,6 +1,5 @@
 """How many steps fit into a time: measured on a copy of the model before the run."""
 
-import copy
 import logging
 import math
 import time
@@ -12,9 +11,9 @@ import torch
 
 from lra.cache import Split, TaskData
 from lra.classify import Classification
+from lra.schedule import Plan
 from lra.settings import RunSettings
 from lra.tasks import TASKS
-from lra.trainer import Plan, Trainer
 from ponet.cli import UsageError
 from ponet.measure import synchronise
 from ponet.training import Place
@@ -93,17 +92,8 @@ def measure(
     classification: Classification, data: TaskData, settings: RunSettings, place: Place
 ) -> Speed:
     """Time steps and evaluations on a copy of the model, which stays as it is."""
-    probe = Classification(copy.deepcopy(classification.model), data, settings, place.device)
-    trainer = Trainer(
-        probe.model,
-        published_plan(settings),
-        place,
-        loss=probe.loss,
-        evaluate=None,
-        precision=settings.precision,
-        seeds=(settings.seed,),
-        name=settings.name,
-    )
+    probe = classification.probe()
+    step = probe.step(published_plan(settings), stage=0)
 
     def seconds_of(split: Split, batches: list[np.ndarray]) -> float:
         # from the middle of each quarter, because batches may be sorted by length
@@ -117,7 +107,7 @@ def measure(
         return len(batches) * _mean_seconds(evaluate, len(chosen), place.device)
 
     return Speed(
-        step=_mean_seconds(trainer.step, _STEPS, place.device),
+        step=_mean_seconds(step, _STEPS, place.device),
         evaluation=seconds_of(data.dev, probe.dev_batches(0)),
         test=seconds_of(data.test, probe.test_batches()),
     )

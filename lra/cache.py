@@ -55,8 +55,10 @@ class Split:
         """Classes, `[examples]`, int64."""
         self.lengths = offsets[inputs + 1] - offsets[inputs]
         """Tokens of each input, `[examples, num_inputs]`, int64."""
-        self._ids = ids
-        self._starts = offsets[inputs]
+        self.stream = ids
+        """Sequences end to end, those of the other splits among them, uint8 or uint16."""
+        self.starts = offsets[inputs]
+        """Where each input begins there, `[examples, num_inputs]`, int64."""
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -64,8 +66,8 @@ class Split:
 
     def ids(self, index: int) -> tuple[np.ndarray, ...]:
         """The inputs of an example: for each `[tokens]`, uint8 or uint16, cut but not padded."""
-        bounds = zip(self._starts[index], self.lengths[index], strict=True)
-        return tuple(self._ids[start : start + length] for start, length in bounds)
+        bounds = zip(self.starts[index], self.lengths[index], strict=True)
+        return tuple(self.stream[start : start + length] for start, length in bounds)
 
     @property
     def majority_rate(self) -> float:

@@ -22,9 +22,12 @@ from lra.budget import measure, plan_within, published_plan
 from lra.cache import TaskData
 from lra.classify import Classification
 from lra.model import LongRangeClassifier
+from lra.resident import obstacle
+from lra.schedule import Plan
 from lra.selfpretrain import MaskedPrediction, build_masked_lm
 from lra.settings import RunSettings
-from lra.trainer import Plan, StageProgress, Trainer
+from lra.steps import PlainStep
+from lra.trainer import StageProgress, Trainer
 from ponet.checkpoint import write_bytes, write_json
 from ponet.log import MetricsWriter
 from ponet.measure import device_name, source_commit
@@ -63,7 +66,7 @@ def finished_result(folder: Path, settings: RunSettings, data: TaskData) -> dict
 
 
 def run_experiment(
-    settings: RunSettings, folder: Path, data: TaskData, place: Place
+    settings: RunSettings, folder: Path, data: TaskData, place: Place, *, captures: bool = False
 ) -> dict[str, Any]:
     """Train and test, or continue to.
 
@@ -72,6 +75,7 @@ def run_experiment(
         folder: of the run, new or of the same settings and unfinished.
         data: of the task.
         place: where to compute.
+        captures: capture the steps where nothing stands against it.
 
     Returns:
         The content of `result.json`.
@@ -85,7 +89,13 @@ def run_experiment(
     """
     torch.manual_seed(settings.seed)
     model = LongRangeClassifier(settings.model_config(), data.task.num_inputs).to(place.device)
-    classification = Classification(model, data, settings, place.device)
+    classification = Classification(
+        model,
+        data,
+        settings,
+        place.device,
+        resident=captures and _can_capture(settings, data, place),
+    )
     plan = _plan_of(folder, settings, data, classification, place)
     pretrain_seconds = _pretrain(model, folder, settings, data, place)
     if settings.compile:
@@ -94,10 +104,8 @@ def run_experiment(
         model,
         plan,
         place,
-        loss=classification.loss,
+        step=classification.step(plan, _TRAIN_STAGE),
         evaluate=classification.dev_accuracy,
-        precision=settings.precision,
-        seeds=(settings.seed, _TRAIN_STAGE),
         name=settings.name,
     )
     _train(trainer, folder / _CHECKPOINT, folder, settings)
@@ -122,6 +130,13 @@ def run_experiment(
     for stage in (folder, folder / _PRETRAIN):
         (stage / _CHECKPOINT).unlink(missing_ok=True)
     return result
+
+
+def _can_capture(settings: RunSettings, data: TaskData, place: Place) -> bool:
+    reason = obstacle(settings, data, place.device)
+    if reason is not None:
+        logger.info("%s | steps are not captured: %s", settings.name, reason)
+    return reason is None
 
 
 def _figures(
@@ -210,14 +225,21 @@ def _pretrain(
     torch.manual_seed(step_seed(settings.seed, _PRETRAIN_STAGE))
     model = build_masked_lm(settings).to(place.device)
     prediction = MaskedPrediction(model, data, settings, place.device)
-    trainer = Trainer(
+    plan = prediction.plan()
+    step = PlainStep(
         model,
-        prediction.plan(),
-        place,
+        plan,
         loss=prediction.loss,
-        evaluate=None,
         precision=settings.precision,
         seeds=(settings.seed, _PRETRAIN_STAGE),
+        device=place.device,
+    )
+    trainer = Trainer(
+        model,
+        plan,
+        place,
+        step=step,
+        evaluate=None,
         name=f"{settings.name} pretraining",
     )
     subfolder = folder / _PRETRAIN

@@ -87,9 +87,10 @@ class LongRangeClassifier(nn.Module):
 
     def pool(self, inputs: ModelInputs) -> Tensor:
         """Scaled sum of the real tokens' states, a vector a sequence: `[num_inputs * B, C]`."""
-        encoded = self.ponet.encode(**inputs.encoder_arguments())
-        states = encoded.last
-        if inputs.mixes_padding:
-            states = states * inputs.real.flatten().unsqueeze(1)
-        mean = global_mean(states, encoded.layout)
-        return mean * inputs.scale.unsqueeze(1)
+        states = self.ponet.encode(
+            inputs.input_ids, position_ids=inputs.position_ids, layout=inputs.layout
+        ).last
+        if inputs.counted is not None:
+            states = states * inputs.counted.unsqueeze(1)
+        mean = global_mean(states, inputs.layout)
+        return mean[: len(inputs.scale)] * inputs.scale.unsqueeze(1)

@@ -15,54 +15,68 @@ attention this equals the published masking; the others (windows, blocks, hashes
 Linformer) count what is left, and so differ from a masked rectangle where black pixels are absent.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lra.tasks import Task
+from ponet.batch import HostBatch
+from ponet.packing import BatchLayout, TokenStream, layout_of, stream_of_rows
 
 Protocol = Literal["published", "clean"]
 
-_MIXERS_WITHOUT_MASK = ("fnet",)
+MIXERS_WITHOUT_MASK = ("fnet",)
+"""They see whole rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInputs:
-    """Sequences as the encoder takes them: rows `[S, N]`, or a stream `[T]` with offsets."""
+    """Sequences as the encoder takes them: a stream `[T]` with its layout."""
 
     input_ids: Tensor
-    """`[S, N]` or `[T]`, int64."""
+    """`[T]` int64."""
     position_ids: Tensor
-    """Like `input_ids`, the column of each token."""
-    segment_ids: Tensor
-    """Like `input_ids`."""
-    real: Tensor
-    """Like `input_ids`, bool: the token counts."""
-    cu_seqlens: Tensor | None
-    """`[S + 1]` int32, offsets of a stream; None: rows."""
+    """`[T]` int64, the column of each token."""
+    layout: BatchLayout
+    """Of the stream."""
+    counted: Tensor | None
+    """`[T]` bool, the tokens whose states count; None: all."""
     scale: Tensor
     """`[S]`, by which the mean over what the encoder saw is multiplied."""
-    mixes_padding: bool
-    """The encoder sees the whole rows, and the states of what does not count are dropped."""
+    num_ghosts: int = 0
+    """Sequences behind those of the batch that do not count."""
 
-    def encoder_arguments(self) -> dict[str, Any]:
-        """Arguments of `PoNetModel.encode`."""
-        masked = self.cu_seqlens is None and not self.mixes_padding
-        return {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "segment_ids": self.segment_ids,
-            "attention_mask": self.real if masked else None,
-            "cu_seqlens": self.cu_seqlens,
-        }
+    def to(
+        self, device: torch.device, beside: Mapping[str, Tensor]
+    ) -> "tuple[ModelInputs, dict[str, Tensor]]":
+        """Move from the host by one copy that nothing waits for.
+
+        Args:
+            device: where to.
+            beside: other tensors of the batch.
+
+        Returns:
+            Both on the device.
+        """
+        names = ("input_ids", "position_ids", "counted", "scale")
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        moved = HostBatch({**own, **beside}, self.layout).to(device)
+        others = {name: moved.pop(name) for name in beside}
+        return replace(self, **moved), others
+
+
+def segment_columns(task: Task, num_segments: int) -> int:
+    """Columns of a segment, the last of a row excepted."""
+    return task.seq_len // num_segments + 1
 
 
 def model_inputs(
     ids: Tensor, lengths: Tensor, *, protocol: Protocol, task: Task, mixer: str, num_segments: int
 ) -> ModelInputs:
-    """Bring sequences into the form of a protocol.
+    """Bring sequences into the form of a protocol; on the host, sizes depend on the values.
 
     Args:
         ids: `[T]` int64, all sequences end to end.
@@ -71,42 +85,52 @@ def model_inputs(
         task: decides the length of rows.
         mixer: key of `ponet.mixers.MIXERS`.
         num_segments: a segment has `seq_len // num_segments + 1` columns.
-
-    Returns:
-        Tensors on the device of `ids`.
     """
-    size = task.seq_len // num_segments + 1
-    mixes_padding = mixer in _MIXERS_WITHOUT_MASK
-    if protocol == "clean" and not mixes_padding:
-        return _stream(ids, lengths, size)
-    columns = torch.arange(task.seq_len, device=ids.device).expand(len(lengths), -1)
-    filled = columns < lengths.unsqueeze(1)
-    rows = ids.new_zeros(filled.shape).masked_scatter(filled, ids)
-    real = rows != 0 if protocol == "published" else filled
-    counted = real.sum(dim=1)
-    seen = torch.full_like(counted, task.seq_len) if mixes_padding else counted
-    divisor = torch.full_like(counted, task.seq_len) if protocol == "published" else counted
-    return ModelInputs(
-        input_ids=rows,
-        position_ids=columns,
-        segment_ids=columns // size,
-        real=real,
-        cu_seqlens=None,
-        scale=seen / divisor,
-        mixes_padding=mixes_padding,
+    size = segment_columns(task, num_segments)
+    if mixer in MIXERS_WITHOUT_MASK:
+        return _whole_rows(ids, lengths, protocol, task, size)
+    sequences = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=len(ids))
+    columns = torch.arange(len(ids)) - (lengths.cumsum(0) - lengths).index_select(0, sequences)
+    row_length, scale = int(lengths.max()), torch.ones(len(lengths))
+    if protocol == "published":
+        present = ids.nonzero().squeeze(1)
+        ids, sequences, columns = (x.index_select(0, present) for x in (ids, sequences, columns))
+        lengths = sequences.bincount(minlength=len(lengths))
+        row_length, scale = task.seq_len, lengths / task.seq_len
+    stream = TokenStream(
+        cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(),
+        sequences=sequences,
+        positions=columns,
+        row_length=row_length,
+        index=None,
+        rows=None,
     )
-
-
-def _stream(ids: Tensor, lengths: Tensor, segment_size: int) -> ModelInputs:
-    ends = lengths.cumsum(0)
-    columns = torch.arange(len(ids), device=ids.device)
-    columns = columns - (ends - lengths).repeat_interleave(lengths)
     return ModelInputs(
         input_ids=ids,
         position_ids=columns,
-        segment_ids=columns // segment_size,
-        real=torch.ones_like(ids, dtype=torch.bool),
-        cu_seqlens=torch.cat([ends.new_zeros(1), ends]).int(),
-        scale=torch.ones(len(lengths), device=ids.device),
-        mixes_padding=False,
+        layout=_cut(stream, size),
+        counted=None,
+        scale=scale,
     )
+
+
+def _whole_rows(
+    ids: Tensor, lengths: Tensor, protocol: Protocol, task: Task, size: int
+) -> ModelInputs:
+    filled = torch.arange(task.seq_len) < lengths.unsqueeze(1)
+    rows = ids.new_zeros(filled.shape).masked_scatter(filled, ids)
+    counted = rows != 0 if protocol == "published" else filled
+    stream = stream_of_rows(rows, None)
+    divisor = task.seq_len if protocol == "published" else lengths
+    return ModelInputs(
+        input_ids=rows.flatten(),
+        position_ids=stream.positions,
+        layout=_cut(stream, size),
+        counted=counted.flatten(),
+        scale=torch.full((len(lengths),), task.seq_len) / divisor,
+    )
+
+
+def _cut(stream: TokenStream, size: int) -> BatchLayout:
+    special = torch.zeros_like(stream.positions, dtype=torch.bool)
+    return layout_of(stream, special, stream.positions // size)

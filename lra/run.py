@@ -34,6 +34,8 @@ class Job:
     """Of the prepared task."""
     place: Place
     """Where to compute."""
+    captures: bool
+    """Capture the steps where nothing stands against it."""
     threads: int
     """CPU threads."""
 
@@ -57,6 +59,7 @@ def make_jobs(config: LRAConfig) -> list[Job]:
         checkpoint_seconds=60 * config.checkpoint_minutes,
         shows_bar=config.jobs == 1,
     )
+    captures = config.capture == "on" or (config.capture == "auto" and device.type == "cuda")
     threads = threads_of_a_job(config.threads, config.jobs)
     return [
         Job(
@@ -64,6 +67,7 @@ def make_jobs(config: LRAConfig) -> list[Job]:
             folder=Path(config.output_dir) / settings.group / settings.name,
             data_folder=data_folders[settings.task],
             place=place,
+            captures=captures,
             threads=threads,
         )
         for settings in runs
@@ -109,7 +113,9 @@ def _run(job: Job) -> dict[str, Any]:
     with locked(job.folder):
         # another command may have done it since this one looked
         result = finished_result(job.folder, job.settings, data)
-        return result or run_experiment(job.settings, job.folder, data, job.place)
+        return result or run_experiment(
+            job.settings, job.folder, data, job.place, captures=job.captures
+        )
 
 
 def main() -> None:

@@ -1,8 +1,30 @@
 """The published schedule: PyTorch's OneCycleLR, linear, with its default cycle of Adam's beta1."""
 
+from dataclasses import dataclass
+
 _START_DIVISOR = 25.0
 _END_DIVISOR = 1e4
 _BETA1_ENDS, _BETA1_PEAK = 0.95, 0.85
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a stage of training does."""
+
+    steps: int
+    """Optimizer steps."""
+    warmup_steps: int
+    """Steps of rising learning rate."""
+    learning_rate: float
+    """Peak."""
+    eval_every: int
+    """Steps between evaluations; there is one after the last step, too."""
+
+    def at(self, step: int) -> tuple[float, float]:
+        """Learning rate and beta1 of a step, counted from 0."""
+        return one_cycle(
+            step, steps=self.steps, warmup_steps=self.warmup_steps, peak=self.learning_rate
+        )
 
 
 def one_cycle(step: int, *, steps: int, warmup_steps: int, peak: float) -> tuple[float, float]:

@@ -5,6 +5,8 @@ head in place of the classifier. Only ids of the training set are used, never la
 """
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +16,15 @@ from lra.cache import TaskData
 from lra.classify import read
 from lra.model import initialise_linear_layers
 from lra.protocol import ModelInputs
+from lra.schedule import Plan
 from lra.settings import RunSettings
 from lra.tasks import Task
-from lra.trainer import Plan
 from ponet import PoNetForMaskedLM
-from ponet.model import IGNORED_LABEL
+from ponet.training import step_seed
 
 _WARMUP_SHARE = 0.1
+# what the seed of a step is for, besides the stages of `lra.experiment`
+_HIDING = 2
 
 
 def build_masked_lm(settings: RunSettings) -> PoNetForMaskedLM:
@@ -30,20 +34,25 @@ def build_masked_lm(settings: RunSettings) -> PoNetForMaskedLM:
     return model
 
 
-def hide_tokens(inputs: ModelInputs, task: Task) -> tuple[Tensor, Tensor]:
-    """Hide a share of the real tokens, each by an independent draw of PyTorch's generator.
+def hide_tokens(
+    inputs: ModelInputs, task: Task, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hide a share of the real tokens, each by an independent draw; on the host.
 
     Args:
         inputs: with the tokens as they are.
         task: decides share and id of hidden tokens.
+        generator: of the draws.
 
     Returns:
-        Ids with hidden tokens replaced, and labels: the original id at hidden tokens, -100 at
-        others; both like `inputs.input_ids`.
+        `[T]` ids with hidden tokens replaced, `[M]` places of these, `[M]` their original ids.
     """
     ids = inputs.input_ids
-    hidden = inputs.real & (torch.rand(ids.shape, device=ids.device) < task.mask_ratio)
-    return ids.masked_fill(hidden, task.mask_id), ids.masked_fill(~hidden, IGNORED_LABEL)
+    hidden = torch.rand(ids.shape, generator=generator) < task.mask_ratio
+    if inputs.counted is not None:
+        hidden &= inputs.counted
+    places = hidden.nonzero().squeeze(1)
+    return ids.masked_fill(hidden, task.mask_id), places, ids.index_select(0, places)
 
 
 class MaskedPrediction:
@@ -89,13 +98,24 @@ class MaskedPrediction:
             eval_every=steps,
         )
 
+    def batch(self, step: int) -> dict[str, Any]:
+        """Arguments of the model in a step, counted from 0, on the device."""
+        inputs, _ = read(self._data.train, self._batches.indices(step), self._settings)
+        seed = step_seed(self._settings.seed, _HIDING, step)
+        hidden, places, labels = hide_tokens(
+            inputs, self._data.task, torch.Generator().manual_seed(seed)
+        )
+        inputs, beside = replace(inputs, input_ids=hidden).to(
+            self._device, {"labels": labels, "label_positions": places}
+        )
+        return beside | {
+            "input_ids": inputs.input_ids,
+            "position_ids": inputs.position_ids,
+            "layout": inputs.layout,
+        }
+
     def loss(self, step: int) -> Tensor:
         """Mean cross-entropy at the hidden tokens of the batch of a step."""
-        inputs, _ = read(
-            self._data.train, self._batches.indices(step), self._settings, self._device
-        )
-        hidden, labels = hide_tokens(inputs, self._data.task)
-        arguments = inputs.encoder_arguments() | {"input_ids": hidden}
-        loss = self._model(**arguments, labels=labels).loss
+        loss = self._model(**self.batch(step)).loss
         assert loss is not None
         return loss

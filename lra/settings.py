@@ -82,6 +82,9 @@ class LRAConfig:
     """Where to run; auto: a GPU if there is one."""
     compile: bool = False
     """Run the encoder through torch.compile."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Keep the data on the device and run each step as one CUDA graph, in the published protocol
+    and with mixers that allow it; auto: on a GPU. Figures change by rounding and dropout only."""
     threads: int | None = None
     """CPU threads of a run; None: all cores, divided among the jobs."""
     data_dir: str = DATA_DIR

@@ -1,7 +1,7 @@
 """The training loop: steps under the schedule, evaluations, checkpoints that continue bit for bit.
 
-Everything random in a step follows from the seed and the number of the step, so a checkpoint holds
-no state of a random generator and no position in the data.
+Everything random in a step follows from the seed and the number of the step (`lra.steps`), so a
+checkpoint holds no state of a random generator and no position in the data.
 """
 
 import logging
@@ -10,42 +10,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from lra.schedule import one_cycle
+from lra.schedule import Plan
+from lra.steps import Step
 from ponet.checkpoint import CheckpointError
 from ponet.log import MetricsWriter
 from ponet.training import (
     Interval,
     Place,
     Progress,
-    autocast,
     damaged,
     load_state,
     progress_bar,
     report_interval,
     save_state,
-    step_seed,
 )
 
-_BETA2, _EPSILON = 0.999, 1e-6
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a stage of training does."""
-
-    steps: int
-    """Optimizer steps."""
-    warmup_steps: int
-    """Steps of rising learning rate."""
-    learning_rate: float
-    """Peak."""
-    eval_every: int
-    """Steps between evaluations; there is one after the last step, too."""
 
 
 @dataclass(kw_only=True)
@@ -69,36 +51,26 @@ class Trainer:
         plan: Plan,
         place: Place,
         *,
-        loss: Callable[[int], Tensor],
+        step: Step,
         evaluate: Callable[[int], float] | None,
-        precision: str,
-        seeds: tuple[int, ...],
         name: str,
     ) -> None:
-        """Make an optimizer, published AdamW without weight decay.
+        """Begin at the first step.
 
         Args:
-            model: on the device; trained in place.
+            model: on the device.
             plan: of the stage.
             place: where the stage runs.
-            loss: the loss of a step, counted from 0, on the model.
+            step: trains the model.
             evaluate: the accuracy by the number of the evaluation, from 0; None: there is none.
-            precision: fp32, bf16, or fp16 with a scaled loss.
-            seeds: of the run and the stage.
             name: of the run, for the log.
         """
         self._model = model
         self._plan = plan
         self._place = place
-        self._loss = loss
+        self._step = step
         self._evaluate = evaluate
-        self._precision = precision
-        self._seeds = seeds
         self._name = name
-        self._optimizer = torch.optim.AdamW(
-            model.parameters(), lr=plan.learning_rate, eps=_EPSILON, weight_decay=0.0, fused=True
-        )
-        self._scaler = torch.amp.GradScaler(place.device.type, enabled=precision == "fp16")
         self.progress = StageProgress()
         self.best: dict[str, Tensor] | None = None
         """Weights of the best evaluation, on the CPU."""
@@ -122,8 +94,8 @@ class Trainer:
         if planned != self._plan:
             raise CheckpointError(f"{path}: written under {planned}, running {self._plan}")
         self._model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
+        self._step.optimizer.load_state_dict(state["optimizer"])
+        self._step.scaler.load_state_dict(state["scaler"])
         self.progress, self.best = progress, state["best"]
         return True
 
@@ -138,8 +110,8 @@ class Trainer:
             "progress": asdict(self.progress),
             "model": self._model.state_dict(),
             "best": self.best,
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            "optimizer": self._step.optimizer.state_dict(),
+            "scaler": self._step.scaler.state_dict(),
         }
         save_state(path, state)
 
@@ -155,7 +127,7 @@ class Trainer:
         saved = time.perf_counter()
         with progress_bar(progress, plan.steps, self._place) as bar:
             while progress.step < plan.steps:
-                interval.add(self.step(progress.step))
+                interval.add(self._step(progress.step))
                 progress.step += 1
                 bar.update()
                 ends = progress.step % plan.eval_every == 0 or progress.step == plan.steps
@@ -169,24 +141,6 @@ class Trainer:
                     saved = time.perf_counter()
                 interval = Interval(device)
 
-    def step(self, step: int) -> Tensor:
-        """Do a step, counted from 0; returns the loss, a scalar on the device."""
-        plan = self._plan
-        rate, beta1 = one_cycle(
-            step, steps=plan.steps, warmup_steps=plan.warmup_steps, peak=plan.learning_rate
-        )
-        for group in self._optimizer.param_groups:
-            group["lr"], group["betas"] = rate, (beta1, _BETA2)
-        torch.manual_seed(step_seed(*self._seeds, step))
-        self._model.train()
-        with autocast(self._precision, self._place.device):
-            loss = self._loss(step)
-        self._scaler.scale(loss).backward()
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
     def _report(self, interval: Interval, writer: MetricsWriter) -> None:
         report_interval(
             interval,
@@ -195,7 +149,7 @@ class Trainer:
             writer,
             name=self._name,
             steps=self._plan.steps,
-            learning_rate=self._optimizer.param_groups[0]["lr"],
+            learning_rate=self._plan.at(self.progress.step - 1)[0],
             remedy="lower --learning-rate or raise --warmup-steps",
         )
 

@@ -20,6 +20,7 @@ from lra.examples import Example
 from lra.run import main
 from lra.selfpretrain import MaskedPrediction
 from lra.settings import LRAConfig, RunSettings, parse
+from lra.steps import CapturedStep
 from lra.tasks import TASKS
 from ponet.cli import UsageError
 
@@ -155,6 +156,59 @@ def test_an_interrupted_run_continues_bit_for_bit(tiny, monkeypatch, capsys, obj
     assert (folder / model).read_bytes() == (kept / model).read_bytes()
     for name in ("metrics.jsonl", "pretrain/metrics.jsonl"):
         assert entries(folder / name) == entries(kept / name)
+
+
+@pytest.mark.parametrize("task", ["image", "retrieval"])
+def test_a_run_of_captured_steps_is_the_same_run(tiny, monkeypatch, capsys, task):
+    flags = ["--task", task, "--batch-size", "4", "--steps", "8", "--eval-every", "4"]
+    flags += ["--eval-batches", "2", "--log-every", "1", "--learning-rate", "1e-3"]
+    # what is dropped depends on the shape of the batch
+    flags += ["--dropout", "0", "--attention-dropout", "0"]
+    plain = run(monkeypatch, capsys, *flags)
+    folder = tiny / "runs" / "published" / f"{task}-ponet-seed0"
+    kept = folder.rename(tiny / "kept")
+    captured = run(monkeypatch, capsys, *flags, "--capture", "on")
+    assert [len(captured["runs"]), captured["failures"]] == [1, []]
+    for name in ("test_accuracy", "dev_accuracy", "best_step", "num_test_examples"):
+        assert captured["runs"][0][name] == plain["runs"][0][name]
+    figures = [
+        [entry.get("loss", entry.get("accuracy")) for entry in entries(f / "metrics.jsonl")]
+        for f in (folder, kept)
+    ]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+def test_an_interrupted_run_of_captured_steps_continues_bit_for_bit(tiny, monkeypatch, capsys):
+    flags = ["--task", "image", "--batch-size", "4", "--steps", "8", "--eval-every", "4"]
+    flags += ["--eval-batches", "2", "--log-every", "1", "--capture", "on"]
+    whole = run(monkeypatch, capsys, *flags)["runs"][0]
+    folder = tiny / "runs" / "published" / "image-ponet-seed0"
+    kept = folder.rename(tiny / "kept")
+    original = CapturedStep._do
+
+    def do(self, step):
+        if step == 5:
+            raise Killed
+        return original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CapturedStep, "_do", do)
+        with pytest.raises(Killed):
+            start(patch, [*flags, "--checkpoint-minutes", "0"])
+    again = run(monkeypatch, capsys, *flags)["runs"][0]
+    assert {k: v for k, v in again.items() if k not in TIMES} == {
+        k: v for k, v in whole.items() if k not in TIMES
+    }
+    model = "model.safetensors"
+    assert (folder / model).read_bytes() == (kept / model).read_bytes()
+    assert entries(folder / "metrics.jsonl") == entries(kept / "metrics.jsonl")
+
+
+def test_a_run_that_cannot_be_captured_says_so(tiny, monkeypatch, capsys):
+    flags = ["--task", "listops", "--model", "ponet_eager", *TINY, "--capture", "on"]
+    found = run(monkeypatch, capsys, *flags)
+    assert found["status"] == 0
+    assert found["log"].count("steps are not captured: mixer ponet_eager reads") == 1
 
 
 def entries(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,205 @@
+"""The published protocol in fixed shapes, on data that lie on the device: what a capture needs.
+
+The real tokens of a batch of S rows of N columns are a stream, as ever. So that every batch has the
+same number T of tokens, the most that any has, "ghosts" follow: tokens of id 0 in G sequences of
+their own, each of at most N tokens and one segment. A real sequence has one segment for each chunk
+of columns, which may be empty. Ghosts are computed for nothing: what comes out of them is not used,
+and their gradients are zero.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lra.cache import Split, TaskData
+from lra.protocol import MIXERS_WITHOUT_MASK, ModelInputs, segment_columns
+from lra.settings import RunSettings
+from lra.tasks import Task
+from ponet.packing import BatchLayout, Rows
+from ponet_kernels import token_marks
+
+# one looks at its layout, the other keeps the state of the random generator
+_NOT_CAPTURED = ("ponet_eager", "attention_checkpointed")
+# T is a multiple of it, which suits matrix products
+_TILE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of all batches of a set."""
+
+    num_tokens: int
+    """T, at least the real tokens of any batch."""
+    num_ghosts: int
+    """G, sequences that take what is left of T in any batch."""
+
+
+def obstacle(settings: RunSettings, data: TaskData, device: torch.device) -> str | None:
+    """Why the steps of a run cannot be captured; None when they can."""
+    if settings.protocol != "published":
+        return f"shapes differ from step to step in the protocol {settings.protocol}"
+    if settings.model in _NOT_CAPTURED:
+        return f"mixer {settings.model} reads from the device"
+    if settings.compile:
+        return "--compile was given"
+    size = data.train.stream.nbytes
+    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] // 2:
+        return f"the data take {size / 2**20:,.0f} MiB, more than half of the free memory"
+    return None
+
+
+class ResidentExamples:
+    """A split on a device."""
+
+    def __init__(self, split: Split, task: Task, mixer: str, stream: Tensor) -> None:
+        """Take the split.
+
+        Args:
+            split: which.
+            task: of the split.
+            mixer: key of `ponet.mixers.MIXERS`; decides whether absent tokens are seen.
+            stream: as `resident_stream` made it of the split, on the device.
+        """
+        device = stream.device
+        self.labels = torch.from_numpy(split.labels).to(device)
+        """`[examples]` int64."""
+        self._length = task.seq_len
+        self._counts = np.full(len(split), task.seq_len * task.num_inputs)
+        if mixer not in MIXERS_WITHOUT_MASK:
+            examples = map(split.ids, range(len(split)))
+            self._counts = np.array([sum(map(np.count_nonzero, inputs)) for inputs in examples])
+        self._stream = stream
+        self._starts = torch.from_numpy(split.starts).to(device)
+        self._lengths = torch.from_numpy(split.lengths).to(device)
+        self._columns = torch.arange(task.seq_len, device=device)
+
+    def shape(self, batches: Iterable[np.ndarray]) -> Shape:
+        """The shape that holds each of the batches."""
+        counts = [int(self._counts[batch].sum()) for batch in batches]
+        num_tokens = -(-max(counts) // _TILE) * _TILE
+        missing = num_tokens - min(counts)
+        return Shape(num_tokens=num_tokens, num_ghosts=-(-missing // self._length))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Ids of examples `[B]`, zero at padding: `[num_inputs * B, N]` int64.
+
+        All first inputs come before all second ones.
+        """
+        starts, lengths = (
+            values.index_select(0, indices).T.reshape(-1, 1)
+            for values in (self._starts, self._lengths)
+        )
+        places = (starts + self._columns).clamp(max=self._stream.shape[0] - 1)
+        ids = self._stream.index_select(0, places.flatten()).view(places.shape).long()
+        return ids.masked_fill(self._columns >= lengths, 0)
+
+
+def resident_stream(split: Split, device: torch.device) -> Tensor:
+    """The sequences of a split and of the others of its task on a device, uint8 or int16."""
+    # no id needs the sign
+    ids = split.stream if split.stream.itemsize == 1 else split.stream.view("int16")
+    return torch.tensor(ids, device=device)
+
+
+def resident_inputs(
+    rows: Tensor, shape: Shape, *, task: Task, mixer: str, num_segments: int
+) -> ModelInputs:
+    """What `lra.protocol.model_inputs` makes for the published protocol, in fixed shapes.
+
+    Args:
+        rows: `[S, N]` int64, zero at what is absent.
+        shape: of the batches that this is one of.
+        task: of the rows.
+        mixer: key of `ponet.mixers.MIXERS`.
+        num_segments: as there.
+
+    Returns:
+        Tensors on the device of `rows`; nothing is read from it.
+    """
+    num_rows, length = rows.shape
+    # FNet sees whole rows
+    mixes = mixer in MIXERS_WITHOUT_MASK
+    real = rows != 0
+    seen = (torch.ones_like(real) if mixes else real).flatten()
+    passed = seen.cumsum(0)  # [S N], seen tokens up to and with the place
+    # the place in the rows of each token of the stream; S N for ghosts, as if in one more row
+    slots = (passed - 1).masked_fill(~seen, shape.num_tokens)
+    places = torch.arange(len(seen), device=rows.device)
+    order = places.new_full((shape.num_tokens + 1,), len(seen)).scatter(0, slots, places)[:-1]
+    layout = _layout(
+        order, (passed - seen.long()).view(num_rows, length), passed, shape, task, num_segments
+    )
+    ids, counted = F.pad(rows.flatten(), (0, 1)), None
+    if mixes:
+        counted = F.pad(real.flatten(), (0, 1)).index_select(0, order)
+    return ModelInputs(
+        input_ids=ids.index_select(0, order),
+        position_ids=order % length,
+        layout=layout,
+        counted=counted,
+        scale=layout.cu_seqlens.diff()[:num_rows] / length,
+        num_ghosts=shape.num_ghosts,
+    )
+
+
+def _layout(
+    order: Tensor, before: Tensor, passed: Tensor, shape: Shape, task: Task, num_segments: int
+) -> BatchLayout:
+    """The layout of a stream.
+
+    Args:
+        order: `[T]`, the place of each token among the S N, ascending; S N for ghosts.
+        before: `[S, N]`, real tokens before each place.
+        passed: `[S N]`, the same and the place itself.
+        shape: of the batch.
+        task: of the rows.
+        num_segments: as for `resident_inputs`.
+    """
+    num_rows, length = before.shape
+    device = order.device
+    size = segment_columns(task, num_segments)
+    total = passed[-1:]
+    tokens = torch.arange(shape.num_tokens, device=device)
+    ghost = order == num_rows * length
+    rank = tokens - total  # among the ghosts
+
+    steps = torch.arange(1, shape.num_ghosts + 1, device=device) * length
+    ends = (total + steps).clamp(max=shape.num_tokens)
+    ghosts = torch.cat([total, ends])  # where they begin, and the end
+    cu_seqlens = torch.cat([before[:, 0], ghosts])
+    chunks = before[:, ::size]
+    num_chunks = chunks.shape[1]
+    segments = torch.arange(chunks.numel() + shape.num_ghosts, device=device)
+    columns, rows = order % length, order // length
+    breaks = (columns == 0) | ghost | F.pad(order.diff() != 1, (1, 0), value=True)
+
+    sequences = torch.where(ghost, num_rows + rank // length, rows)
+    lengths = cu_seqlens.diff()
+    places = torch.arange(length, device=device)
+    return BatchLayout(
+        cu_seqlens=cu_seqlens.int(),
+        cu_segments=torch.cat([chunks.flatten(), ghosts]).int(),
+        token_segments=torch.where(
+            ghost, chunks.numel() + rank // length, rows * num_chunks + columns // size
+        ),
+        segment_sequences=torch.where(
+            segments < chunks.numel(),
+            segments // num_chunks,
+            segments - chunks.numel() + num_rows,
+        ),
+        token_marks=token_marks(breaks),
+        max_seqlen=length,
+        max_segment_len=length if shape.num_ghosts else size,
+        has_empty_segments=True,
+        rows=Rows(
+            num_rows=num_rows + shape.num_ghosts,
+            length=length,
+            # an empty row shows its first place, or softmax would find nothing to be over
+            mask=places < lengths.clamp(min=1).unsqueeze(1),
+            places=sequences * length + tokens - cu_seqlens.index_select(0, sequences),
+        ),
+    )

@@ -1,0 +1,473 @@
+"""Training steps of Long Range Arena: nothing in them waits for a device."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lra.adamw import FlatAdamW
+from lra.cache import Split, TaskData
+from lra.classify import Classification
+from lra.model import LongRangeClassifier, model_config
+from lra.protocol import ModelInputs, model_inputs
+from lra.replay import Replay
+from lra.resident import (
+    ResidentExamples,
+    Shape,
+    obstacle,
+    resident_inputs,
+    resident_stream,
+)
+from lra.schedule import Plan
+from lra.selfpretrain import MaskedPrediction, build_masked_lm
+from lra.settings import LRAConfig, RunSettings
+from lra.steps import CapturedStep, PlainStep
+from lra.tasks import TASKS, Task
+from ponet import PoNetModel
+from ponet.mixers import MIXERS
+from ponet_kernels import PackedLayout, fused_pooling, use_backend
+from ponet_kernels.layout import SEES_LEFT, SEES_RIGHT
+from ponet_kernels.triton_kernels.launch import record_launches
+from tests.sync_counter import count_synchronising
+
+
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [
+        ("_local_scalar_dense", lambda x: x[0].item()),
+        ("_local_scalar_dense", lambda x: bool((x > 1).any())),
+        ("nonzero", lambda x: (x > 1).nonzero()),
+        ("index with a mask", lambda x: x[x > 1]),
+        ("masked_select", lambda x: x.masked_select(x > 1)),
+        ("masked_scatter", lambda x: x.masked_scatter(x > 1, x)),
+        ("repeat_interleave", lambda x: x.repeat_interleave(x.long())),
+        ("_unique2", lambda x: x.unique()),
+        ("equal", lambda x: torch.equal(x, x)),
+        ("lift_fresh", lambda x: x.new_tensor(1.0)),
+        ("_to_copy", lambda x: x.to("meta")),
+    ],
+)
+def test_what_waits_is_counted(name, work):
+    x = torch.arange(4.0)
+    with count_synchronising() as found:
+        work(x)
+    assert found == [name]
+
+
+def test_what_does_not_wait_is_not_counted():
+    x, places = torch.arange(4.0), torch.tensor([1, 2])
+    with count_synchronising() as found:
+        torch.where(x > 1, x, 0.0).masked_fill(x > 2, 1.0)
+        x[places]
+        x[1:] = x[:-1].clone()
+        x.index_put_((places,), x[:2].clone()).to(torch.float64, non_blocking=True)
+        places.repeat_interleave(places, output_size=3)
+        x.cumsum(0).argsort(stable=True)
+    assert found == []
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_operators_are_looked_into(backend):
+    layout = PackedLayout.of_sequences(torch.tensor([0, 3, 8], dtype=torch.int32), 8)
+    values = torch.zeros(8, 12, requires_grad=True)
+    with use_backend(backend), record_launches(), count_synchronising() as found:
+        fused_pooling(torch.zeros(2, 4), values, layout).sum().backward()
+    assert ("triton" in backend) == (not found)
+
+
+CAPTURED = [mixer for mixer in MIXERS if mixer not in ("ponet_eager", "attention_checkpointed")]
+SMALL = dataclasses.replace(TASKS["image"], seq_len=32, max_tokens=32, num_segments=5)
+TOKENS = dataclasses.replace(TASKS["text"], seq_len=32, max_tokens=32, num_segments=16)
+
+
+def rows_of(task: Task) -> tuple[Tensor, list[int]]:
+    """Six rows and their lengths; of pixels one is black and others begin or end with black."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(1, 256, (6, 32), generator=generator)
+    lengths = [32, 32, 32, 32, 20, 1]
+    if task.kind == "pixels":
+        rows *= torch.rand(rows.shape, generator=generator) > 0.3
+        rows[0] = 0
+        rows[1, :3] = rows[1, 30:] = 0
+        rows[2, 1:] = 0
+    for row, length in zip(rows, lengths, strict=True):
+        row[length:] = 0
+    return rows, lengths
+
+
+def inputs_of(task: Task, mixer: str, form: str) -> ModelInputs:
+    rows, lengths = rows_of(task)
+    shared = {"task": task, "mixer": mixer, "num_segments": task.num_segments}
+    if form == "resident":
+        real = 6 * 32 if mixer == "fnet" else int((rows != 0).sum())
+        # the ghosts of another batch of the set are up to three rows
+        return resident_inputs(rows, Shape(num_tokens=real + 70, num_ghosts=3), **shared)
+    ids = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])
+    return model_inputs(ids, torch.tensor(lengths), protocol="published", **shared)
+
+
+def build(task: Task, mixer: str) -> LongRangeClassifier:
+    torch.manual_seed(0)
+    config = model_config(task, mixer, attention_window=8)
+    return LongRangeClassifier(config, task.num_inputs).double()
+
+
+@pytest.mark.parametrize("task", [SMALL, TOKENS], ids=["pixels", "tokens"])
+@pytest.mark.parametrize("mixer", CAPTURED)
+def test_fixed_shapes_change_nothing(mixer, task):
+    compare_forms(mixer, task)
+
+
+def test_fixed_shapes_change_nothing_in_the_kernels():
+    with use_backend("triton"):
+        compare_forms("ponet", SMALL)
+
+
+def compare_forms(mixer: str, task: Task) -> None:
+    model, found = build(task, mixer).eval(), []
+    for form in ("dynamic", "resident"):
+        model.zero_grad()
+        logits = model(inputs_of(task, mixer, form))
+        loss = F.cross_entropy(logits, torch.arange(6) % task.num_classes)
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach(), "logits": logits.detach(), **gradients})
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+def test_shapes_are_fixed():
+    for task in (SMALL, TOKENS):
+        rows, _ = rows_of(task)
+        shapes = []
+        for values in (rows, torch.ones_like(rows), torch.zeros_like(rows)):
+            shape = Shape(num_tokens=6 * 32, num_ghosts=6)
+            inputs = resident_inputs(values, shape, task=task, mixer="ponet", num_segments=5)
+            tensors = inputs.layout.tensors() | {"ids": inputs.input_ids, "scale": inputs.scale}
+            shapes.append({name: (x.shape, x.dtype) for name, x in tensors.items()})
+            assert inputs.layout.cu_seqlens[-1] == inputs.layout.cu_segments[-1] == 6 * 32
+        assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_a_layout_of_fixed_shapes_by_hand():
+    inputs = resident_inputs(
+        torch.tensor([[5, 0, 6, 7], [0, 0, 0, 9]]),
+        Shape(num_tokens=10, num_ghosts=2),
+        task=dataclasses.replace(SMALL, seq_len=4),
+        mixer="ponet",
+        num_segments=3,
+    )
+    # columns 0 and 1 are the first chunk, 2 and 3 the second
+    assert inputs.input_ids.tolist() == [5, 6, 7, 9, 0, 0, 0, 0, 0, 0]
+    assert inputs.position_ids.tolist() == [0, 2, 3, 3, 0, 0, 0, 0, 0, 0]
+    assert inputs.scale.tolist() == [0.75, 0.25]
+    layout = inputs.layout
+    assert layout.cu_seqlens.tolist() == [0, 3, 4, 8, 10]
+    assert layout.cu_segments.tolist() == [0, 1, 3, 3, 4, 8, 10]
+    assert layout.token_segments.tolist() == [0, 1, 1, 3, 4, 4, 4, 4, 5, 5]
+    assert layout.segment_sequences.tolist() == [0, 0, 1, 1, 2, 3]
+    seen = [(int(x) & SEES_LEFT, int(x) & SEES_RIGHT) for x in layout.token_marks]
+    assert seen == [(0, 0), (0, 2), (1, 0), *[(0, 0)] * 7]
+    assert layout.rows.places is not None
+    assert layout.rows.places.tolist() == [0, 1, 2, 4, 8, 9, 10, 11, 12, 13]
+
+
+def schedule_of(plan: Plan, step: int) -> Tensor:
+    return torch.tensor(plan.at(step), dtype=torch.float64)
+
+
+PLAN = Plan(steps=20, warmup_steps=5, learning_rate=1e-2, eval_every=20)
+
+
+def optimizers(dtype: torch.dtype = torch.float64):
+    """PyTorch's AdamW and ours on equal parameters."""
+    torch.manual_seed(0)
+    first = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((3, 4), (5,), ())]
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    reference = torch.optim.AdamW(first, eps=1e-6, weight_decay=0.0, fused=True)
+    return reference, FlatAdamW(second, beta2=0.999, eps=1e-6)
+
+
+def draw_gradients(*optimizers: torch.optim.Optimizer) -> None:
+    lists = [optimizer.param_groups[0]["params"] for optimizer in optimizers]
+    for parameters in zip(*lists, strict=True):
+        gradient = torch.randn_like(parameters[0])
+        for parameter in parameters:
+            parameter.grad = gradient.clone()
+
+
+def both_step(reference: torch.optim.Optimizer, ours: FlatAdamW, step: int) -> None:
+    draw_gradients(reference, ours)
+    (group,) = reference.param_groups
+    group["lr"], beta1 = PLAN.at(step)
+    group["betas"] = (beta1, 0.999)
+    ours.set_schedule(schedule_of(PLAN, step))
+    reference.step()
+    ours.step()
+
+
+def assert_same(reference: torch.optim.Optimizer, ours: FlatAdamW, rtol: float = 1e-12) -> None:
+    pairs = zip(reference.param_groups[0]["params"], ours.param_groups[0]["params"], strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=rtol, atol=rtol)
+        for name, value in reference.state[one].items():
+            torch.testing.assert_close(value, ours.state[other][name], rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tensors_as_rate_and_beta1_change_nothing(dtype):
+    reference, ours = optimizers(dtype)
+    for step in range(PLAN.steps):
+        both_step(reference, ours, step)
+    assert_same(reference, ours, 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_either_optimizer_continues_the_other():
+    reference, ours = optimizers()
+    for step in range(3):
+        both_step(reference, ours, step)
+    state = copy.deepcopy(ours.state_dict())
+    ours.load_state_dict(copy.deepcopy(reference.state_dict()))
+    reference.load_state_dict(state)
+    for step in range(3, 6):
+        both_step(reference, ours, step)
+    assert_same(reference, ours)
+    # parts of one vector still, not copies
+    ours.tensors[-3].zero_()
+    assert not any(state["exp_avg"].any() for state in ours.state.values())
+
+
+def test_an_overflow_leaves_all_as_it_was():
+    _, ours = optimizers()
+    for step in range(3):
+        before = [x.clone() for x in ours.tensors]
+        draw_gradients(ours)
+        ours.set_schedule(schedule_of(PLAN, step))
+        ours.grad_scale, ours.found_inf = torch.tensor(4.0), torch.tensor([step % 2.0])
+        if step % 2:
+            ours.param_groups[0]["params"][0].grad.fill_(torch.inf)
+        ours.step()
+        same = [torch.equal(a, b) for a, b in zip(before, ours.tensors, strict=True)]
+        assert same == [step % 2 == 1] * len(same)
+
+
+def test_a_scaled_loss_changes_nothing():
+    reference, ours = optimizers()
+    for step in range(4):
+        draw_gradients(reference, ours)
+        (group,) = reference.param_groups
+        group["lr"], beta1 = PLAN.at(step)
+        group["betas"] = (beta1, 0.999)
+        reference.step()
+        for parameter in ours.param_groups[0]["params"]:
+            parameter.grad *= 1024
+        ours.grad_scale, ours.found_inf = torch.tensor(1024.0), torch.zeros(1)
+        ours.set_schedule(schedule_of(PLAN, step))
+        ours.step()
+    assert_same(reference, ours)
+
+
+def data_of(task: Task) -> TaskData:
+    """Twelve examples of up to 32 tokens."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 33, 12 * task.num_inputs)
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    low = 0 if task.kind == "pixels" else 1
+    ids = rng.integers(low, 256, offsets[-1]).astype(np.uint8)
+    inputs = np.arange(len(lengths)).reshape(12, -1)
+    split = Split(ids, offsets, inputs, np.arange(12) % task.num_classes)
+    return TaskData(task=task, train=split, dev=split, test=split, manifest={})
+
+
+def classification_of(mixer: str, protocol: str, resident: bool, **changes: Any) -> Classification:
+    settings = settings_of(mixer, protocol, **changes)
+    torch.manual_seed(0)
+    model = LongRangeClassifier(settings.model_config(), 1)
+    data, device = data_of(TASKS["image"]), torch.device("cpu")
+    return Classification(model, data, settings, device, resident=resident)
+
+
+def settings_of(mixer: str, protocol: str, **changes: Any) -> RunSettings:
+    fixed = {"task": ("image",), "model": (mixer,), "batch_size": 4, "num_segments": 5}
+    (settings,) = LRAConfig(**fixed | {"protocol": protocol} | changes).runs("cpu")
+    return settings
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(TASKS, "image", SMALL)
+    # a look at ids that a GPU is spared
+    monkeypatch.setattr(PoNetModel, "_check_ids", lambda *_: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[list[str]]:
+    with use_backend("triton"), record_launches(), count_synchronising() as found:
+        yield found
+
+
+@pytest.mark.parametrize("mixer", CAPTURED)
+def test_a_captured_step_never_waits(small, monkeypatch, mixer):
+    classification = classification_of(mixer, "published", resident=True)
+    step = classification.step(PLAN, 0)
+    # tables of batches are made on the host
+    with use_backend("triton"), record_launches():
+        step(0)
+    batches = torch.arange(8).view(2, 4)
+    monkeypatch.setattr("lra.classify.put", lambda *_: batches)
+    with as_on_a_gpu() as found:
+        step(1)
+        for _ in classification.answers(classification._data.dev, [np.arange(4)] * 2):
+            pass
+    assert found == []
+
+
+@pytest.mark.parametrize("protocol", ["published", "clean"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_step_on_a_batch_from_the_host_never_waits(small, monkeypatch, mixer, protocol):
+    if mixer == "ponet_eager":
+        pytest.skip("the readable form of PoNet looks at its layout")
+    classification = classification_of(mixer, protocol, resident=False)
+    step = classification.step(PLAN, 0)
+    batch = classification._read(classification._data.train, np.arange(4))
+    monkeypatch.setattr(classification, "_read", lambda *_: batch)
+    with as_on_a_gpu() as found:
+        step(0)
+        for _ in classification.answers(classification._data.dev, [np.arange(4)]):
+            pass
+    assert found == []
+
+
+@pytest.mark.parametrize("mixer", ["ponet", "attention", "fnet"])
+def test_a_step_of_self_pretraining_never_waits(small, monkeypatch, mixer):
+    settings = settings_of(mixer, "clean", pretrain_epochs=1.0)
+    data, device = data_of(SMALL), torch.device("cpu")
+    model = build_masked_lm(settings)
+    prediction = MaskedPrediction(model, data, settings, device)
+    batch = prediction.batch(0)
+    monkeypatch.setattr(prediction, "batch", lambda _: batch)
+    step = PlainStep(
+        model, PLAN, loss=prediction.loss, precision="fp32", seeds=(0, 1), device=device
+    )
+    with as_on_a_gpu() as found:
+        step(0)
+    assert found == []
+
+
+@pytest.mark.parametrize("mixer", CAPTURED)
+def test_both_forms_of_a_step_train_alike(small, mixer):
+    losses, answers = [], []
+    for resident in (False, True):
+        changes = {"dropout": 0.0, "attention_dropout": 0.0}
+        classification = classification_of(mixer, "published", resident, **changes)
+        step = classification.step(PLAN, 0)
+        losses.append(torch.stack([step(number).clone() for number in range(10)]))
+        answers.append(classification.test_accuracy())
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    assert answers[0] == answers[1]
+    assert losses[0][-1] < losses[0][0] - 0.05
+
+
+def test_a_captured_step_follows_the_schedule(small):
+    step = classification_of("ponet", "published", resident=True).step(PLAN, 0)
+    assert isinstance(step, CapturedStep)
+    # forwards, and anywhere, as after a checkpoint
+    for number in (*range(8), 13, 14, 2, 19):
+        step(number)
+        assert tuple(step._schedule.tolist()) == PLAN.at(number)
+
+
+def test_the_warm_up_of_a_capture_is_undone(small):
+    step = classification_of("ponet", "published", resident=True).step(PLAN, 0)
+    assert isinstance(step, CapturedStep)
+    step(0)
+    before = [x.detach().clone() for x in step._flat.tensors]
+    torch.manual_seed(3)
+    undo = step._keep()
+    losses = [step._work(), step._work()]
+    assert losses[0] != losses[1]
+    assert not any(map(torch.equal, before, step._flat.tensors))
+    undo()
+    assert all(map(torch.equal, before, step._flat.tensors))
+    assert step._work() == losses[0]
+
+
+class FakeStream:
+    """Takes the place of one of a GPU."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+
+def test_a_gpu_records_once_and_replays(monkeypatch):
+    log: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+
+    def work() -> Tensor:
+        log.append("work")
+        return torch.ones(())
+
+    def keep():
+        log.append("keep")
+        return lambda: log.append("undo")
+
+    replay = Replay(work, torch.device("cuda"), keep)
+    assert replay() is replay()
+    assert log == ["keep", "work", "work", "work", "undo", "work", "replay", "replay"]
+
+
+def test_a_scaled_loss_neither_waits_nor_changes_a_step(small):
+    losses = []
+    for enabled in (False, True):
+        step = classification_of("ponet", "published", resident=True).step(PLAN, 0)
+        step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=enabled)
+        losses.append(torch.stack([step(number).clone() for number in range(6)]))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert step.scaler.get_scale() == 2.0**16
+    with as_on_a_gpu() as found:
+        step(6)
+    assert found == []
+
+
+def test_rows_come_from_the_device_in_the_order_of_the_inputs(small):
+    data = data_of(dataclasses.replace(SMALL, num_inputs=2))
+    stream = resident_stream(data.train, torch.device("cpu"))
+    examples = ResidentExamples(data.train, data.task, "ponet", stream)
+    rows = examples.rows(torch.tensor([3, 0, 11]))
+    expected = [data.train.ids(i)[j] for j in (0, 1) for i in (3, 0, 11)]
+    assert rows.shape == (6, 32)
+    for row, ids in zip(rows.tolist(), expected, strict=True):
+        assert row == [*ids.tolist(), *[0] * (32 - len(ids))]
+
+
+def test_what_cannot_be_captured_is_named(small):
+    data, device = data_of(SMALL), torch.device("cpu")
+    assert obstacle(settings_of("ponet", "published"), data, device) is None
+    for mixer, protocol, changes, reason in (
+        ("ponet", "clean", {}, "shapes differ from step to step"),
+        ("ponet_eager", "published", {}, "mixer ponet_eager reads from the device"),
+        ("ponet", "published", {"compile": True}, "--compile was given"),
+    ):
+        found = obstacle(settings_of(mixer, protocol, **changes), data, device)
+        assert found is not None
+        assert reason in found
