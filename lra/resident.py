@@ -195,7 +195,7 @@ def _layout(
         max_seqlen=length,
         max_segment_len=length if shape.num_ghosts else size,
         has_empty_segments=True,
-        rows=Rows(
+        given_rows=Rows(
             num_rows=num_rows + shape.num_ghosts,
             length=length,
             # an empty row shows its first place, or softmax would find nothing to be over

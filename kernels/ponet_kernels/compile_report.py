@@ -140,12 +140,12 @@ def call_every_function(functions: Backend, shape: Shape, dtype: torch.dtype) ->
 
     g = empty(B, C, dtype=acc)
     terms = [*itertools.product((g, None), (maxima, None), (local, None))][:-1]
-    for chosen in (*terms, (empty(B, C), maxima, local)):
-        *factors, pooled = chosen
-        functions.fusion_fwd(*factors, output, pooled, *tables)
+    for g_term, s_term, l_term in (*terms, (empty(B, C), maxima, local)):
+        values = (g_term, s_term, output, l_term)
+        functions.fusion_fwd(*values, *tables)
         for has_empty in (True, False):
-            written = (output, pooled, has_empty)
-            functions.fusion_bwd(grad, *factors, output, pooled, cu_segments, *tables, *written)
+            written = (output, l_term, has_empty)
+            functions.fusion_bwd(grad, *values, cu_segments, *tables, *written)
     call_sequence_functions(functions, shape, grad)
 
 
