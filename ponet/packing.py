@@ -260,11 +260,10 @@ def layout_of(
         starts = apart | starts_of_given(segment_ids, stream.sequences)
     elif num_segments is not None:
         starts = apart | starts_of_chunks(stream.positions, stream.row_length, num_segments)
-    if stream.index is not None:
-        # where padding was taken out between two tokens, local windows end
-        gaps = torch.zeros_like(special)
-        gaps[1:] = stream.positions[1:] != stream.positions[:-1] + 1
-        apart = apart | gaps
+    # where padding was taken out between two tokens, local windows end
+    gaps = torch.zeros_like(special)
+    gaps[1:] = stream.positions[1:] != stream.positions[:-1] + 1
+    apart = apart | gaps
     cu_segments = _offsets_of_starts(starts)
     return BatchLayout(
         cu_seqlens=stream.cu_seqlens,
