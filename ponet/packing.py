@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ponet.config import PoNetConfig
 from ponet.segments import starts_around, starts_of_chunks, starts_of_given
 from ponet_kernels import PackedLayout, token_marks
+from ponet_kernels.layout import SEES_LEFT, SEES_RIGHT, SPECIAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,3 +296,32 @@ def layout_for(
     if config.separate_special_tokens:
         special = (ids == config.cls_token_id) | (ids == config.sep_token_id)
     return layout_of(stream, special, segment_ids, config.num_segments)
+
+
+def layout_of_segments(
+    cu_seqlens: np.ndarray, cu_segments: np.ndarray, special: np.ndarray
+) -> BatchLayout:
+    """What `layout_of` makes of sequences without gaps, several times as fast on the host.
+
+    Args:
+        cu_seqlens: `[B + 1]`, offsets of the sequences, none of them empty.
+        cu_segments: `[S + 1]`, offsets of the segments, each in one sequence.
+        special: `[X]`, places of the special tokens, each a segment of its own.
+    """
+    lengths, num_tokens = np.diff(cu_segments), int(cu_seqlens[-1])
+    sequences = np.searchsorted(cu_seqlens, cu_segments[:-1], side="right") - 1
+    marks = np.full(num_tokens, SEES_LEFT | SEES_RIGHT, dtype=np.uint8)
+    # local windows end before these tokens
+    ends = np.concatenate([cu_seqlens, special, special + 1])
+    marks[ends[ends < num_tokens]] &= SEES_RIGHT
+    marks[ends[ends > 0] - 1] &= SEES_LEFT
+    marks[special] = SPECIAL
+    return BatchLayout(
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        cu_segments=torch.from_numpy(cu_segments.astype(np.int32)),
+        token_segments=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        segment_sequences=torch.from_numpy(sequences),
+        token_marks=torch.from_numpy(marks),
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+        max_segment_len=int(lengths.max()),
+    )

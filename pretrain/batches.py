@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ponet.batch import HostBatch
-from ponet.packing import BatchLayout, TokenStream, layout_of
+from ponet.packing import BatchLayout, layout_of_segments
 from pretrain.objectives import (
     ExamplePlan,
     ExampleSettings,
@@ -336,9 +336,7 @@ class PackedDataset(Dataset[Batch]):
         arrays = draw_batch(self.corpus, plan, self.settings)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return Batch(
-            inputs=HostBatch(
-                {name: tensors[name] for name in _INPUTS}, self._layout(tensors, plan.length)
-            ),
+            inputs=HostBatch({name: tensors[name] for name in _INPUTS}, self._layout(arrays)),
             epoch=epoch,
             step=step,
             slot=slot,
@@ -347,19 +345,13 @@ class PackedDataset(Dataset[Batch]):
             sequences=len(plan) if self.settings.num_labels else 0,
         )
 
-    def _layout(self, tensors: dict[str, torch.Tensor], lengths: np.ndarray) -> BatchLayout:
+    def _layout(self, arrays: dict[str, np.ndarray]) -> BatchLayout:
         """The layout that the model would make of the ids: made here, no step waits for it."""
-        stream = TokenStream(
-            cu_seqlens=tensors["cu_seqlens"],
-            sequences=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
-            positions=tensors["position_ids"],
-            row_length=int(lengths.max()),
-            index=None,
-            rows=None,
-        )
-        ids = tensors["input_ids"]
+        ids, segment_ids = arrays["input_ids"], arrays["segment_ids"]
+        starts = np.flatnonzero(segment_ids[1:] != segment_ids[:-1]) + 1
+        cu_segments = np.concatenate([[0], starts, [len(ids)]])
         special = (ids == self.settings.cls_id) | (ids == self.settings.sep_id)
-        return layout_of(stream, special, tensors["segment_ids"])
+        return layout_of_segments(arrays["cu_seqlens"], cu_segments, np.flatnonzero(special))
 
 
 def make_loader(

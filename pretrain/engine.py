@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ponet.cli import UsageError
 from ponet.model import PreTrainingOutput
 from ponet.training import autocast
 from pretrain.settings import PretrainConfig
+
+logger = logging.getLogger(__name__)
 
 _STATE = "state.pt"
 
@@ -215,8 +218,12 @@ class Engine:
 
 
 def needs_deepspeed(config: PretrainConfig, world_size: int) -> bool:
-    """Whether gradients are summed over processes, weights are sharded, or losses are scaled."""
-    return world_size > 1 or config.zero_stage > 0 or config.precision == "fp16"
+    """Whether gradients are summed over processes, states sharded, or losses scaled.
+
+    A file of DeepSpeed's settings asks for it too: nobody gives one that is not to be read.
+    """
+    own_file = config.deepspeed_config != PretrainConfig.deepspeed_config
+    return world_size > 1 or config.zero_stage > 0 or config.precision == "fp16" or own_file
 
 
 def check_engine(config: PretrainConfig, world_size: int, device: torch.device) -> None:
@@ -230,15 +237,17 @@ def check_engine(config: PretrainConfig, world_size: int, device: torch.device) 
         raise UsageError("--precision fp16 needs a GPU, expected fp32 or bf16 on a CPU")
     if needs_deepspeed(config, world_size) and importlib.util.find_spec("deepspeed") is None:
         raise UsageError(
-            "several processes, --zero-stage 1 and 2, and --precision fp16 need DeepSpeed, which "
-            "is not installed; install deepspeed, or run one process"
+            "several processes, --zero-stage 1 and 2, --precision fp16 and --deepspeed-config need "
+            "DeepSpeed, which is not installed; install deepspeed, or run one process without them"
         )
 
 
 def build_engine(config: PretrainConfig, model: PoNetForPreTraining, world_size: int) -> Engine:
     """The engine of a model that is on its device already."""
     if not needs_deepspeed(config, world_size):
+        logger.info("engine: one process by itself, the same arithmetic as DeepSpeed's")
         return Engine(config, model)
     from pretrain.deepspeed_engine import DeepSpeed
 
+    logger.info("engine: DeepSpeed, %d processes, ZeRO stage %d", world_size, config.zero_stage)
     return DeepSpeed(config, model, world_size)
