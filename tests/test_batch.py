@@ -1,15 +1,19 @@
 """Batches on their way to a device, and layouts taken apart and put together."""
 
 import pickle
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ponet.batch import HostBatch
-from ponet.packing import BatchLayout, layout_of, stream_of_packed
+from ponet.packing import BatchLayout, layout_of, layout_of_segments, stream_of_packed
 
 OFFSETS = {"ragged": [0, 4, 4, 9], "full": [0, 3, 6, 9], "nothing": [0, 0]}
 offsets = pytest.mark.parametrize("offsets", OFFSETS.values(), ids=OFFSETS)
@@ -48,10 +52,13 @@ def assert_same(found: BatchLayout, expected: BatchLayout) -> None:
 
 
 @offsets
-def test_layout_by_its_tensors(offsets):
+@pytest.mark.parametrize("is_given", [True, False], ids=["given-rows", "derived-rows"])
+def test_layout_by_its_tensors(offsets, is_given):
     place = layout(offsets)
+    if is_given:
+        place = replace(place, given_rows=place.rows)
     parts = place.tensors()
-    assert len(parts) == (7 if place.rows.places is not None else 5)
+    assert len(parts) == (7 if is_given and place.rows.places is not None else 5)
     assert (place.rows.places is None) is (place.rows.mask is None)
     copy = place.with_tensors({name: tensor.clone() for name, tensor in parts.items()})
     assert isinstance(copy, BatchLayout)
@@ -67,13 +74,30 @@ def test_layout_by_its_tensors(offsets):
         assert not rows[b, end - start :].any()
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=6),
+    st.integers(1, 5),
+)
+def test_layout_of_segments_equals_layout_of(sequences, segment_size):
+    """1 is a special token; sentences are of one size."""
+    ids = torch.tensor([token for sequence in sequences for token in sequence])
+    lengths = [len(sequence) for sequence in sequences]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    segments = torch.cat([torch.arange(n) // segment_size for n in lengths])
+    expected = layout_of(stream_of_packed(ids, cu_seqlens), ids == 1, segments)
+    special = np.flatnonzero(ids.numpy())
+    found = layout_of_segments(cu_seqlens.numpy(), expected.cu_segments.numpy(), special)
+    assert_same(found, expected)
+
+
 @offsets
 def test_batch_equals_what_was_put_in(offsets):
-    place, given = layout(offsets), tensors(offsets[-1])
-    found = HostBatch(given, place).to(torch.device("cpu"))
+    place, given_tensors = layout(offsets), tensors(offsets[-1])
+    found = HostBatch(given_tensors, place).to(torch.device("cpu"))
     assert_same(found.pop("layout"), place)
-    assert found.keys() == given.keys()
-    for name, tensor in given.items():
+    assert found.keys() == given_tensors.keys()
+    for name, tensor in given_tensors.items():
         assert found[name].dtype == tensor.dtype, name
         assert found[name].shape == tensor.shape, name
         assert torch.equal(found[name], tensor), name
@@ -104,11 +128,11 @@ def test_batch_is_a_copy():
 
 @offsets
 def test_pickled_batch(offsets):
-    given, place = tensors(offsets[-1]), layout(offsets)
-    content = pickle.dumps(HostBatch(given, place))
+    given_tensors, place = tensors(offsets[-1]), layout(offsets)
+    content = pickle.dumps(HostBatch(given_tensors, place))
     found = pickle.loads(content).to(torch.device("cpu"))
     assert_same(found.pop("layout"), place)
-    for name, tensor in given.items():
+    for name, tensor in given_tensors.items():
         assert torch.equal(found[name], tensor), name
 
 
@@ -129,13 +153,13 @@ def test_batches_from_a_worker_process():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
 @offsets
 def test_batch_on_a_gpu(offsets):
-    given, place = tensors(offsets[-1]), layout(offsets)
-    loader = DataLoader([0], collate_fn=lambda _: HostBatch(given, place), pin_memory=True)
-    for batch in (HostBatch(given, place), next(iter(loader))):
+    given_tensors, place = tensors(offsets[-1]), layout(offsets)
+    loader = DataLoader([0], collate_fn=lambda _: HostBatch(given_tensors, place), pin_memory=True)
+    for batch in (HostBatch(given_tensors, place), next(iter(loader))):
         found = batch.to(torch.device("cuda"))
         moved = found.pop("layout")
         assert moved.cu_seqlens.is_cuda
         assert_same(moved.with_tensors({n: t.cpu() for n, t in moved.tensors().items()}), place)
-        for name, tensor in given.items():
+        for name, tensor in given_tensors.items():
             assert found[name].is_cuda
             assert torch.equal(found[name].cpu(), tensor), name
