@@ -47,7 +47,7 @@ MIN_PROGRAMS = 4096
 """Programs of the backward pass: it needs more registers, so fewer of them run at a time."""
 
 MAX_REGISTERS = {2: 168, 4: 128, 8: 168}
-"""Of a thread of the backward pass, by the bytes of an element: 12, 16 and 12 warps on a
+"""Of a thread of the backward pass on Hopper, by the bytes of an element: 12, 16 and 12 warps on a
 multiprocessor. Left alone, Triton 3.6 takes 209 in half precision, which leaves 9 warps, and spills
 two registers in float32 to have 20."""
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Launch:
     """`tl.constexpr` arguments by name."""
     num_warps: int
     max_registers: int | None
-    """Of a thread on an NVIDIA GPU."""
+    """Of a thread, where `limits_registers`."""
 
 
 _recorder: ContextVar[list[Launch] | None] = ContextVar("ponet_kernels_launches", default=None)
@@ -65,16 +66,39 @@ def launch(
     if recorder is not None:
         recorder.append(Launch(kernel, grid, args, constants, num_warps, max_registers))
         return
-    options = {"num_warps": num_warps}
-    if max_registers is not None and not torch.version.hip:
+    options: dict[str, int] = {"num_warps": num_warps}
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if device.type != "cuda":
+        kernel[grid](*args, **constants, **options)
+        return
+    if max_registers is not None and _limits_registers(device):
         options["maxnreg"] = max_registers
     # Triton launches on the current device, whatever its arguments lie on
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.index == torch.cuda.current_device():
+        kernel[grid](*args, **constants, **options)
+    else:
         with torch.cuda.device(device):
             kernel[grid](*args, **constants, **options)
-    else:
-        kernel[grid](*args, **constants, **options)
+
+
+def limits_registers(backend: str, capability: int) -> bool:
+    """Whether a compiler is told how many registers to take: NVIDIA's, from Hopper on.
+
+    Before, the same code needs some more, and would spill.
+
+    Args:
+        backend: "cuda" or "hip".
+        capability: of an NVIDIA GPU, such as 90.
+    """
+    return backend == "cuda" and capability >= 90
+
+
+@cache
+def _limits_registers(device: torch.device) -> bool:
+    if torch.version.hip:
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return limits_registers("cuda", 10 * major + minor)
 
 
 def ceil_div(number: int, divisor: int) -> int:

@@ -338,8 +338,10 @@ def combine(partials: Partials, out: Tensor, places: Tensor | None, is_max: bool
         BLOCK_W=COMBINE_WINDOWS,
         BLOCK_P=COMBINE_PARTIALS,
         BLOCK_C=COMBINE_CHANNELS,
-        # 32 values a lane, or 16 with the numbers of their rows or in float64
-        num_warps=16 if is_max or partials.values.element_size() == 8 else 8,
+        # 32 values per lane, or 16 with the numbers of their rows
+        num_warps=16 if is_max else 8,
+        # left alone, the compiler spills one in float64
+        max_registers=None if is_max or partials.values.element_size() < 8 else 168,
     )
 
 
