@@ -3,6 +3,10 @@
 A goal is a ratio inside one run: below its floor something is broken, at its target it is met.
 C goals are for a CPU in float32, K goals for a GPU in half precision, both at base size (width
 768, 12 heads). K7 (registers and spills) is checked by compiling, elsewhere.
+
+Two goals are beyond the design as it is: K4 counts one reading of the hidden states, global
+aggregation reads them three times, so a third is its bound; in K5 segments of one token move 1.8
+times the bytes of text (a row of maxima, of its gradient and of places per token).
 """
 
 from collections.abc import Collection, Iterator
