@@ -341,7 +341,7 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
     [
         (None, (9, 0), {"maxnreg": 168}),
         (None, (10, 0), {"maxnreg": 168}),
-        (None, (8, 0), {"maxnreg": 192}),
+        (None, (8, 0), {"maxnreg": 184}),
         ("6.4", (9, 4), {}),
     ],
 )

@@ -93,7 +93,7 @@ def register_limit(max_registers: int, backend: str, capability: int) -> int | N
     """
     if backend == "hip":
         return None
-    return max_registers if capability >= 90 else max_registers + 24
+    return max_registers if capability >= 90 else max_registers + 16
 
 
 @cache
