@@ -14,7 +14,7 @@ from ponet_kernels.testing import assert_close
 
 pytest.importorskip("triton")
 from ponet_kernels.triton_kernels import global_aggregation as kernels
-from ponet_kernels.triton_kernels.launch import _limits_registers, launch, record_launches
+from ponet_kernels.triton_kernels.launch import _limit_on, launch, record_launches
 
 pytestmark = pytest.mark.gpu
 
@@ -341,18 +341,18 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
     [
         (None, (9, 0), {"maxnreg": 168}),
         (None, (10, 0), {"maxnreg": 168}),
-        (None, (8, 0), {}),
+        (None, (8, 0), {"maxnreg": 184}),
         ("6.4", (9, 4), {}),
     ],
 )
-def test_registers_are_limited_from_hopper_on(monkeypatch, hip, capability, options):
+def test_registers_are_limited_on_nvidia(monkeypatch, hip, capability, options):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.Tensor, "device", property(lambda _: torch.device("cuda", 0)))
-    _limits_registers.cache_clear()
+    _limit_on.cache_clear()
     kernel = FakeKernel()
     launch(kernel, (1,), torch.empty(1), num_warps=1, max_registers=168)
     launch(kernel, (1,), torch.empty(1), num_warps=1)
-    _limits_registers.cache_clear()
+    _limit_on.cache_clear()
     assert kernel.launched == [(0, {"num_warps": 1} | options), (0, {"num_warps": 1})]

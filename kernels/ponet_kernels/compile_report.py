@@ -175,15 +175,17 @@ def job_of(launch: Any, target: str) -> Job:
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from ponet_kernels.triton_kernels.launch import limits_registers
+    from ponet_kernels.triton_kernels.launch import register_limit
 
     kernel, backend = launch.kernel, make_backend(GPUTarget(*TARGETS[target]))
     # the launcher's own two steps from its arguments to the compiler's
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     keywords = {**launch.constants, "num_warps": launch.num_warps}
-    name, arch, _ = TARGETS[target]
-    if launch.max_registers is not None and name == "cuda" and limits_registers(name, int(arch)):
-        keywords["maxnreg"] = launch.max_registers
+    if launch.max_registers is not None:
+        backend_name, arch, _ = TARGETS[target]
+        capability = arch if isinstance(arch, int) else 0
+        limit = register_limit(launch.max_registers, backend_name, capability)
+        keywords |= {} if limit is None else {"maxnreg": limit}
     bound, specialization, _ = bind(*launch.args, **keywords)
     options, *source = kernel._pack_args(backend, keywords, bound, specialization, None)
     named: dict[str, Any] = dict(zip(("signature", "constexprs", "attrs"), source, strict=True))

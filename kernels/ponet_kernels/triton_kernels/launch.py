@@ -27,7 +27,7 @@ class Launch:
     """`tl.constexpr` arguments by name."""
     num_warps: int
     max_registers: int | None
-    """Of a thread, where `limits_registers`."""
+    """Of a thread on Hopper; see `register_limit`."""
 
 
 _recorder: ContextVar[list[Launch] | None] = ContextVar("ponet_kernels_launches", default=None)
@@ -57,7 +57,8 @@ def launch(
     Args:
         args: tensors, sizes and strides in the kernel's order.
         num_warps: warps (of 32 or 64 threads) a program.
-        max_registers: of a thread, where the compiler would take so many that few warps fit.
+        max_registers: of a thread on Hopper, where the compiler would take so many that few warps
+            fit, or so few that it spills.
         constants: its `tl.constexpr` arguments.
     """
     if 0 in grid:
@@ -71,8 +72,9 @@ def launch(
     if device.type != "cuda":
         kernel[grid](*args, **constants, **options)
         return
-    if max_registers is not None and _limits_registers(device):
-        options["maxnreg"] = max_registers
+    limit = None if max_registers is None else _limit_on(device, max_registers)
+    if limit is not None:
+        options["maxnreg"] = limit
     # Triton launches on the current device, whatever its arguments lie on
     if device.index == torch.cuda.current_device():
         kernel[grid](*args, **constants, **options)
@@ -81,24 +83,25 @@ def launch(
             kernel[grid](*args, **constants, **options)
 
 
-def limits_registers(backend: str, capability: int) -> bool:
-    """Whether a compiler is told how many registers to take: NVIDIA's, from Hopper on.
-
-    Before, the same code needs some more, and would spill.
+def register_limit(max_registers: int, backend: str, capability: int) -> int | None:
+    """The limit that a compiler is told; None for AMD's, which knows no such option.
 
     Args:
+        max_registers: of a thread on Hopper. Before, the same code needs some more.
         backend: "cuda" or "hip".
         capability: of an NVIDIA GPU, such as 90.
     """
-    return backend == "cuda" and capability >= 90
+    if backend == "hip":
+        return None
+    return max_registers if capability >= 90 else max_registers + 16
 
 
 @cache
-def _limits_registers(device: torch.device) -> bool:
+def _limit_on(device: torch.device, max_registers: int) -> int | None:
     if torch.version.hip:
-        return False
+        return None
     major, minor = torch.cuda.get_device_capability(device)
-    return limits_registers("cuda", 10 * major + minor)
+    return register_limit(max_registers, "cuda", 10 * major + minor)
 
 
 def ceil_div(number: int, divisor: int) -> int:
