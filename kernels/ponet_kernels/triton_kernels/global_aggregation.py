@@ -544,7 +544,8 @@ def spread_rows(
     shared = shared.contiguous()
     (T, C), B = out.shape, len(cu_seqlens) - 1
     H = pairs[0][1].shape[1] if pairs else 1
-    block_c = _channel_block(C, out.element_size(), 256)
+    # 64 channels in half precision: with 128 one program fills a multiprocessor's registers
+    block_c = _channel_block(C, out.element_size(), 128 if out.element_size() == 2 else 256)
     num_blocks = ceil_div(C, block_c)
     span = _span(T, num_blocks)
     num_spans = ceil_div(max_seqlen, span)
