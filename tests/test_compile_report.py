@@ -18,6 +18,7 @@ from ponet_kernels.dispatch import Backend
 
 KERNELS = Path(compile_report.__file__).parent / "triton_kernels"
 COMMAND = ("-m", "ponet_kernels.compile_report")
+QUICK = ("float64", "bfloat16")
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -66,9 +67,14 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def finished() -> subprocess.CompletedProcess:
-    """The command without flags: about five minutes on two cores with an empty cache."""
-    return run(*COMMAND)
+def dtypes(request) -> tuple[str, ...]:
+    """All with `--run-slow`; else half as many compilations, minutes with an empty cache."""
+    return compile_report.DTYPES if request.config.getoption("--run-slow") else QUICK
+
+
+@pytest.fixture(scope="module")
+def finished(dtypes) -> subprocess.CompletedProcess:
+    return run(*COMMAND, "--dtype", *dtypes)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,7 @@ def test_every_kernel_compiles_and_none_spills(finished, rows):
 
 
 @needs_triton
-def test_every_kernel_is_compiled_for_every_target_type_and_shape(rows):
+def test_every_kernel_is_compiled_for_every_target_type_and_shape(rows, dtypes):
     kernels = set()
     for path in KERNELS.glob("*.py"):
         kernels |= set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
@@ -95,7 +101,7 @@ def test_every_kernel_is_compiled_for_every_target_type_and_shape(rows):
         for target in compile_report.TARGETS:
             chosen = [row for row in rows if (row["kernel"], row["target"]) == (kernel, target)]
             for key, names in (
-                ("dtypes", compile_report.DTYPES),
+                ("dtypes", dtypes),
                 ("shapes", compile_report.SHAPES),
             ):
                 assert set().union(*(row[key] for row in chosen)) == set(names), (kernel, target)
@@ -111,16 +117,17 @@ def test_figures_are_within_what_a_gpu_has(rows):
 
 
 @needs_triton
-def test_limits_of_registers_hold(rows):
+def test_limits_of_registers_hold(rows, dtypes):
     """Those that the launcher gives to NVIDIA's compiler on Hopper: 12 warps, 16 in float32."""
-    found = {"float32": 0, "bfloat16": 0, "float16": 0}
-    for row in rows:
-        if row["kernel"] == "fusion_bwd_kernel" and row["target"] == "sm_90":
-            for dtype in found.keys() & row["dtypes"]:
-                found[dtype] = max(found[dtype], row["registers"])
-    assert 0 < found["float32"] <= 128
-    assert min(found["bfloat16"], found["float16"]) > 0
-    assert max(found["bfloat16"], found["float16"]) <= 168
+    limits = {"float64": 168, "float32": 128, "bfloat16": 168, "float16": 168}
+    for dtype in dtypes:
+        found = [
+            row["registers"]
+            for row in rows
+            if (row["kernel"], row["target"]) == ("fusion_bwd_kernel", "sm_90")
+            and dtype in row["dtypes"]
+        ]
+        assert 0 < max(found) <= limits[dtype], dtype
 
 
 @needs_triton
