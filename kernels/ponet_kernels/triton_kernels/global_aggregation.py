@@ -365,9 +365,9 @@ def _precision(operand: torch.dtype, result: torch.dtype = torch.float32) -> str
     return "rounded" if result == torch.bfloat16 else "split"
 
 
-def _max_registers(operand: torch.dtype) -> int | None:
-    # left alone, the compiler spills some in float64 to make room for more warps
-    return 168 if operand == torch.float64 else None
+def _max_registers(operand: torch.dtype, others: int | None = None) -> int | None:
+    # left alone, the compiler spills some to make room for more warps, in float64 most of all
+    return 168 if operand == torch.float64 else others
 
 
 def _row_block(num_rows: int) -> int:
@@ -567,5 +567,5 @@ def spread_rows(
         BLOCK_C=block_c,
         PRECISION=_precision(shared.dtype, out.dtype),
         num_warps=8,
-        max_registers=_max_registers(shared.dtype),
+        max_registers=_max_registers(shared.dtype, 128),
     )
