@@ -19,7 +19,7 @@ from lra.cache import Split, TaskData
 from lra.protocol import MIXERS_WITHOUT_MASK, ModelInputs, segment_columns
 from lra.settings import RunSettings
 from lra.tasks import Task
-from ponet.packing import BatchLayout, Rows
+from ponet.packing import BatchLayout
 from ponet_kernels import token_marks
 
 # one looks at its layout, the other keeps the state of the random generator
@@ -177,9 +177,6 @@ def _layout(
     columns, rows = order % length, order // length
     breaks = (columns == 0) | ghost | F.pad(order.diff() != 1, (1, 0), value=True)
 
-    sequences = torch.where(ghost, num_rows + rank // length, rows)
-    lengths = cu_seqlens.diff()
-    places = torch.arange(length, device=device)
     return BatchLayout(
         cu_seqlens=cu_seqlens.int(),
         cu_segments=torch.cat([chunks.flatten(), ghosts]).int(),
@@ -195,11 +192,4 @@ def _layout(
         max_seqlen=length,
         max_segment_len=length if shape.num_ghosts else size,
         has_empty_segments=True,
-        given_rows=Rows(
-            num_rows=num_rows + shape.num_ghosts,
-            length=length,
-            # an empty row shows its first place, or softmax would find nothing to be over
-            mask=places < lengths.clamp(min=1).unsqueeze(1),
-            places=sequences * length + tokens - cu_seqlens.index_select(0, sequences),
-        ),
     )

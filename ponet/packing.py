@@ -5,10 +5,8 @@ work is done on padding. Everything here is computed once per batch, not once pe
 by the collator on the host, otherwise by the model.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
 
 import numpy as np
 import torch
@@ -29,7 +27,8 @@ class Rows:
     length: int
     """N, at least the longest sequence."""
     mask: Tensor | None
-    """`[B, N]` bool, true at real tokens; None where all are real."""
+    """`[B, N]` bool, true at real tokens, and at the first place of an empty row, which is zero: a
+    softmax over nothing would be NaN. None where all are real."""
     places: Tensor | None
     """`[T]` int64, where each token of the stream stands among the `B * N`; None where the stream
     is the rectangle."""
@@ -40,11 +39,7 @@ class Rows:
         if self.places is not None:
             empty = stream.new_zeros(self.num_rows * self.length, *stream.shape[1:])
             return empty.index_copy(0, self.places, stream).unflatten(0, shape)
-        rows = stream.unflatten(0, shape)
-        if self.mask is None:
-            return rows
-        padding = ~self.mask.reshape(*shape, *(1,) * (stream.ndim - 1))
-        return rows.masked_fill(padding, 0.0)
+        return stream.unflatten(0, shape)
 
     def to_stream(self, rows: Tensor) -> Tensor:
         """`[B, N, ...]` -> `[T, ...]`."""
@@ -56,30 +51,10 @@ class Rows:
 class BatchLayout(PackedLayout):
     """A layout, and the rectangle of its sequences."""
 
-    given_rows: Rows | None = None
-    """The rectangle, where it is not simply one row per sequence."""
-
     @cached_property
     def rows(self) -> Rows:
         """The rectangle, made at most once per batch, without reading from a device."""
-        if self.given_rows is not None:
-            return self.given_rows
         return rows_of(self.cu_seqlens, self.token_sequences, self.max_seqlen)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by field, those of a given rectangle as `rows.<field>`."""
-        if self.given_rows is None:
-            return super().tensors()
-        rows = {"rows.mask": self.given_rows.mask, "rows.places": self.given_rows.places}
-        return super().tensors() | {name: x for name, x in rows.items() if x is not None}
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same layout with other tensors, such as copies on a device."""
-        own = {name: x for name, x in tensors.items() if not name.startswith("rows.")}
-        if self.given_rows is None:
-            return replace(self, **own)
-        mask, places = tensors.get("rows.mask"), tensors.get("rows.places")
-        return replace(self, **own, given_rows=replace(self.given_rows, mask=mask, places=places))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +206,8 @@ def rows_of(cu_seqlens: Tensor, sequences: Tensor, length: int) -> Rows:
         return Rows(num_rows=num_rows, length=length, mask=None, places=None)
     columns = torch.arange(num_tokens, device=sequences.device)
     columns = columns - cu_seqlens.long().index_select(0, sequences)
-    mask = torch.arange(length, device=sequences.device) < cu_seqlens.diff().unsqueeze(1)
+    shown = cu_seqlens.diff().clamp(min=1).unsqueeze(1)
+    mask = torch.arange(length, device=sequences.device) < shown
     places = sequences * length + columns
     return Rows(num_rows=num_rows, length=length, mask=mask, places=places)
 

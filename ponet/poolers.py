@@ -238,9 +238,7 @@ class AttentionPooler(SentencePooler):
         rows = _rows(_join_layers(layers, self.layer_rule), layout)
         ignored = None
         if not self.literal and layout.rows.mask is not None:
-            # a softmax over nothing is undefined: an empty sequence has one token, zero
-            empty = (layout.cu_seqlens.diff() == 0).unsqueeze(1)
-            ignored = ~(layout.rows.mask | empty)
+            ignored = ~layout.rows.mask
         vectors, _ = self.attention(
             rows[:, :1], rows, rows, key_padding_mask=ignored, need_weights=False
         )

@@ -1,7 +1,6 @@
 """Batches on their way to a device, and layouts taken apart and put together."""
 
 import pickle
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -52,13 +51,10 @@ def assert_same(found: BatchLayout, expected: BatchLayout) -> None:
 
 
 @offsets
-@pytest.mark.parametrize("is_given", [True, False], ids=["given-rows", "derived-rows"])
-def test_layout_by_its_tensors(offsets, is_given):
+def test_layout_by_its_tensors(offsets):
     place = layout(offsets)
-    if is_given:
-        place = replace(place, given_rows=place.rows)
     parts = place.tensors()
-    assert len(parts) == (7 if is_given and place.rows.places is not None else 5)
+    assert len(parts) == 5
     assert (place.rows.places is None) is (place.rows.mask is None)
     copy = place.with_tensors({name: tensor.clone() for name, tensor in parts.items()})
     assert isinstance(copy, BatchLayout)

@@ -54,10 +54,7 @@ class NystromAttention(nn.Module):
             self._heads(rows.from_stream(projection(hidden)))
             for projection in (self.query, self.key, self.value)
         )  # [B, H, N, D]
-        allowed = None
-        if rows.mask is not None:
-            # an empty sequence sees its first place, or its softmax would become NaN
-            allowed = (rows.mask | (lengths == 0).unsqueeze(1))[:, None, None]
+        allowed = None if rows.mask is None else rows.mask[:, None, None]
 
         most = self.num_landmarks
         if rows.length <= most:

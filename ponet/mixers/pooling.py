@@ -87,7 +87,5 @@ class PoNetMixer(nn.Module):
         g = global_mean(queries, layout).to(keys.dtype).unflatten(1, (heads, 1, -1))
         keys = layout.rows.from_stream(keys).unflatten(2, (heads, -1)).transpose(1, 2)
         mask = layout.rows.mask
-        if mask is not None:
-            # an empty sequence sees its first place, or its softmax would become NaN
-            mask = (mask | (layout.cu_seqlens.diff() == 0).unsqueeze(1))[:, None, None]
-        return F.scaled_dot_product_attention(g, keys, keys, mask).flatten(1)
+        keys_shown = None if mask is None else mask[:, None, None]
+        return F.scaled_dot_product_attention(g, keys, keys, keys_shown).flatten(1)
