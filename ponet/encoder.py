@@ -19,11 +19,12 @@ class _Norm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., C]` -> `[..., C]`."""
-        if input.dtype == self.weight.dtype:
-            return super().forward(input)
+        weight, bias, shape = self.weight, self.bias, self.normalized_shape
+        if input.dtype == weight.dtype:
+            return F.layer_norm(input, shape, weight, bias, self.eps)
         with torch.autocast(input.device.type, enabled=False):
-            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+            weight, bias = weight.to(input.dtype), bias.to(input.dtype)
+            return F.layer_norm(input, shape, weight, bias, self.eps)
 
 
 def _norm(config: PoNetConfig) -> nn.LayerNorm:

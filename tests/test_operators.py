@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ponet import PoNetConfig, PoNetForPreTraining, PoNetModel
@@ -155,6 +156,47 @@ def test_opcheck(name, backend):
     """Schema, fake kernel, autograd registration, and tracing with dynamic shapes."""
     op, arguments = cases(backend)[name]
     torch.library.opcheck(op.default, arguments)
+
+
+class _Watcher(TorchDispatchMode):
+    """Notes the operators of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "ponet":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@backends
+def test_operators_show_only_where_somebody_watches(backend):
+    """The direct call and the one through the dispatcher: equal bits, forward and backward."""
+    places, watcher = layout([9, 4, 7]), _Watcher()
+    inputs = [random(20, 8, seed=1), *(random(*s, seed=2) for s in ((8, 8), (8,), (8, 8), (8,)))]
+    values = random(20, 24, seed=3)
+
+    def run() -> list[Tensor]:
+        out = fused_pooling(global_aggregation(*inputs, 2, places), values, places)
+        out = out + global_mean(out, places).mean(0) + segment_max(out, places).mean(0)
+        return [out, *torch.autograd.grad(out.square().sum(), [*inputs, values])]
+
+    with use_backend(backend):
+        direct = run()
+        with watcher:
+            watched = run()
+    assert all(map(torch.equal, direct, watched))
+    names = ("global_aggregation", "fused_pooling", "global_mean", "segment_max")
+    assert set(watcher.seen) == {*names, *(f"{name}_backward" for name in names)}
+
+
+def test_gradients_of_gradients_are_refused():
+    places, values = layout([9, 4]), random(13, 24)
+    out = fused_pooling(None, values, places).sum()
+    with pytest.raises(NotImplementedError, match="fused_pooling: no gradients of gradients"):
+        torch.autograd.grad(out, values, create_graph=True)
 
 
 def config(**changes: Any) -> PoNetConfig:

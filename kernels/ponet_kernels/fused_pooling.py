@@ -161,7 +161,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Non
     ctx.settings = (has_segment, has_local, has_empty, backend)
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     grad_global, grad_values = _backward(grad, *saved, *ctx.settings)
     return None if saved[0] is None else grad_global, grad_values, *(None,) * 10
@@ -223,4 +223,4 @@ def fused_pooling(
         layout.has_empty_segments,
         use_segment and values.requires_grad and torch.is_grad_enabled(),
         backend,
-    )[0]
+    )

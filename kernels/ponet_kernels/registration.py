@@ -1,15 +1,25 @@
 """Making operators of PyTorch out of functions on plain tensors.
 
 `torch.library.custom_op` does the same with more checks, which cost 30 us per call and direction:
-as much as the rest of an operator's host code.
+as much as the rest of an operator's host code. Nor does a call go through PyTorch's dispatcher,
+20 us more, unless somebody must see operators there: a compiler, an exporter, a dispatch mode.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("ponet", "FRAGMENT")
+
+
+def _is_watched() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def register(
@@ -23,43 +33,69 @@ def register(
 
     Args:
         name: of the operator.
-        compute: annotated function of tensors and plain values; changes none of its arguments.
+        compute: annotated function of tensors and plain values; changes none of its arguments. It
+            runs without autograd and autocast.
         shapes: as `compute`, for tensors without numbers.
         save: `save(ctx, inputs, outputs)` keeps what the backward pass needs.
-        differentiate: `differentiate(ctx, *gradients)`, a gradient or None per input.
+        differentiate: `differentiate(ctx, gradient)`, a gradient or None per input.
 
     Returns:
-        The operator.
+        A function that calls the operator and returns what it does; of an operator with a backward
+        pass the first output alone, for the others serve that pass.
     """
     _library.define(name + torch.library.infer_schema(compute, mutates_args=()))
-    _library.impl(name, compute, "CompositeExplicitAutograd")
+    compute_alone = _alone(compute)
+    _library.impl(name, compute_alone, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ponet::{name}", shapes, lib=_library)
     operator = getattr(torch.ops.ponet, name).default
-    if save is not None and differentiate is not None:
-        _library.impl(name, _differentiable(operator, save, differentiate).apply, "Autograd")
-    return operator
+    if save is None or differentiate is None:
+        return lambda *inputs: (operator if _is_watched() else compute_alone)(*inputs)
+
+    seen = _differentiable(name, _alone(operator), save, differentiate, keep_outputs=True)
+    _library.impl(name, seen.apply, "Autograd")
+    direct = _differentiable(name, compute_alone, save, differentiate, keep_outputs=False)
+    # without what `apply` in Python does for transforms of functorch, which count as watched
+    apply = cast(Any, super(torch.autograd.Function, direct)).apply
+    return lambda *inputs: _first(operator(*inputs)) if _is_watched() else apply(*inputs)
+
+
+def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            return function(*inputs)
+
+    return run
+
+
+def _first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 
 def _differentiable(
-    operator: Callable[..., Any], save: Callable[..., None], differentiate: Callable[..., Any]
+    name: str,
+    compute: Callable[..., Any],
+    save: Callable[..., None],
+    differentiate: Callable[..., Any],
+    keep_outputs: bool,
 ) -> type[torch.autograd.Function]:
     class Differentiable(torch.autograd.Function):
-        """The operator with its backward pass."""
+        """An operator with its backward pass."""
 
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            """Compute, below autograd."""
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = operator(*inputs)
+            """Compute, and keep what the backward pass needs."""
+            outputs = compute(*inputs)
             ctx.set_materialize_grads(False)
             save(ctx, inputs, outputs)
-            return outputs
+            return outputs if keep_outputs else _first(outputs)
 
         @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            """Differentiate; a call whose result nothing depends on has no gradient."""
-            if gradients[0] is None:
+        def backward(ctx: Any, gradient: Tensor | None, *_: None) -> Any:
+            """Differentiate, once; a call whose result nothing depends on has no gradient."""
+            if torch.is_grad_enabled():
+                raise NotImplementedError(f"ponet::{name}: no gradients of gradients")
+            if gradient is None:
                 return (None,) * len(ctx.needs_input_grad)
-            return differentiate(ctx, *gradients)
+            return differentiate(ctx, gradient)
 
     return Differentiable

@@ -65,7 +65,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(outputs[1], cu_segments, token_segments)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _backward(grad, *ctx.saved_tensors, ctx.backend), *(None,) * 6
 
 
@@ -102,4 +102,4 @@ def segment_max(x: Tensor, layout: PackedLayout) -> Tensor:
         layout.has_empty_segments,
         with_places,
         backend,
-    )[0]
+    )

@@ -61,15 +61,16 @@ class PoNetMixer(nn.Module):
 
     def pool_sequences(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """g' of each sequence, or g when the second stage is off: `[B, C]`."""
+        query = self.query
         if not self.config.use_global_second_stage:
-            if not is_plain(self.query):
-                return global_mean(self.query(hidden), layout)
+            if not is_plain(query):
+                return global_mean(query(hidden), layout)
             # the projection of the mean is the mean of the projections
-            return self.query(global_mean(hidden, layout).to(hidden.dtype))
-        heads = self.config.num_attention_heads
-        if not (is_plain(self.query) and is_plain(self.key)):
-            return self.attend(self.query(hidden), self.key(hidden), layout)
-        parameters = (self.query.weight, self.query.bias, self.key.weight, self.key.bias)
+            return query(global_mean(hidden, layout).to(hidden.dtype))
+        key, heads = self.key, self.config.num_attention_heads
+        if not (is_plain(query) and is_plain(key)):
+            return self.attend(query(hidden), key(hidden), layout)
+        parameters = (query.weight, query.bias, key.weight, key.bias)
         return global_aggregation(hidden, *parameters, heads, layout)
 
     def attend(self, queries: Tensor, keys: Tensor, layout: BatchLayout) -> Tensor:

@@ -25,10 +25,13 @@ def is_plain(module: nn.Module) -> bool:
 
     Adapters, quantised layers and layers with hooks are not: their `forward` is what counts.
     """
+    if type(module) is not nn.Linear:
+        return False
+    weight = module.weight
     return (
-        type(module) is nn.Linear
-        and not is_traceable_wrapper_subclass(module.weight)
+        (type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight))
         and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
     )
 
 

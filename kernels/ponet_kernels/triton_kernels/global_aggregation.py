@@ -388,7 +388,7 @@ def _span(num_tokens: int, num_blocks: int) -> int:
 
 def _combined(spans: Tensor, cu_seqlens: Tensor, span: int, num_spans: int) -> Tensor:
     """`[slots, ...]` to `[B, ...]`: the sums over the spans of each sequence."""
-    num_sequences = len(cu_seqlens) - 1
+    num_sequences = cu_seqlens.shape[0] - 1
     out = spans.new_empty(num_sequences, *spans.shape[1:])
     width = math.prod(spans.shape[1:])
     launch(
@@ -422,7 +422,7 @@ def sequence_totals(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
 
 def _totals(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, is_mean: bool) -> Tensor:
     x = _with_unit_stride(x)
-    (T, C), B = x.shape, len(cu_seqlens) - 1
+    (T, C), B = x.shape, cu_seqlens.shape[0] - 1
     block_c = _channel_block(C, x.element_size(), 256)
     num_blocks = ceil_div(C, block_c)
     span = _span(T, num_blocks)
@@ -504,7 +504,7 @@ def _scores(
 def sequence_sums(weights: Tensor, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """As `Backend.sequence_sums`."""
     weights, x = weights.contiguous(), _with_unit_stride(x)
-    (T, C), H, B = x.shape, weights.shape[1], len(cu_seqlens) - 1
+    (T, C), H, B = x.shape, weights.shape[1], cu_seqlens.shape[0] - 1
     block_c = _channel_block(C, x.element_size(), 256)
     num_blocks = ceil_div(C, block_c)
     span = _span(T, num_blocks)
@@ -542,7 +542,7 @@ def spread_rows(
     """As `Backend.spread_rows`."""
     tables: list[Tensor | None] = [table.contiguous() for pair in pairs for table in pair]
     shared = shared.contiguous()
-    (T, C), B = out.shape, len(cu_seqlens) - 1
+    (T, C), B = out.shape, cu_seqlens.shape[0] - 1
     H = pairs[0][1].shape[1] if pairs else 1
     # 64 channels in half precision: with 128 one program fills a multiprocessor's registers
     block_c = _channel_block(C, out.element_size(), 128 if out.element_size() == 2 else 256)

@@ -144,7 +144,7 @@ def sequence_softmax_kernel(
 def sequence_softmax(scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """As `Backend.sequence_softmax`."""
     scores = scores.contiguous()
-    (T, H), B = scores.shape, len(cu_seqlens) - 1
+    (T, H), B = scores.shape, cu_seqlens.shape[0] - 1
     num_spans = ceil_div(max_seqlen, SPAN)
     maxima, sums = None, None
     out = scores.new_empty(T, H)
