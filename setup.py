@@ -15,6 +15,7 @@ setup(
     packages=[
         "ponet",
         "ponet.mixers",
+        "ponet.run",
         "ponet_kernels",
         "ponet_kernels.triton_kernels",
         "ponet_kernels.vectorised",

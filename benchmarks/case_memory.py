@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ponet.measure import peak_memory_mib, return_free_memory
+from ponet.run.device import peak_memory_mib, return_free_memory
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _CGROUP = Path("/sys/fs/cgroup")

@@ -21,7 +21,7 @@ from case_memory import MemoryMeter, is_out_of_memory, is_unavailable, missing_m
 from torch import Tensor
 from workloads import Case, Workload, build_workload
 
-from ponet.measure import return_free_memory, synchronise
+from ponet.run.device import return_free_memory, synchronise
 
 Answer = dict[str, Any]
 

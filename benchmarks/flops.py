@@ -1,6 +1,6 @@
 """Floating-point operations of a training step, by formula from the configuration."""
 
-from ponet import measure
+from ponet.run import device as measure
 from ponet.config import PoNetConfig
 
 COUNTED = ("ponet", "attention", "attention_naive", "fnet")
@@ -12,7 +12,7 @@ def training_flops(config: PoNetConfig, tokens: int, labelled: int, seq_len: int
 
     Per token and layer, with C the width, F the feed-forward width and N the length: feed-forward
     2 C F in every model; the Transformer 4 C^2 for its projections and 2 N C for scores and mixing;
-    PoNet as `ponet.measure.training_flops` says; FNet nothing more, transforms are not counted.
+    PoNet as `ponet.run.device.training_flops` says; FNet nothing more, transforms are not counted.
     What fused attention computes a second time in the backward pass is not counted either.
 
     Args:

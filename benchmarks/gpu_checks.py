@@ -21,7 +21,7 @@ from parts import PARTS, Candidate
 from records import Record, machine_card, print_card
 from stopwatch import copy_rate
 
-from ponet.measure import matmul_rate
+from ponet.run.device import matmul_rate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _SHAPES = ("text", "ones", "documents")

@@ -28,7 +28,7 @@ from workloads import Case, build_workload
 
 from ponet.config import PoNetConfig
 from ponet.encoder import Encoder
-from ponet.measure import return_free_memory, synchronise
+from ponet.run.device import return_free_memory, synchronise
 from ponet_kernels.testing import relative_error
 
 Row = dict[str, Any]

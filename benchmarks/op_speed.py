@@ -52,7 +52,7 @@ from report import Table, describe, print_card, print_memory, save
 from standing import print_goals
 from stopwatch import OtherLoad, Stopwatch, Timing, copy_candidate, copy_rate
 
-from ponet.measure import matmul_rate
+from ponet.run.device import matmul_rate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("forward", "fwd+bwd")

@@ -17,7 +17,7 @@ from cases import SUB_LAYER, build_case
 from layouts import Batch, dtype_name, make_batch
 from parts import Candidate
 
-from ponet.measure import peak_memory_mib, return_free_memory
+from ponet.run.device import peak_memory_mib, return_free_memory
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FORMS = ("ours", "public", "sdpa", "sdpa flash", "sdpa cudnn")

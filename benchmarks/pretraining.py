@@ -30,7 +30,7 @@ from rounds import Runner
 from standing import print_goals
 from workloads import FORCED, Case, config_of, known_mixers, num_masked
 
-from ponet.measure import matmul_rate
+from ponet.run.device import matmul_rate
 
 Row = dict[str, Any]
 

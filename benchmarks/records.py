@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from ponet.checkpoint import write_text
-from ponet.measure import source_commit
+from ponet.run.device import source_commit
 from ponet_kernels import active_backend
 
 Record = dict[str, Any]

@@ -13,7 +13,7 @@ from layouts import SHAPES
 from plot import draw_record
 from records import append_record, cpu_name, gpu_driver, triton_version
 
-from ponet.measure import source_commit
+from ponet.run.device import source_commit
 from ponet_kernels import active_backend
 
 Row = dict[str, Any]

@@ -11,7 +11,7 @@ import torch
 from parts import Candidate
 from torch import Tensor
 
-from ponet.measure import synchronise
+from ponet.run.device import synchronise
 
 # a turn of a candidate lasts about this long, so that short calls are measured many times
 _TURN_MS = 20.0

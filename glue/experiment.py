@@ -31,9 +31,9 @@ from glue.tasks import TASKS, Task
 from glue.trainer import Trainer
 from ponet import PoNetForSequenceClassification
 from ponet.checkpoint import write_json
-from ponet.log import MetricsWriter
-from ponet.measure import device_name, peak_memory_mib, source_commit
-from ponet.training import Place, TrainingError, read_record, refuse_other_run
+from ponet.run.device import device_name, peak_memory_mib, source_commit
+from ponet.run.log import MetricsWriter
+from ponet.run.trainer import Place, TrainingError, read_record, refuse_other_run
 
 CONFIG, RESULT = "config.json", "result.json"
 _CHECKPOINT, _MODEL, _SUBMISSION = "checkpoint.pt", "model", "submission"

@@ -8,7 +8,7 @@ import torch
 from glue.batches import batches_of_all, collect
 from glue.encoding import EncodedRows
 from ponet import PoNetForSequenceClassification
-from ponet.training import autocast
+from ponet.run.trainer import autocast
 
 Precision = Literal["fp32", "bf16"]
 

@@ -22,8 +22,8 @@ from glue.inference import outputs_of
 from glue.model_folder import Meaning, read_meaning
 from glue.rows import DataError, Rows
 from ponet import CheckpointError, PoNetForSequenceClassification
-from ponet.jobs import choose_device, complain
-from ponet.log import set_up_logging
+from ponet.run.log import set_up_logging
+from ponet.run.runs import choose_device, complain
 from ponet.tokenizer import load_tokenizer
 
 # lines that are encoded, predicted and written together

@@ -14,7 +14,7 @@ from glue.published import PUBLISHED, RATIOS, PublishedRow
 from glue.report_figure import draw
 from glue.summary import Cell, Column, Model, Summary, read_summary
 from glue.tasks import NINE_COLUMNS
-from ponet.results import figure_text, markdown_table, report_program, write_report_files
+from ponet.run.report import figure_text, markdown_table, report_program, write_report_files
 
 _PLUS_MINUS, _DAGGER = "\N{PLUS-MINUS SIGN}", "\N{DAGGER}"
 

@@ -24,10 +24,18 @@ from glue.sources import load_own, load_task
 from glue.summary import read_summary
 from glue.tasks import NINE_COLUMNS
 from glue.trainer import describe
-from ponet.jobs import EXPECTED, attempt, choose_device, complain, locked, run_all, threads_of_a_job
-from ponet.log import set_up_logging
-from ponet.results import ResultError
-from ponet.training import Place
+from ponet.run.log import set_up_logging
+from ponet.run.report import ResultError
+from ponet.run.runs import (
+    EXPECTED,
+    attempt,
+    choose_device,
+    complain,
+    locked,
+    run_all,
+    threads_of_a_job,
+)
+from ponet.run.trainer import Place
 
 # tokens beyond which layers are recomputed
 _LONG = 512

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from glue.sources import OwnFiles
 from glue.tasks import NINE_COLUMNS, TASKS, Segments, Task
 from ponet import PoolerConfig
-from ponet.cli import UsageError, parse_arguments, preset_path, read_yaml
 from ponet.poolers import POOLERS
+from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml
 
 PRESETS = Path(__file__).with_name("configs")
 

@@ -13,7 +13,7 @@ from glue.tasks import NINE_COLUMNS, TASKS
 from ponet import ConfigError, PoolerConfig
 from ponet.mixers import MIXERS
 from ponet.poolers import POOLERS
-from ponet.results import RESULT, ResultError, read_object, read_runs, take_fields
+from ponet.run.report import RESULT, ResultError, read_object, read_runs, take_fields
 
 
 @dataclass(frozen=True, kw_only=True)

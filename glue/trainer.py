@@ -18,8 +18,8 @@ from glue.batches import ShuffledBatches, collect
 from glue.encoding import EncodedRows
 from glue.settings import RunSettings
 from ponet import PoNetForSequenceClassification
-from ponet.log import MetricsWriter
-from ponet.training import (
+from ponet.run.log import MetricsWriter
+from ponet.run.trainer import (
     Interval,
     Place,
     Progress,

@@ -14,9 +14,9 @@ from lra.classify import Classification
 from lra.schedule import Plan
 from lra.settings import RunSettings
 from lra.tasks import TASKS
-from ponet.cli import UsageError
-from ponet.measure import synchronise
-from ponet.training import Place
+from ponet.run.cli import UsageError
+from ponet.run.device import synchronise
+from ponet.run.trainer import Place
 
 _STEPS = 12
 _EVALUATION_BATCHES = 4

@@ -19,7 +19,7 @@ from lra.schedule import Plan
 from lra.settings import RunSettings
 from lra.steps import CapturedStep, PlainStep, Step, put
 from lra.tasks import TASKS
-from ponet.training import autocast
+from ponet.run.trainer import autocast
 
 
 def read(

@@ -29,9 +29,9 @@ from lra.settings import RunSettings
 from lra.steps import PlainStep
 from lra.trainer import StageProgress, Trainer
 from ponet.checkpoint import write_bytes, write_json
-from ponet.log import MetricsWriter
-from ponet.measure import device_name, source_commit
-from ponet.training import Place, read_record, refuse_other_run, step_seed
+from ponet.run.device import device_name, source_commit
+from ponet.run.log import MetricsWriter
+from ponet.run.trainer import Place, read_record, refuse_other_run, step_seed
 
 CONFIG, RESULT = "config.json", "result.json"
 _CHECKPOINT, _MODEL = "checkpoint.pt", "model.safetensors"

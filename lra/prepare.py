@@ -29,7 +29,7 @@ from lra.pathfinder import generate_chunks as generate_images
 from lra.pathfinder import pathfinder_spec
 from lra.tasks import COMPARED, TASKS, Task
 from lra.text_sources import read_listops, read_pairs, read_reviews, reviews_of
-from ponet.log import set_up_logging
+from ponet.run.log import set_up_logging
 
 DATA_DIR = "data/lra"
 """Where prepared tasks are kept, below the current folder."""

@@ -11,7 +11,7 @@ from lra.published import PUBLISHED
 from lra.report_figure import draw
 from lra.summary import Cell, Group, make_groups, read_results
 from lra.tasks import COMPARED
-from ponet.results import figure_text, markdown_table, report_program, write_report_files
+from ponet.run.report import figure_text, markdown_table, report_program, write_report_files
 
 TITLES = {
     "listops": "ListOps",

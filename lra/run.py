@@ -15,9 +15,17 @@ from lra.cache import load_task
 from lra.experiment import finished_result, run_experiment
 from lra.prepare import prepare_task
 from lra.settings import LRAConfig, RunSettings, parse
-from ponet.jobs import EXPECTED, attempt, choose_device, complain, locked, run_all, threads_of_a_job
-from ponet.log import set_up_logging
-from ponet.training import Place
+from ponet.run.log import set_up_logging
+from ponet.run.runs import (
+    EXPECTED,
+    attempt,
+    choose_device,
+    complain,
+    locked,
+    run_all,
+    threads_of_a_job,
+)
+from ponet.run.trainer import Place
 
 logger = logging.getLogger("lra")
 

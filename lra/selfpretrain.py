@@ -20,7 +20,7 @@ from lra.schedule import Plan
 from lra.settings import RunSettings
 from lra.tasks import Task
 from ponet import PoNetForMaskedLM
-from ponet.training import step_seed
+from ponet.run.trainer import step_seed
 
 _WARMUP_SHARE = 0.1
 # what the seed of a step is for, besides the stages of `lra.experiment`

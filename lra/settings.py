@@ -11,8 +11,8 @@ from lra.prepare import DATA_DIR
 from lra.protocol import Protocol
 from lra.tasks import COMPARED, TASKS, Task
 from ponet import PoNetConfig
-from ponet.cli import UsageError, parse_arguments, preset_path, read_yaml
 from ponet.mixers import MIXERS
+from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml
 
 PRESETS = Path(__file__).with_name("configs")
 

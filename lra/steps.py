@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lra.adamw import FlatAdamW
 from lra.replay import Replay
 from lra.schedule import Plan
-from ponet.training import autocast, step_seed
+from ponet.run.trainer import autocast, step_seed
 
 _BETA2, _EPSILON = 0.999, 1e-6
 # steps whose batches and rates are put on the device together

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lra.published import PUBLISHED
 from lra.tasks import COMPARED, TASKS
-from ponet.results import ResultError, read_object, read_runs, take_fields
+from ponet.run.report import ResultError, read_object, read_runs, take_fields
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lra.schedule import Plan
 from lra.steps import Step
 from ponet.checkpoint import CheckpointError
-from ponet.log import MetricsWriter
-from ponet.training import (
+from ponet.run.log import MetricsWriter
+from ponet.run.trainer import (
     Interval,
     Place,
     Progress,

@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ponet import PoNetForPreTraining
 from ponet.checkpoint import CheckpointError
-from ponet.cli import UsageError
 from ponet.model import PreTrainingOutput
-from ponet.training import autocast
+from ponet.run.cli import UsageError
+from ponet.run.trainer import autocast
 from pretrain.settings import PretrainConfig
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from ponet.cli import UsageError
+from ponet.run.cli import UsageError
 from ponet.tokenizer import (
     SpecialTokens,
     load_tokenizer,

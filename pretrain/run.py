@@ -22,16 +22,16 @@ from tqdm import tqdm
 
 from ponet import PoNetForPreTraining
 from ponet.checkpoint import write_json, write_text
-from ponet.cli import UsageError
-from ponet.log import MetricsWriter, set_up_logging
-from ponet.measure import (
+from ponet.run.cli import UsageError
+from ponet.run.device import (
     matmul_rate,
     peak_memory_mib,
     source_commit,
     training_flops,
 )
+from ponet.run.log import MetricsWriter, set_up_logging
+from ponet.run.trainer import TrainingError
 from ponet.tokenizer import SpecialTokens, save_tokenizer
-from ponet.training import TrainingError
 from pretrain.batches import Batch, MicroBatchSampler, evaluation_batches, make_loader
 from pretrain.checkpoints import CheckpointStore, Progress
 from pretrain.corpus import Corpus

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ponet.cli import UsageError, parse_arguments, preset_path, read_yaml
 from ponet.config import PoNetConfig
+from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml
 
 PRESETS = Path(__file__).with_name("configs")
 _DEEPSPEED_FILE = Path(__file__).with_name("deepspeed.json")

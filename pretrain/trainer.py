@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ponet.model import PreTrainingOutput
-from ponet.training import TrainingError
+from ponet.run.trainer import TrainingError
 from pretrain.batches import Batch
 from pretrain.engine import Engine
 

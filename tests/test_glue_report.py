@@ -15,7 +15,7 @@ from glue.report import write_report
 from glue.summary import read_summary
 from glue.tasks import NINE_COLUMNS, TASKS
 from ponet import PoolerConfig
-from ponet.results import ResultError
+from ponet.run.report import ResultError
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {

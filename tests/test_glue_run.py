@@ -26,7 +26,7 @@ from ponet import (
     PoNetForSequenceClassification,
     PoolerConfig,
 )
-from ponet.cli import UsageError
+from ponet.run.cli import UsageError
 from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer, load_tokenizer, save_tokenizer
 
 GOOD, BAD = "good fine great", "bad poor sad"

@@ -12,9 +12,9 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from ponet.cli import UsageError
-from ponet.jobs import choose_device, complain, locked, run_all, threads_of_a_job
-from ponet.training import TrainingError
+from ponet.run.cli import UsageError
+from ponet.run.runs import choose_device, complain, locked, run_all, threads_of_a_job
+from ponet.run.trainer import TrainingError
 
 
 def work(number: int) -> dict[str, int] | str:
@@ -70,7 +70,7 @@ def test_processes_end_with_a_killed_parent(tmp_path: Path):
     paths = [tmp_path / "one", tmp_path / "two"]
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from ponet.jobs import run_all\n"
+        "from ponet.run.runs import run_all\n"
         "from test_jobs import wait_long\n"
         "if __name__ == '__main__':\n"
         f"    run_all('ponet', wait_long, [(p,) for p in {[str(path) for path in paths]!r}], 2)\n"

@@ -12,7 +12,7 @@ import pytest
 import glue.settings
 import lra.settings
 import pretrain.settings
-from ponet.cli import UsageError
+from ponet.run.cli import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [

@@ -15,7 +15,7 @@ from lra.report import write_report
 from lra.summary import make_groups, read_results
 from lra.tasks import COMPARED
 from ponet.mixers import MIXERS
-from ponet.results import ResultError
+from ponet.run.report import ResultError
 
 ROOT = Path(__file__).resolve().parents[1]
 MAJORITY = {"listops": 0.17, "text": 0.5, "retrieval": 0.5, "image": 0.1, "pathfinder": 0.5}

@@ -22,7 +22,7 @@ from lra.selfpretrain import MaskedPrediction
 from lra.settings import LRAConfig, RunSettings, parse
 from lra.steps import CapturedStep
 from lra.tasks import TASKS
-from ponet.cli import UsageError
+from ponet.run.cli import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")

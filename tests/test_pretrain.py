@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from ponet import PoNetForMaskedLM, PoNetForPreTraining
 from ponet.checkpoint import CheckpointError
-from ponet.cli import UsageError
+from ponet.run.cli import UsageError
 from pretrain.engine import Engine, engine_config, learning_rate_factor, read_engine_file
 from pretrain.settings import PRESETS, PretrainConfig, parse
 

@@ -17,7 +17,7 @@ from glue.trainer import Trainer
 from ponet import PoNetConfig, PoNetForPreTraining, PoNetForSequenceClassification, PoolerConfig
 from ponet.model import PoNetModel
 from ponet.poolers import POOLERS
-from ponet.training import Place
+from ponet.run.trainer import Place
 from ponet_kernels import use_backend
 from ponet_kernels.triton_kernels.launch import record_launches
 from pretrain.batches import Batch, evaluation_batches

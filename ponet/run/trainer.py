@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ponet.checkpoint import CheckpointError, write_bytes
-from ponet.cli import UsageError
-from ponet.log import MetricsWriter
-from ponet.measure import peak_memory_mib, return_free_memory, synchronise
+from ponet.run.cli import UsageError
+from ponet.run.device import peak_memory_mib, return_free_memory, synchronise
+from ponet.run.log import MetricsWriter
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from ponet.cli import UsageError
-from ponet.log import set_up_logging
-from ponet.training import TrainingError
+from ponet.run.cli import UsageError
+from ponet.run.log import set_up_logging
+from ponet.run.trainer import TrainingError
 
 EXPECTED = (ValueError, TrainingError, OSError)
 """Causes outside a program: usage, data, checkpoints (all ValueErrors), a diverging loss, disks."""
