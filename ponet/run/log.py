@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ponet.checkpoint import write_text
+
+logger = logging.getLogger(__name__)
 
 
 class _BarAwareHandler(logging.StreamHandler):
@@ -44,16 +47,17 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
 
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
         """Record numbers.
 
         Args:
             kind: "train" or "eval".
             step: optimizer steps done.
-            values: numbers by name.
+            values: numbers by name; undefined ones are left out.
         """
         if self._file is None or self._board is None:
             return
+        values = {name: value for name, value in values.items() if value is not None}
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -84,3 +88,66 @@ def _keep_until(path: Path, step: int) -> None:
         if entry["step"] <= step:
             kept.append(line + "\n")
     write_text(path, "".join(kept))
+
+
+def log_steps(
+    writer: MetricsWriter,
+    *,
+    name: str,
+    step: int,
+    steps: int,
+    losses: Mapping[str, float],
+    learning_rate: float,
+    step_seconds: float,
+    peak_memory_mib: float,
+    remaining_seconds: float,
+    tokens_per_second: float | None = None,
+    further: Mapping[str, float] | None = None,
+) -> None:
+    """Record and log the steps since the last time: the one line of all programs.
+
+    Args:
+        writer: of the metrics.
+        name: of the run; the line does not repeat an empty one.
+        step: the last one, counted from 1.
+        steps: of the whole run.
+        losses: means over the steps, the first one the whole loss.
+        learning_rate: in the last step.
+        step_seconds: mean.
+        peak_memory_mib: so far.
+        remaining_seconds: until the end of the run.
+        tokens_per_second: over all processes; None where the program does not count tokens.
+        further: figures for the records alone.
+    """
+    values = {
+        **losses,
+        "learning_rate": learning_rate,
+        "step_ms": step_seconds * 1e3,
+        "tokens_per_second": tokens_per_second,
+        "peak_memory_mib": peak_memory_mib,
+        **(further or {}),
+    }
+    writer.write("train", step, values)
+    parts = [
+        *([name] if name else []),
+        f"step {step}/{steps}",
+        " ".join(f"{key.removesuffix('_loss')} {value:.4f}" for key, value in losses.items()),
+        f"lr {learning_rate:.1e}",
+        f"{step_seconds * 1e3:.3g} ms/step",
+        *([] if tokens_per_second is None else [f"{tokens_per_second / 1e3:.1f}k tokens/s"]),
+        f"{peak_memory_mib:,.0f} MiB",
+        f"{_duration(remaining_seconds)} left",
+    ]
+    logger.info(" | ".join(parts))
+
+
+def describe(scores: Mapping[str, float | None]) -> str:
+    """Scores on a line."""
+    return ", ".join(
+        f"{name} {'undefined' if value is None else f'{value:.4f}'}"
+        for name, value in scores.items()
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"

@@ -1,103 +1,40 @@
-"""Reports on finished runs: read `result.json` files with their types checked, write tables."""
+"""Reports on finished runs: `result.json` files as one table, checked, and Markdown of it."""
 
 import argparse
 import json
-import math
 import sys
-import typing
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from ponet.checkpoint import write_atomically, write_json, write_text
+import pandas as pd
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ponet.checkpoint import write_atomically, write_text
+from ponet.run.runs import RESULT
 
 if TYPE_CHECKING:
-    # programs that draw nothing read results, too, in each of their processes
     from matplotlib.figure import Figure
 
-RESULT = "result.json"
-
-Record = TypeVar("Record")
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
 
 class ResultError(ValueError):
     """A result that cannot be used, in words that name its file."""
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ResultError: the file cannot be read or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ResultError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def take_fields(path: Path, content: Mapping[str, Any], cls: type[Record]) -> Record:
-    """Make a dataclass of those entries of an object that it has fields for.
-
-    Args:
-        path: of the object, for messages.
-        content: the object.
-        cls: the dataclass.
-
-    Raises:
-        ResultError: an entry is missing or of another type.
-    """
-    hints = typing.get_type_hints(cls)
-    # a type variable cannot say that the class is a dataclass
-    names = [field.name for field in fields(typing.cast(Any, cls))]
-    return cls(**{name: _checked(path, content, name, hints[name]) for name in names})
-
-
-def _checked(path: Path, content: Mapping[str, Any], name: str, expected: Any) -> Any:
-    if name not in content:
-        raise ResultError(f"{path}: {name}: missing")
-    value = content[name]
-    if not _fits(value, expected):
-        kind = getattr(expected, "__name__", str(expected))
-        raise ResultError(f"{path}: {name}: expected {kind}, found {value!r}")
-    return value
-
-
-def _fits(value: Any, expected: Any) -> bool:
-    arguments = typing.get_args(expected)
-    origin = typing.get_origin(expected)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(x, arguments[1]) for x in value.values())
-    if origin is list:
-        return isinstance(value, list) and all(_fits(x, arguments[0]) for x in value)
-    if arguments:
-        return any(_fits(value, kind) for kind in arguments)
-    if expected is Any:
-        return True
-    if expected is float:
-        # to Python true is an int, and JSON writes NaN
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is expected
-
-
-def read_runs(
-    folder: Path,
-    read: Callable[[Path], Record],
-    identity: Callable[[Record], Hashable],
-    program: str,
-) -> list[Record]:
-    """All results below a folder, in the order of their paths.
+def read_results(
+    folder: Path, record: type[Any], identity: Sequence[str], program: str
+) -> pd.DataFrame:
+    """All results below a folder, one row per run in the order of their paths.
 
     Args:
         folder: of the runs.
-        read: makes a record of a `result.json`.
-        identity: what two results of the same run have in common.
-        program: that makes them, for messages.
+        record: a dataclass of the fields that the report needs; others are left out.
+        identity: fields in which two results of the same run agree.
+        program: that makes results, for messages.
 
     Raises:
         ResultError: there is none, one is damaged, or two are of the same run.
@@ -105,16 +42,33 @@ def read_runs(
     paths = sorted(folder.rglob(RESULT))
     if not paths:
         raise ResultError(f"{folder}: holds no {RESULT}, python {program} makes them")
-    seen: dict[Hashable, Path] = {}
-    results = []
-    for path in paths:
-        result = read(path)
-        run = identity(result)
-        if run in seen:
-            raise ResultError(f"{path}: the same run as {seen[run]}, expected one result a run")
-        seen[run] = path
-        results.append(result)
-    return results
+    adapter = TypeAdapter(record)
+    rows = [vars(_read_result(path, adapter)) | {"path": str(path)} for path in paths]
+    table = pd.DataFrame(rows)
+    keys = table[list(identity)].map(json.dumps).agg("".join, axis=1)
+    twice = keys.duplicated()
+    if twice.any():
+        second = int(twice.to_numpy().argmax())
+        first = int((keys == keys[second]).to_numpy().argmax())
+        raise ResultError(f"{paths[second]}: the same run as {paths[first]}, expected one result")
+    return table
+
+
+def _read_result(path: Path, adapter: TypeAdapter[Any]) -> Any:
+    try:
+        # JSON's true is no number, its 1 no text
+        return adapter.validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ResultError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from error
+    except OSError as error:
+        raise ResultError(f"{path}: cannot be read: {error}") from error
+
+
+def read_published(path: Path) -> Any:
+    """Published figures that belong to a program, from its YAML file."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def markdown_table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -128,15 +82,22 @@ def figure_text(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def write_report_files(folder: Path, text: str, content: Any, figure: "Figure") -> None:
-    """Write `report.md`, `report.json` and `report.png`, each whole or not at all.
+def scores_text(values: Sequence[float]) -> str:
+    """Mean, standard deviation and number of the scores of several seeds."""
+    scores = pd.Series(values, dtype=float)
+    spread = f" {PLUS_MINUS} {scores.std():.2f}" if len(scores) > 1 else ""
+    return f"{scores.mean():.2f}{spread} ({len(scores)})"
+
+
+def write_report(folder: Path, text: str, figure: "Figure | None" = None) -> None:
+    """Write `report.md`, and `report.png` of a figure, each whole or not at all.
 
     Raises:
         OSError: one cannot be written.
     """
     write_text(folder / "report.md", text)
-    write_json(folder / "report.json", content)
-    write_atomically(folder / "report.png", partial(figure.savefig, format="png", dpi=130))
+    if figure is not None:
+        write_atomically(folder / "report.png", partial(figure.savefig, format="png", dpi=130))
 
 
 def report_program(
@@ -145,7 +106,7 @@ def report_program(
     """The whole of a program that reports on a folder of runs and prints the Markdown.
 
     Args:
-        program: its path, for complaints.
+        program: its path, for errors.
         description: for `--help`.
         default: the folder when none is given.
         report: writes the files of a folder and returns the Markdown.
