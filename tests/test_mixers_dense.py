@@ -361,7 +361,7 @@ def test_packed_kernel_gets_the_stream(monkeypatch):
     hidden = tokens(sum(LENGTHS))
     mixer = build(SoftmaxAttention, SMALL.replace(attention_probs_dropout_prob=0.1))
     expected = mixer(hidden, layout(LENGTHS))
-    monkeypatch.setattr(attention, "varlen_attn", stand_in)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
     monkeypatch.setattr(attention, "_packed_kernel_runs", lambda stream, size: size == 8)
     assert_close(mixer(hidden, layout(LENGTHS)), expected, 1e-12)
     assert calls == [(12, 12)]

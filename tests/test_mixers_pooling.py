@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations
 
 from ponet import PoNetConfig
 from ponet.mixers.pooling import PoNetMixer
-from ponet.mixers.pooling_eager import EagerPoNetMixer
 from ponet.mixers.projections import is_plain
+from ponet.mixers.published import PublishedPoNetMixer
 from ponet.packing import BatchLayout, layout_of, stream_of_packed, stream_of_rows
 from ponet_kernels import use_backend
 from ponet_kernels.testing import assert_close, relative_error
@@ -174,7 +174,7 @@ def test_parametrised_projection():
 @pytest.mark.parametrize("second_stage", [True, False])
 def test_adapted_mixer_agrees_with_the_published_form(second_stage):
     config = CONFIG.replace(use_global_second_stage=second_stage)
-    fast, eager = build(config=config), build(EagerPoNetMixer, config)
+    fast, eager = build(config=config), build(PublishedPoNetMixer, config)
     for mixer in (fast, eager):
         torch.manual_seed(5)
         mixer.query = LowRank(mixer.query)

@@ -20,6 +20,7 @@ from ponet import (
     PoNetForTokenClassification,
     PoNetModel,
 )
+from ponet.checkpoint import module_entries, published_name
 from ponet.packing import (
     layout_for,
     layout_of,
@@ -64,7 +65,7 @@ def rows(sequences: list[list[int]], length: int, fill: int = 0) -> Tensor:
     return torch.tensor([s + [fill] * (length - len(s)) for s in sequences])
 
 
-@pytest.mark.parametrize("mixer", ["ponet", "ponet_eager"])
+@pytest.mark.parametrize("mixer", ["ponet", "ponet_published"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("case", ["segment_ids", "no_segment_ids"])
 def test_published_values_and_gradients(ponet_oracle, mixer, backend, case):
@@ -76,7 +77,7 @@ def test_published_values_and_gradients(ponet_oracle, mixer, backend, case):
     config = PoNetConfig(hidden_dropout_prob=0.0, mixer=mixer, **sizes)
     model = PoNetForPreTraining(config).double()
     weights = {k.removeprefix("model."): v for k, v in oracle.items() if k.startswith("model.")}
-    model.load_published(weights, "oracle")
+    model.load_weights(module_entries(weights), "oracle")
     inputs = {k.removeprefix("input."): v for k, v in oracle.items() if k.startswith("input.")}
     if case == "no_segment_ids":
         del inputs["segment_ids"]
@@ -98,7 +99,7 @@ def test_published_values_and_gradients(ponet_oracle, mixer, backend, case):
         assert_close(state[real], oracle[f"{case}.hidden.{depth}"][real], 1e-9, f"hidden {depth}")
     prefix = f"{case}.grad."
     gradients = {k.removeprefix(prefix): v for k, v in oracle.items() if k.startswith(prefix)}
-    parameters = model.published_parameters()
+    parameters = {published_name(name): p for name, p in model.named_weights().items()}
     assert set(gradients) == set(parameters)
     for name, expected in gradients.items():
         assert_close(parameters[name].grad, expected, 1e-9, name)
@@ -227,7 +228,7 @@ def results_of(model, inputs: dict, fields: tuple[str, ...]) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("with_segments", [False, True], ids=["special", "segment_ids"])
-@pytest.mark.parametrize("mixer", ["ponet", "ponet_eager", "attention", "longformer"])
+@pytest.mark.parametrize("mixer", ["ponet", "ponet_published", "attention", "longformer"])
 def test_layout_in_place_of_offsets_or_rows_changes_no_bit(mixer, with_segments):
     config = SMALL.replace(mixer=mixer)
     batch = Batch(config, with_segments)
@@ -423,7 +424,7 @@ def test_without_global_aggregation_special_tokens_receive_nothing():
 )
 def test_ablations_agree_with_the_eager_form(switch):
     config = SMALL.replace(**{switch: False})
-    model, eager = build(config=config), build(config=config.replace(mixer="ponet_eager"))
+    model, eager = build(config=config), build(config=config.replace(mixer="ponet_published"))
     full = build()
     sequences = [pair(4, 5, seed=0), pair(1, 0, seed=1)]
     ids = rows([s[0] for s in sequences], 14)
@@ -460,8 +461,8 @@ def test_masked_tokens_inside_a_row_are_absent_and_windows_do_not_cross_them():
     right = model(ids[:, 3:], position_ids=torch.tensor([[3, 4]])).last_hidden_state[0]
     assert_close(out[:2], left, 1e-12)
     assert_close(out[3:], right, 1e-12)
-    with pytest.raises(ValueError, match="ponet_eager: attention_mask has padding between"):
-        build(config=config.replace(mixer="ponet_eager"))(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="ponet_published: attention_mask has padding between"):
+        build(config=config.replace(mixer="ponet_published"))(ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -555,7 +556,7 @@ def test_save_and_load_every_class(tmp_path):
 def published_base_entries() -> dict[str, Tensor]:
     """The 257 entries of a published pre-training checkpoint, at the small size."""
     model = PoNetForPreTraining(SMALL.replace(num_hidden_layers=12))
-    entries = {k: v.detach().clone() for k, v in model.published_parameters().items()}
+    entries = {published_name(k): v.detach().clone() for k, v in model.named_weights().items()}
     entries["ponet.embeddings.position_ids"] = torch.arange(64).unsqueeze(0)
     entries["cls.predictions.decoder.weight"] = entries[
         "ponet.embeddings.word_embeddings.weight"
@@ -629,11 +630,11 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
 
     change(hidden_size=48)
     with pytest.raises(
-        CheckpointError, match=r"word_embeddings.weight: expected \(120, 48\), found \(120, 24\)"
+        CheckpointError, match=r"embeddings.word.weight: expected \(120, 48\), found \(120, 24\)"
     ):
         PoNetForPreTraining.from_pretrained(tmp_path)
     change(num_hidden_layers=3)
-    with pytest.raises(CheckpointError, match=r"encoder\.layer\.2.*: missing"):
+    with pytest.raises(CheckpointError, match=r"encoder\.layers\.2.*: missing"):
         PoNetForPreTraining.from_pretrained(tmp_path)
     change(model_type="roberta")
     with pytest.raises(ConfigError, match="model_type is 'roberta'"):
@@ -670,7 +671,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(content[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ponet.checkpoint._fill", full_disk)
+    monkeypatch.setattr("ponet.files._fill", full_disk)
     with torch.no_grad():
         model.sso_head.bias.add_(1)
     with pytest.raises(OSError, match="No space left"):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ponet import PoNetConfig, PoNetForPreTraining, PoNetModel
-from ponet.encoder import Encoder
+from ponet.model import Encoder
 from ponet.packing import BatchLayout, layout_of, stream_of_packed
 from ponet_kernels import (
     PackedLayout,

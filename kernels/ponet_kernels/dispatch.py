@@ -170,8 +170,6 @@ def _triton_is_installed() -> bool:
     return found
 
 
-# under torch.compile the choice is made while tracing and stays with the compiled code
-@torch.compiler.assume_constant_result
 def active_backend(device: torch.device | str = "cpu") -> str:
     """Name of the backend that operators called now on tensors of `device` will use.
 
@@ -182,6 +180,11 @@ def active_backend(device: torch.device | str = "cpu") -> str:
     if chosen:
         return _check(chosen, "PONET_KERNELS")
     return "triton" if torch.device(device).type == "cuda" and _triton_is_installed() else "torch"
+
+
+# under torch.compile the choice is made while tracing and stays with the compiled code; the mark is
+# that of `torch.compiler.assume_constant_result`, which would import the whole compiler
+active_backend._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @cache

@@ -19,23 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import ConfigError, PoNetConfig
-from ponet.mixers.projections import cast_for_projections
+from ponet.mixers.projections import QueryKeyValueProjections, cast_for_projections
 from ponet.packing import BatchLayout
 from ponet_kernels import PackedLayout, global_mean
 
 
-class NystromAttention(nn.Module):
+class NystromAttention(QueryKeyValueProjections):
     """Nystrom approximation of softmax attention, with a convolution as a skip connection."""
 
     def __init__(self, config: PoNetConfig) -> None:
-        super().__init__()
-        width, size = config.hidden_size, config.landmark_conv_size
-        self.num_heads = config.num_attention_heads
+        super().__init__(config)
+        size = config.landmark_conv_size
         self.num_landmarks = config.num_landmarks
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.dense = nn.Linear(width, width)
         self.conv = None
         if size is not None:
             if size % 2 == 0:
