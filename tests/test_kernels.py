@@ -1,7 +1,6 @@
 """Operators: the fast path against the reference formulas, values and gradients."""
 
 from dataclasses import replace
-from itertools import accumulate
 
 import pytest
 import torch
@@ -21,25 +20,16 @@ from ponet_kernels import (
 )
 from ponet_kernels.layout import SEES_LEFT, SEES_RIGHT, SPECIAL
 from ponet_kernels.testing import assert_close
+from tests.streams import DEVICE, offsets, owners
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = 1e-12
 lengths_strategy = st.lists(st.integers(0, 9), min_size=1, max_size=8)
 widths = st.sampled_from([1, 3, 8, 48])
 # without a GPU Triton's interpreter runs the kernels, far slower than PyTorch
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
-# on a GPU a kernel is compiled for most of them
-examples = settings(deadline=None, max_examples=30 if DEVICE == "cpu" else 8)
-
-
-def offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-
-
-def owners(lengths: list[int]) -> Tensor:
-    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths).long()).to(DEVICE)
+examples = settings(deadline=None, max_examples=5)
 
 
 def whole(lengths: list[int]) -> PackedLayout:

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -25,10 +24,10 @@ from ponet_kernels import (
     use_backend,
 )
 from ponet_kernels.testing import assert_close
+from tests.streams import DEVICE, offsets, owners
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 8
 SEGMENTS = [3, 1, 5, 2, 4]
 SEQUENCES = [9, 0, 6]
@@ -36,14 +35,6 @@ CLS = 101
 
 pytest.importorskip("triton")
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
-
-
-def offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-
-
-def owners(lengths: list[int]) -> Tensor:
-    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(DEVICE)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -135,6 +126,10 @@ CASES = (
 )
 
 
+# what an operator says of its results does not depend on the backend
+WITH_KERNELS = ("segment_max", "fused_pooling_gsl", "fused_pooling_backward", "global_aggregation")
+
+
 def detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
@@ -150,8 +145,10 @@ def test_every_operator_is_checked():
     }
 
 
-@backends
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [("torch", name) for name in CASES] + [("triton", name) for name in WITH_KERNELS],
+)
 def test_opcheck(name, backend):
     """Schema, fake kernel, autograd registration, and tracing with dynamic shapes."""
     op, arguments = cases(backend)[name]
@@ -353,9 +350,9 @@ def training_losses(backend: str, steps: int) -> list[float]:
     return losses
 
 
-@backends
-def test_fifty_training_steps_match_the_reference(backend):
-    fast, slow = training_losses(backend, 50), training_losses("reference", 50)
+@pytest.mark.parametrize(("backend", "steps"), [("torch", 50), ("triton", 6)])
+def test_training_steps_match_the_reference(backend, steps):
+    fast, slow = training_losses(backend, steps), training_losses("reference", steps)
     assert slow[-1] < slow[0]
     for step, (ours, theirs) in enumerate(zip(fast, slow, strict=True)):
         assert abs(ours - theirs) < 1e-4, f"step {step}: {ours} against {theirs}"

@@ -67,20 +67,8 @@ def _compute(
     )
 
 
-def _shapes(
-    global_vectors: Tensor | None,
-    values: Tensor,
-    cu_segments: Tensor,
-    token_segments: Tensor,
-    segment_sequences: Tensor,
-    token_marks: Tensor,
-    has_segment: bool,
-    has_local: bool,
-    longest: int,
-    has_empty: bool,
-    with_places: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, values, _, _, segment_sequences, _, has_segment, has_local, longest, _, with_places, _ = inputs
     num_channels = values.shape[1] // (1 + has_segment + has_local)
     out = values.new_empty(values.shape[0], num_channels)
     if not has_segment:
@@ -133,26 +121,11 @@ def _compute_backward(
 
 
 def _backward_shapes(
-    grad: Tensor,
-    global_vectors: Tensor | None,
-    values: Tensor,
-    maxima: Tensor,
-    places: Tensor,
-    cu_segments: Tensor,
-    token_segments: Tensor,
-    segment_sequences: Tensor,
-    token_marks: Tensor,
-    has_segment: bool,
-    has_local: bool,
-    has_empty: bool,
-    backend: str,
+    grad: Tensor, global_vectors: Tensor | None, values: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    grad_global = (
-        _nothing(values)
-        if global_vectors is None
-        else global_vectors.new_empty(global_vectors.shape)
-    )
-    return grad_global, values.new_empty(values.shape)
+    if global_vectors is None:
+        return _nothing(values), values.new_empty(values.shape)
+    return global_vectors.new_empty(global_vectors.shape), values.new_empty(values.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:

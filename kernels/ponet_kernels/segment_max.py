@@ -31,15 +31,8 @@ def _compute(
     return maxima, x.new_empty(0, dtype=torch.uint8) if places is None else places
 
 
-def _shapes(
-    x: Tensor,
-    cu_segments: Tensor,
-    token_segments: Tensor,
-    longest: int,
-    has_empty: bool,
-    with_places: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _shapes(*inputs: Any) -> tuple[Tensor, Tensor]:
+    x, cu_segments, _, longest, _, with_places, _ = inputs
     maxima = x.new_empty(cu_segments.shape[0] - 1, x.shape[1])
     if not with_places:
         return maxima, x.new_empty(0, dtype=torch.uint8)
@@ -49,13 +42,13 @@ def _shapes(
 def _compute_backward(
     grad: Tensor, places: Tensor, cu_segments: Tensor, token_segments: Tensor, backend: str
 ) -> Tensor:
-    out = _backward_shapes(grad, places, cu_segments, token_segments, backend)
+    out = _backward_shapes(grad, places, cu_segments, token_segments)
     backend_named(backend).segment_max_bwd(grad, places, cu_segments, token_segments, out)
     return out
 
 
 def _backward_shapes(
-    grad: Tensor, places: Tensor, cu_segments: Tensor, token_segments: Tensor, backend: str
+    grad: Tensor, places: Tensor, cu_segments: Tensor, token_segments: Tensor, *_: Any
 ) -> Tensor:
     return grad.new_empty(token_segments.shape[0], grad.shape[1])
 
