@@ -38,7 +38,7 @@ from ponet_kernels.dtypes import accumulation_dtype
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 """Arguments of Triton's `GPUTarget`: A100, H100 and H200, MI300."""
 ARGMAX_DTYPES = (torch.uint8, torch.int16, torch.int32)
-"""Types that places of maxima are kept in."""
+"""Types that the argmax of a segment is kept in."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LINE = "{kernel:25} {target:7} {dtype:9} {binaries:>8} {registers:>9} {spilled:>9} {shared:>8}"
 HEAD = {name: name for name in ("kernel", "target", "dtype", "binaries", "registers")}
@@ -111,9 +111,9 @@ def call_every_function(functions: Backend, shape: BatchShape, dtype: torch.dtyp
 
     for kind, has_empty in itertools.product((None, *ARGMAX_DTYPES), (True, False)):
         functions.segment_max_fwd(segment, cu_segments, token_segments, kind, has_empty)
-    for kind, place_kind in itertools.product((dtype, acc), ARGMAX_DTYPES):
-        sums, places = empty(S, C, dtype=kind), empty(S, C, dtype=place_kind)
-        functions.segment_max_bwd(sums, places, cu_segments, token_segments, segment)
+    for kind, argmax_kind in itertools.product((dtype, acc), ARGMAX_DTYPES):
+        sums, argmax = empty(S, C, dtype=kind), empty(S, C, dtype=argmax_kind)
+        functions.segment_max_bwd(sums, argmax, cu_segments, token_segments, segment)
 
     g = empty(B, C, dtype=acc)
     terms = [*itertools.product((g, None), (maxima, None), (local, None))][:-1]

@@ -44,12 +44,12 @@ class Backend(Protocol):
         x: Tensor,
         cu_segments: Tensor,
         token_segments: Tensor,
-        place_dtype: torch.dtype | None,
+        argmax_dtype: torch.dtype | None,
         has_empty: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Maxima `[S, C]` (-inf where empty), places of the first maximal tokens `[S, C]`.
+        """Maxima `[S, C]` (-inf where empty), argmax: the first maximal tokens `[S, C]`.
 
-        Places count from the first token of the segment; None when `place_dtype` is None. Without
+        It counts from the first token of the segment; None when `argmax_dtype` is None. Without
         `has_empty` no segment is empty.
         """
         ...
@@ -57,12 +57,12 @@ class Backend(Protocol):
     def segment_max_bwd(
         self,
         grad: Tensor,
-        places: Tensor,
+        argmax: Tensor,
         cu_segments: Tensor,
         token_segments: Tensor,
         out: Tensor,
     ) -> None:
-        """Write `out` `[T, C]`: `grad` `[S, C]` at the places, zero elsewhere."""
+        """Write `out` `[T, C]`: `grad` `[S, C]` at the argmax, zero elsewhere."""
         ...
 
     def fusion_fwd(
