@@ -37,15 +37,10 @@ class SpecialTokens:
     """Ids of the special tokens."""
 
     pad: int
-    """Fills short rows."""
     unk: int
-    """Stands for a word without pieces."""
     cls: int
-    """Begins a sequence."""
     sep: int
-    """Ends a segment."""
     mask: int
-    """Hides a token that the model predicts."""
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> "SpecialTokens":
@@ -74,7 +69,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer from a file or from a folder that holds one.
 
     Args:
-        path: a `tokenizer.json`, a BERT `vocab.txt` (one token a line; taken as uncased), or a
+        path: a `tokenizer.json`, a BERT `vocab.txt` (one token per line; taken as uncased), or a
             folder with either, the first preferred.
 
     Raises:
@@ -115,7 +110,7 @@ def _from_vocabulary_file(file: Path, text: str) -> Tokenizer:
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     if missing:
         raise ValueError(
-            f"{file}: the vocabulary lacks {', '.join(missing)}; expected one token a line"
+            f"{file}: the vocabulary lacks {', '.join(missing)}; expected one token per line"
         )
     return bert_tokenizer(vocabulary)
 

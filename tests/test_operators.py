@@ -85,12 +85,11 @@ def cases(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x_and_weights = (aggregated[0], aggregated[1], aggregated[3])
     return {
         "segment_max": (ops.segment_max, (x, *segments, 15, True, True, backend)),
-        "segment_max_of_many": (ops.segment_max, (x, *segments, 300, False, True, backend)),
         "segment_max_backward": (
             ops.segment_max_backward,
             (detached(random(5, WIDTH)), places, *segments, backend),
         ),
-        **{f"fused_pooling_{terms}": fused(terms) for terms in ("gsl", "gs", "gl", "sl", "g")},
+        **{f"fused_pooling_{terms}": fused(terms) for terms in ("gsl", "sl", "g")},
         "fused_pooling_of_many": fused("gsl", 300, False),
         "fused_pooling_backward": (ops.fused_pooling_backward, (up, *saved, *settings)),
         "fused_pooling_backward_without_global": (
@@ -109,11 +108,8 @@ def cases(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 CASES = (
     "segment_max",
-    "segment_max_of_many",
     "segment_max_backward",
     "fused_pooling_gsl",
-    "fused_pooling_gs",
-    "fused_pooling_gl",
     "fused_pooling_sl",
     "fused_pooling_g",
     "fused_pooling_of_many",
@@ -200,7 +196,7 @@ def config(**changes: Any) -> PoNetConfig:
     sizes = {
         "vocab_size": 200,
         "hidden_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "intermediate_size": 64,
         "max_position_embeddings": 64,
@@ -233,7 +229,7 @@ def test_encoder_compiles_without_graph_breaks(backend):
     compiled = torch.compile(encoder, fullgraph=True, backend=how)
     with use_backend(backend):
         # other lengths and batch sizes run through the same compiled code
-        for lengths in ([20, 30], [41, 7], [5, 6, 7]):
+        for lengths in ([5, 9], [17, 3], [4, 2, 7]):
             hidden = random(sum(lengths), 32)
             places = layout(lengths)
             plain, fast = encode(encoder, hidden, places), encode(compiled, hidden, places)
@@ -245,7 +241,7 @@ def test_encoder_compiles_without_graph_breaks(backend):
 def test_activation_checkpointing_changes_nothing(backend):
     torch.manual_seed(0)
     encoder = Encoder(config()).to(DEVICE)
-    hidden, places = random(50, 32), layout([20, 30])
+    hidden, places = random(20, 32), layout([7, 13])
 
     def recomputed(hidden: Tensor, places: BatchLayout) -> list[Tensor]:
         for layer in encoder.layers:
@@ -262,7 +258,7 @@ def test_activation_checkpointing_changes_nothing(backend):
 def test_autocast_trains_in_bf16_and_keeps_fp32_gradients(backend):
     torch.manual_seed(0)
     encoder = Encoder(config()).to(DEVICE)
-    hidden, places = random(50, 32), layout([20, 30])
+    hidden, places = random(20, 32), layout([7, 13])
     with use_backend(backend):
         exact, exact_gradient = encode(encoder, hidden, places)
         seen: list[torch.dtype] = []
@@ -323,7 +319,7 @@ class LastState(nn.Module):
 
 def training_losses(backend: str, steps: int) -> list[float]:
     torch.manual_seed(3)
-    sizes = {"hidden_size": 16, "vocab_size": 64, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 16, "vocab_size": 64}
     model = PoNetForPreTraining(config(**sizes)).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(4)
@@ -350,7 +346,7 @@ def training_losses(backend: str, steps: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("backend", "steps"), [("torch", 50), ("triton", 6)])
+@pytest.mark.parametrize(("backend", "steps"), [("torch", 50), ("triton", 3)])
 def test_training_steps_match_the_reference(backend, steps):
     fast, slow = training_losses(backend, steps), training_losses("reference", steps)
     assert slow[-1] < slow[0]

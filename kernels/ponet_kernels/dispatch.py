@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 class Backend(Protocol):
     """Arithmetic of the operators on plain tensors: no autograd, no validation, no autocast.
 
-    T tokens, C channels, S segments, B sequences, H rows a sequence. "acc" is float32 for
+    T tokens, C channels, S segments, B sequences, H rows per sequence. "acc" is float32 for
     half-precision input and the dtype of the input otherwise. Tensors may be non-contiguous.
     Offsets and ids partition the tokens; segments and sequences may be empty, T, S or B zero.
     """

@@ -3,7 +3,7 @@
 With m landmarks q', k' (means of queries and keys) and s(a, b) = softmax(a b^T / sqrt(D)),
 out = s(q, k') Z (s(q', k) v) + conv(v), where Z approximates the pseudo-inverse of A = s(q', k') by
 six steps of Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4 from A^T / (|A|_1 |A|_inf). The
-depth-wise convolution over tokens is one filter a head. No attention dropout, as published. Time
+depth-wise convolution over tokens is one filter per head. No attention dropout, as published. Time
 and memory are O(N m C).
 
 The published model needs a length that m divides. Here the real tokens of a sequence are cut into m
