@@ -2,6 +2,7 @@
 
 from ponet.checkpoint import CheckpointError
 from ponet.config import ConfigError, PoNetConfig, PoolerConfig
+from ponet.mixers import register_mixer
 from ponet.model import (
     PoNetForMaskedLM,
     PoNetForPreTraining,
@@ -9,6 +10,8 @@ from ponet.model import (
     PoNetForTokenClassification,
     PoNetModel,
 )
+
+__version__ = "0.2.0"
 
 __all__ = [
     "CheckpointError",
@@ -20,4 +23,6 @@ __all__ = [
     "PoNetForTokenClassification",
     "PoNetModel",
     "PoolerConfig",
+    "__version__",
+    "register_mixer",
 ]

@@ -1,11 +1,13 @@
-"""Model folders: `config.json` and `model.safetensors`, written whole or not at all."""
+"""Model folders: `config.json` and `model.safetensors`, written whole or not at all.
 
-import json
+Parameters in files bear the names that they have in modules. Published PoNet checkpoints, and
+folders that this project wrote before, have other names; they are told by these and renamed when
+they are read. `python -m ponet.convert` writes them.
+"""
+
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Self
@@ -16,12 +18,44 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ponet.config import PoNetConfig
-from ponet.convert import published_entries, published_name
+from ponet.files import current_umask as current_umask
+from ponet.files import write_atomically as write_atomically
+from ponet.files import write_bytes as write_bytes
+from ponet.files import write_json as write_json
+from ponet.files import write_text as write_text
 
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
 CONFIG = "config.json"
-_DECODER, _WORDS = "cls.predictions.decoder.weight", "ponet.embeddings.word_embeddings.weight"
+
+# beginnings of names, N the number of a layer; names that none begins are the same in both
+_PUBLISHED = {
+    "ponet.embeddings.norm.": "ponet.embeddings.LayerNorm.",
+    "ponet.embeddings.word.": "ponet.embeddings.word_embeddings.",
+    "ponet.embeddings.position.": "ponet.embeddings.position_embeddings.",
+    "ponet.embeddings.token_type.": "ponet.embeddings.token_type_embeddings.",
+    "ponet.encoder.layers.N.mixer.query.": "ponet.encoder.layer.N.attention.self.dense_q.",
+    "ponet.encoder.layers.N.mixer.key.": "ponet.encoder.layer.N.attention.self.dense_k.",
+    "ponet.encoder.layers.N.mixer.output.": "ponet.encoder.layer.N.attention.self.dense_o.",
+    "ponet.encoder.layers.N.mixer.segment.": "ponet.encoder.layer.N.attention.self.dense_segment.",
+    "ponet.encoder.layers.N.mixer.local.": "ponet.encoder.layer.N.attention.self.dense_local.",
+    "ponet.encoder.layers.N.mixer.dense.": "ponet.encoder.layer.N.attention.output.dense.",
+    "ponet.encoder.layers.N.mixer_norm.": "ponet.encoder.layer.N.attention.output.LayerNorm.",
+    "ponet.encoder.layers.N.feed_forward.up.": "ponet.encoder.layer.N.intermediate.dense.",
+    "ponet.encoder.layers.N.feed_forward.down.": "ponet.encoder.layer.N.output.dense.",
+    "ponet.encoder.layers.N.feed_forward_norm.": "ponet.encoder.layer.N.output.LayerNorm.",
+    "ponet.encoder.final_norm.": "ponet.encoder.LayerNorm.",
+    "ponet.pooler.": "ponet.pooler.dense.",
+    "mlm_head.dense.": "cls.predictions.transform.dense.",
+    "mlm_head.norm.": "cls.predictions.transform.LayerNorm.",
+    "mlm_head.decoder.weight": "cls.predictions.decoder.weight",
+    "mlm_head.decoder.bias": "cls.predictions.bias",
+    "sso_head.": "cls.seq_relationship.",
+}
+_OURS = {published: ours for ours, published in _PUBLISHED.items()}
+# entries of published files that say nothing new
+_REPEATED = ("ponet.embeddings.position_ids", "cls.predictions.decoder.bias")
+_DECODER, _WORDS = "mlm_head.decoder.weight", "ponet.embeddings.word.weight"
 
 logger = logging.getLogger(__name__)
 
@@ -30,60 +64,38 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged, incomplete or of another architecture."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it.
+def published_name(name: str) -> str:
+    """The name in a published checkpoint of a whole model's parameter `name`."""
+    return _renamed(name, _PUBLISHED)
 
-    Raises:
-        OSError: the file could not be written; `path` is as it was.
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    number = re.search(r"\.\d+\.", name)
+    pattern = name if number is None else name.replace(number[0], ".N.", 1)
+    for old, new in names.items():
+        if pattern.startswith(old):
+            renamed = new + pattern.removeprefix(old)
+            return renamed if number is None else renamed.replace(".N.", number[0], 1)
+    return name
+
+
+def module_entries(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring the entries of any file to one form: the names in a model with heads.
+
+    Args:
+        entries: of a whole model or of a bare encoder (no "ponet." in front of the names), with
+            published names or with ours.
+
+    Returns:
+        Entries without those that repeat others.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a model folder is shared like any other file
-        temporary.chmod(0o666 & ~current_umask())
-        temporary.replace(path)
-    except OSError as error:
-        # errors of writing name no file
-        free = shutil.disk_usage(path.parent).free // 2**20
-        message = f"cannot be written ({free} MiB free): {error.strerror}"
-        raise OSError(error.errno, message, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def current_umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write a file atomically."""
-    write_atomically(path, lambda temporary: _fill(temporary, content))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically."""
-    write_bytes(path, text.encode())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON document atomically."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _fill(path: Path, content: bytes | memoryview) -> None:
-    path.write_bytes(content)
+    prefix = "ponet." if any(name.startswith("embeddings.") for name in entries) else ""
+    whole = {prefix + name: tensor for name, tensor in entries.items()}
+    return {_renamed(name, _OURS): x for name, x in whole.items() if name not in _REPEATED}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Entries of a model folder in the published form.
+    """Entries of a model folder as `module_entries` names them.
 
     Args:
         folder: holds `model.safetensors`, or `pytorch_model.bin` (loaded without unpickling code).
@@ -94,13 +106,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     safe, pickled = folder / WEIGHTS, folder / PICKLED_WEIGHTS
     try:
         if safe.is_file():
-            return published_entries(load_file(safe))
+            return module_entries(load_file(safe))
         if pickled.is_file():
-            return published_entries(torch.load(pickled, map_location="cpu", weights_only=True))
+            return module_entries(torch.load(pickled, map_location="cpu", weights_only=True))
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
         damaged = safe if safe.is_file() else pickled
         raise CheckpointError(f"{damaged}: damaged or not a checkpoint: {error}") from error
     raise CheckpointError(f"{folder}: expected {WEIGHTS} or {PICKLED_WEIGHTS}, found neither")
+
+
+def write_weights(folder: Path, entries: Mapping[str, Tensor]) -> None:
+    """Write `model.safetensors`, whole or not at all."""
+    content = {name: x.detach().contiguous().cpu() for name, x in entries.items()}
+    write_bytes(folder / WEIGHTS, save(content, metadata={"format": "pt"}))
 
 
 class PreTrainedModel(nn.Module):
@@ -135,26 +153,23 @@ class PreTrainedModel(nn.Module):
             tied = _WORDS in entries and torch.equal(entries[_DECODER], entries[_WORDS])
             config = config.replace(tie_word_embeddings=tied)
         model = cls(config.replace(**changes))
-        model.load_published(entries, str(folder))
+        model.load_weights(entries, str(folder))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` with the published parameter names.
+        """Write `config.json` and `model.safetensors`; tied parameters are written once.
 
         Args:
             folder: made when missing; each file appears whole or not at all.
         """
-        parameters = self.published_parameters().items()
-        entries = {name: p.detach().contiguous().cpu() for name, p in parameters}
-        content = save(entries, metadata={"format": "pt"})
         folder = Path(folder)
-        write_bytes(folder / WEIGHTS, content)
+        write_weights(folder, dict(self.named_parameters()))
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
         write_json(folder / CONFIG, config)
 
     @torch.no_grad()
-    def load_published(self, entries: dict[str, Tensor], origin: str) -> None:
-        """Copy entries with published names into the parameters.
+    def load_weights(self, entries: Mapping[str, Tensor], origin: str) -> None:
+        """Copy entries into the parameters.
 
         Args:
             entries: as `read_weights` returns them.
@@ -163,7 +178,7 @@ class PreTrainedModel(nn.Module):
         Raises:
             CheckpointError: entries are missing or have another shape, each named.
         """
-        parameters = self.published_parameters()
+        parameters = self.named_weights()
         missing = [name for name in parameters if name not in entries]
         fresh = [name for name in missing if self.new_weights and name.startswith(self.new_weights)]
         wrong = [
@@ -182,8 +197,8 @@ class PreTrainedModel(nn.Module):
         for name in parameters.keys() - set(fresh):
             parameters[name].copy_(entries[name])
 
-    def published_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters by their published names."""
+    def named_weights(self) -> dict[str, nn.Parameter]:
+        """The parameters by the names that `read_weights` gives them."""
         named = dict(self.named_parameters())
         prefix = "" if any(name.startswith("ponet.") for name in named) else "ponet."
-        return {published_name(prefix + name): p for name, p in named.items()}
+        return {prefix + name: parameter for name, parameter in named.items()}

@@ -66,9 +66,7 @@ class PoNetConfig:
     vocab_size: int = 30522
     """Rows of the word embedding."""
     hidden_size: int = 768
-    """Width of the hidden states."""
     num_hidden_layers: int = 12
-    """Encoder layers."""
     num_attention_heads: int = 12
     """Heads of global aggregation; divides `hidden_size`."""
     intermediate_size: int = 3072
@@ -84,13 +82,10 @@ class PoNetConfig:
     layer_norm_eps: float = 1e-12
     """Added to the variance in LayerNorm."""
     initializer_range: float = 0.02
-    """Standard deviation of initial weights."""
     pad_token_id: int = 0
-    """Padding token."""
     cls_token_id: int = 101
-    """[CLS], special in the sense of `separate_special_tokens`."""
+    """[CLS], with [SEP] special in the sense of `separate_special_tokens`."""
     sep_token_id: int = 102
-    """[SEP], likewise."""
     mixer: str = "ponet"
     """Token mixer, a key of `ponet.mixers.MIXERS`."""
     norm_position: Literal["post", "pre"] = "post"
@@ -112,9 +107,9 @@ class PoNetConfig:
     linformer_size: int = 256
     """Rows that Linformer projects the keys and values of a sequence to."""
     num_random_features: int = 256
-    """Random features a head of Performer."""
+    """Random features per head of Performer."""
     num_landmarks: int = 64
-    """Landmarks a head of Nystromformer."""
+    """Landmarks per head of Nystromformer."""
     landmark_conv_size: int | None = 35
     """Width of Nystromformer's depth-wise convolution over the values, in tokens; None: without."""
     num_hashes: int = 2

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ponet.checkpoint import PreTrainedModel
 from ponet.config import ConfigError, PoNetConfig
-from ponet.encoder import Embeddings, Encoder, initialise
-from ponet.mixers.projections import is_plain
+from ponet.mixers import mixer_class
+from ponet.mixers.projections import cast_for_projections, is_plain
 from ponet.packing import (
     BatchLayout,
     TokenStream,
@@ -80,6 +81,128 @@ class ClassifierOutput:
     hidden_states: tuple[Tensor, ...] | None
 
 
+class _Norm(nn.LayerNorm):
+    """LayerNorm that returns the type it is given, in autocast too; statistics are in float32.
+
+    Autocast would make float32 of a residual stream in half precision.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., C]` -> `[..., C]`."""
+        weight, bias, shape = self.weight, self.bias, self.normalized_shape
+        if input.dtype == weight.dtype:
+            return F.layer_norm(input, shape, weight, bias, self.eps)
+        with torch.autocast(input.device.type, enabled=False):
+            weight, bias = weight.to(input.dtype), bias.to(input.dtype)
+            return F.layer_norm(input, shape, weight, bias, self.eps)
+
+
+def _norm(config: PoNetConfig) -> nn.LayerNorm:
+    return _Norm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class Embeddings(nn.Module):
+    """Word, position and token type, summed, normalised, dropped out: `[T]` -> `[T, C]`.
+
+    Token types and LayerNorm are absent where the configuration says so.
+    """
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        types = config.type_vocab_size
+        self.token_type = nn.Embedding(types, config.hidden_size) if types else None
+        self.norm = _norm(config) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+        """Embed `[T]` ids of each kind; token types that the model does not know are not read."""
+        total = self.word(input_ids) + self.position(position_ids)
+        if self.token_type is not None:
+            total = total + self.token_type(token_type_ids)
+        return self.dropout(self.norm(total))
+
+
+class FeedForward(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[T, C]` -> `[T, C]`."""
+        return self.down(F.gelu(self.up(hidden)))
+
+
+class EncoderLayer(nn.Module):
+    """Token mixer and feed-forward network, each with dropout, residual sum and LayerNorm."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__()
+        self.mixer = mixer_class(config.mixer)(config)
+        self.mixer_norm = _norm(config)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = _norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.norm_first = config.norm_position == "pre"
+
+    def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
+        """`[T, C]` -> `[T, C]`."""
+        if self.norm_first:
+            hidden = hidden + self.dropout(self.mixer(self.mixer_norm(hidden), layout))
+            return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+        hidden = self.mixer_norm(hidden + self.dropout(self.mixer(hidden, layout)))
+        return self.feed_forward_norm(hidden + self.dropout(self.feed_forward(hidden)))
+
+
+class Encoder(nn.Module):
+    """The layers, and a last LayerNorm when the layers normalise first."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.final_norm = _norm(config) if config.norm_position == "pre" else nn.Identity()
+        self._uses_rows = config.mixer != "ponet"
+        self.recomputes = False
+        """Layers keep nothing for the backward pass, which computes them again: less memory."""
+        self.half_residual = False
+        """Under autocast the residual stream is in half precision too: less to move."""
+
+    def compile_layers(self) -> None:
+        """Let torch.compile make one layer's code, which all share, for any lengths."""
+        for layer in self.layers:
+            layer.compile(dynamic=True)
+
+    def forward(self, hidden: Tensor, layout: BatchLayout) -> list[Tensor]:
+        """States after the embedding and after each layer, L + 1 tensors `[T, C]`."""
+        if self._uses_rows:
+            # here, where it is made once, and not in the code that compiled layers share
+            _ = layout.rows
+        states = [cast_for_projections(hidden) if self.half_residual else hidden]
+        for layer in self.layers:
+            if self.recomputes and torch.is_grad_enabled():
+                state = checkpoint(layer, states[-1], layout, use_reentrant=False)
+                assert isinstance(state, Tensor)
+            else:
+                state = layer(states[-1], layout)
+            states.append(state)
+        states[-1] = self.final_norm(states[-1])
+        return states
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, config: PoNetConfig) -> None:
+    """BERT's initial weights: normal with `initializer_range`, biases zero, LayerNorm identity."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            part.weight.normal_(std=config.initializer_range)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            part.bias.zero_()
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodedStream:
     """What heads work on: packed states and the way back to rows."""
@@ -133,7 +256,7 @@ class PoNetModel(PreTrainedModel):
         if token_type_ids is not None and not self.config.type_vocab_size:
             raise ValueError("token_type_ids given to a model with type_vocab_size 0")
         types = torch.zeros_like(ids) if token_type_ids is None else stream.pack(token_type_ids)
-        self._check_ids(ids, positions)
+        self._check_ids(ids, positions, types)
         if layout is None:
             given = None if segment_ids is None else stream.pack(segment_ids)
             layout = layout_for(self.config, stream, ids, given)
@@ -180,22 +303,28 @@ class PoNetModel(PreTrainedModel):
         assert self.pooler is not None
         return torch.tanh(self.pooler(encoded.first_tokens()))
 
-    def _check_ids(self, ids: Tensor, positions: Tensor) -> None:
+    def _check_ids(self, ids: Tensor, positions: Tensor, types: Tensor) -> None:
         # a device would answer with an assertion that names nothing; looking there costs a wait,
         # and a traced graph has no values to look at
         if ids.device.type != "cpu" or torch.compiler.is_compiling() or not len(ids):
             return
         config = self.config
-        if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
-            raise ValueError(
-                f"input_ids hold {int(ids.min())} to {int(ids.max())}, "
-                f"vocab_size is {config.vocab_size}"
-            )
-        if int(positions.max()) >= config.max_position_embeddings:
+        _check_range("input_ids", ids, "vocab_size", config.vocab_size)
+        longest = config.max_position_embeddings
+        if int(positions.max()) >= longest:
             raise ValueError(
                 f"a sequence reaches position {int(positions.max())}, "
-                f"max_position_embeddings is {config.max_position_embeddings}"
+                f"max_position_embeddings is {longest}"
             )
+        _check_range("position_ids", positions, "max_position_embeddings", longest)
+        if config.type_vocab_size:
+            _check_range("token_type_ids", types, "type_vocab_size", config.type_vocab_size)
+
+
+def _check_range(name: str, ids: Tensor, limit_name: str, limit: int) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} hold {low} to {high}, {limit_name} is {limit}")
 
 
 def _refuse_besides_layout(input_ids: Tensor, layout: BatchLayout, *others: Tensor | None) -> None:
@@ -252,6 +381,12 @@ def fast_width(width: int, device: torch.device) -> int:
     return -(-width // 64) * 64 if device.type == "cuda" else width
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that are not ignored; zero, and not NaN, where all are."""
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
+    return torch.where((labels != IGNORED_LABEL).any(), loss, 0.0)
+
+
 def _masked_lm(
     head: MaskedLMHead,
     encoded: EncodedStream,
@@ -260,6 +395,8 @@ def _masked_lm(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits and loss; logits of the whole vocabulary only where there is a label."""
     if labels is None:
+        if label_positions is not None:
+            raise ValueError("label_positions given without labels")
         return encoded.stream.unpack(head(encoded.last)), None
     if label_positions is None:
         packed = encoded.stream.pack(labels)
@@ -321,7 +458,7 @@ class PoNetForPreTraining(PreTrainedModel):
         if self.sso_head is not None:
             sso_logits = self.sso_head(self.ponet.pool(encoded))
             if sso_labels is not None:
-                sso_loss = F.cross_entropy(sso_logits, sso_labels)
+                sso_loss = _cross_entropy(sso_logits, sso_labels)
         losses = [loss for loss in (mlm_loss, sso_loss) if loss is not None]
         return PreTrainingOutput(
             loss=sum(losses[1:], losses[0]) if losses else None,
@@ -408,7 +545,7 @@ class PoNetForSequenceClassification(PreTrainedModel):
         if labels is not None and self.config.num_labels == 1:
             loss = F.mse_loss(logits.squeeze(1), labels.to(logits.dtype))
         elif labels is not None:
-            loss = F.cross_entropy(logits, labels)
+            loss = _cross_entropy(logits, labels)
         return ClassifierOutput(loss=loss, logits=logits, hidden_states=states)
 
 
@@ -436,7 +573,7 @@ class PoNetForTokenClassification(PreTrainedModel):
         logits = self.classifier(self.dropout(encoded.last))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits, encoded.stream.pack(labels))
+            loss = _cross_entropy(logits, encoded.stream.pack(labels))
         return ClassifierOutput(
             loss=loss, logits=encoded.stream.unpack(logits), hidden_states=states
         )

@@ -249,9 +249,7 @@ class PoolerKind(NamedTuple):
     """An entry of `POOLERS`."""
 
     build: type[SentencePooler]
-    """The class."""
     layer_rule: LayerRule
-    """Its own choice of layers."""
     dense_inputs: int
     """Vectors that the projection before the tanh reads; 0: no projection, no tanh."""
 

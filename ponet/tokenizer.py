@@ -1,15 +1,18 @@
-"""Tokenizers: load one, save it beside a checkpoint, and the special tokens of its vocabulary.
+"""Text to tokens: sentences, tokenizers to load and to save, and their special tokens.
 
 Tokenizers are `tokenizers.Tokenizer` objects in the manner of uncased BERT: cleaned and lower-cased
 text without accents, split at white space and punctuation, longest match first within a word.
 """
 
 import hashlib
+import importlib.metadata
 import json
 from collections import Counter
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 
+import sentencex
 from tokenizers import Tokenizer
 from tokenizers.decoders import WordPiece as WordPieceDecoder
 from tokenizers.models import WordPiece
@@ -17,7 +20,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from ponet.checkpoint import write_text
+from ponet.files import write_text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """Special tokens in the order of their ids in a trained vocabulary, 0 to 4."""
@@ -26,6 +29,7 @@ WORD_PIECE_PREFIX = "##"
 """Marks a piece that continues a word."""
 
 _NO_LENGTH_LIMIT = int(1e30)
+_LANGUAGE = "en"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +37,10 @@ class SpecialTokens:
     """Ids of the special tokens."""
 
     pad: int
-    """Fills short rows."""
     unk: int
-    """Stands for a word without pieces."""
     cls: int
-    """Begins a sequence."""
     sep: int
-    """Ends a segment."""
     mask: int
-    """Hides a token that the model predicts."""
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> "SpecialTokens":
@@ -70,7 +69,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer from a file or from a folder that holds one.
 
     Args:
-        path: a `tokenizer.json`, a BERT `vocab.txt` (one token a line; taken as uncased), or a
+        path: a `tokenizer.json`, a BERT `vocab.txt` (one token per line; taken as uncased), or a
             folder with either, the first preferred.
 
     Raises:
@@ -111,7 +110,7 @@ def _from_vocabulary_file(file: Path, text: str) -> Tokenizer:
     missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     if missing:
         raise ValueError(
-            f"{file}: the vocabulary lacks {', '.join(missing)}; expected one token a line"
+            f"{file}: the vocabulary lacks {', '.join(missing)}; expected one token per line"
         )
     return bert_tokenizer(vocabulary)
 
@@ -170,3 +169,21 @@ def save_tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def split_sentences(document: str) -> list[str]:
+    """Sentences of a document; none crosses the end of a paragraph.
+
+    Args:
+        document: paragraphs separated by newlines.
+    """
+    paragraphs = filter(None, document.split("\n"))
+    # the package gives its type checkers no stubs
+    segment = sentencex.segment  # pyright: ignore[reportAttributeAccessIssue]
+    segments = chain.from_iterable(segment(_LANGUAGE, paragraph) for paragraph in paragraphs)
+    return list(filter(None, map(str.strip, segments)))
+
+
+def splitter_version() -> str:
+    """What decides how `split_sentences` splits, as part of a cache key."""
+    return f"sentencex {importlib.metadata.version('sentencex')} {_LANGUAGE}"

@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
+# threads that wait for work must not take the processor from those that work; read by torch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # nothing here may reach for the network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
 # without a GPU the kernels run in Triton's interpreter; it reads this when triton is imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -63,6 +67,15 @@ def _interpreter_limit(error: BaseException | None) -> str | None:
                 if message in str(error):
                     return reason
     return _interpreter_limit(error.__cause__)
+
+
+@pytest.fixture(scope="module")
+def nan_in_new_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that what is read unwritten or left unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def _shared(*parts: str) -> Path:

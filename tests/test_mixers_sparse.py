@@ -17,8 +17,9 @@ from ponet.mixers.bigbird import BigBirdAttention
 from ponet.mixers.longformer import SlidingWindowAttention
 from ponet.mixers.nystromformer import NystromAttention
 from ponet.mixers.reformer import LSHAttention
-from ponet.packing import BatchLayout, layout_of, stream_of_packed, stream_of_rows
+from ponet.packing import BatchLayout
 from ponet_kernels.testing import assert_close
+from tests.streams import packed, padded
 
 MIXERS = [NystromAttention, LSHAttention, SlidingWindowAttention, BigBirdAttention]
 CONFIG = PoNetConfig(
@@ -46,19 +47,6 @@ def build(cls, config: PoNetConfig = CONFIG, seed: int = 0):
             # weights that make attention far from uniform
             parameter.normal_(std=0.5)
     return mixer
-
-
-def packed(lengths: list[int]) -> BatchLayout:
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    stream = stream_of_packed(torch.zeros(sum(lengths), dtype=torch.long), cu_seqlens)
-    return layout_of(stream, torch.zeros(sum(lengths), dtype=torch.bool))
-
-
-def padded(lengths: list[int], row_length: int, left: bool = False) -> BatchLayout:
-    columns = torch.arange(row_length).flip(0) if left else torch.arange(row_length)
-    mask = columns < torch.tensor(lengths).unsqueeze(1)
-    stream = stream_of_rows(torch.zeros(mask.shape, dtype=torch.long), mask)
-    return layout_of(stream, torch.zeros(sum(lengths), dtype=torch.bool))
 
 
 def states(num_tokens: int, width: int = 12, seed: int = 1) -> Tensor:
@@ -279,78 +267,6 @@ def test_formula_at_any_length(cls, one, lengths):
     compare(mixer, packed(lengths), hidden, formula(mixer, hidden, lengths, one), 1e-11)
 
 
-@every_mixer
-@pytest.mark.parametrize(
-    "layout_of_lengths",
-    [
-        pytest.param(packed, id="packed"),
-        pytest.param(lambda lengths: padded(lengths, 64), id="rows"),
-        pytest.param(lambda lengths: padded(lengths, 64, left=True), id="padded-left"),
-        pytest.param(lambda lengths: padded(lengths, 150), id="rows-beyond-any-position"),
-    ],
-)
-def test_neighbours_and_padding_change_nothing(cls, layout_of_lengths):
-    mixer = build(cls)
-    lengths = [37, 0, 1, 5, 64, 3, 16]
-    hidden = states(sum(lengths))
-    alone = torch.cat([mixer(part, packed([len(part)])) for part in hidden.split(lengths)])
-    compare(mixer, layout_of_lengths(lengths), hidden, alone)
-
-
-@every_mixer
-@pytest.mark.parametrize("length", [3, 21, 32])
-def test_rows_with_a_mask_and_without(cls, length):
-    mixer = build(cls)
-    hidden = states(3 * length)
-    unmasked = mixer(hidden, packed([length] * 3))
-    compare(mixer, padded([length] * 3, length + 5), hidden, unmasked)
-
-
-@every_mixer
-def test_one_token_receives_its_value(cls):
-    mixer = build(cls, CONFIG.replace(landmark_conv_size=None))
-    hidden = states(1)
-    compare(mixer, packed([1]), hidden, mixer.dense(mixer.value(hidden)))
-
-
-@every_mixer
-@pytest.mark.parametrize("layout", [packed([0]), padded([0, 0], 3)], ids=["packed", "rows"])
-def test_no_tokens(cls, layout):
-    mixer = build(cls)
-    hidden = states(0)
-    out = mixer(hidden, layout)
-    out.sum().backward()
-    assert out.shape == (0, 12)
-    assert all(p.grad is None or not p.grad.any() for p in mixer.parameters())
-
-
-@every_mixer
-def test_gradcheck(cls):
-    mixer = build(cls, CONFIG.replace(num_landmarks=3, landmark_conv_size=3))
-    layout = padded([13, 0, 2, 6], 14)
-    torch.autograd.gradcheck(lambda hidden: mixer(hidden, layout), states(21), fast_mode=True)
-
-
-@every_mixer
-@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "cast"])
-def test_bf16(cls, autocast):
-    mixer = build(cls).float()
-    hidden = states(50).float()
-    layout = padded([30, 0, 16, 4], 31)
-    expected = mixer(hidden, layout)
-    if autocast:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = mixer(hidden, layout)
-    else:
-        out = mixer.bfloat16()(hidden.bfloat16(), layout)
-    assert out.dtype == torch.bfloat16
-    for gradient in torch.autograd.grad(out.sum(), [*mixer.parameters()]):
-        assert gradient.isfinite().all()
-    # a token on the edge of two of Reformer's buckets may fall into the other
-    close = (out - expected).abs().amax(dim=1) < 0.05 * expected.abs().max()
-    assert close.float().mean() > (0.5 if cls is LSHAttention else 0.99)
-
-
 class LargestTensor(TorchDispatchMode):
     """Remembers how many elements the largest storage behind any result has."""
 
@@ -389,15 +305,6 @@ def test_memory_is_linear(cls, ragged):
         largest.append(mode.elements)
     assert largest[1] < length * length / 4
     assert largest[1] < 2.2 * largest[0]
-
-
-@pytest.mark.parametrize("cls", MIXERS[1:], ids=lambda cls: cls.__name__)
-def test_dropout_of_attention_only_in_training(cls):
-    mixer = build(cls, CONFIG.replace(attention_probs_dropout_prob=0.5))
-    plain = build(cls)
-    hidden, layout = states(24), packed([24])
-    assert not torch.equal(mixer(hidden, layout), mixer(hidden, layout))
-    assert torch.equal(mixer.eval()(hidden, layout), plain(hidden, layout))
 
 
 @pytest.mark.parametrize("cls", [LSHAttention, BigBirdAttention], ids=lambda cls: cls.__name__)

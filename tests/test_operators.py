@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ponet import PoNetConfig, PoNetForPreTraining, PoNetModel
-from ponet.encoder import Encoder
+from ponet.model import Encoder
 from ponet.packing import BatchLayout, layout_of, stream_of_packed
 from ponet_kernels import (
     PackedLayout,
@@ -25,10 +24,10 @@ from ponet_kernels import (
     use_backend,
 )
 from ponet_kernels.testing import assert_close
+from tests.streams import DEVICE, offsets, owners
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 8
 SEGMENTS = [3, 1, 5, 2, 4]
 SEQUENCES = [9, 0, 6]
@@ -36,14 +35,6 @@ CLS = 101
 
 pytest.importorskip("triton")
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
-
-
-def offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-
-
-def owners(lengths: list[int]) -> Tensor:
-    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(DEVICE)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -94,12 +85,11 @@ def cases(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x_and_weights = (aggregated[0], aggregated[1], aggregated[3])
     return {
         "segment_max": (ops.segment_max, (x, *segments, 15, True, True, backend)),
-        "segment_max_of_many": (ops.segment_max, (x, *segments, 300, False, True, backend)),
         "segment_max_backward": (
             ops.segment_max_backward,
             (detached(random(5, WIDTH)), places, *segments, backend),
         ),
-        **{f"fused_pooling_{terms}": fused(terms) for terms in ("gsl", "gs", "gl", "sl", "g")},
+        **{f"fused_pooling_{terms}": fused(terms) for terms in ("gsl", "sl", "g")},
         "fused_pooling_of_many": fused("gsl", 300, False),
         "fused_pooling_backward": (ops.fused_pooling_backward, (up, *saved, *settings)),
         "fused_pooling_backward_without_global": (
@@ -118,11 +108,8 @@ def cases(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 CASES = (
     "segment_max",
-    "segment_max_of_many",
     "segment_max_backward",
     "fused_pooling_gsl",
-    "fused_pooling_gs",
-    "fused_pooling_gl",
     "fused_pooling_sl",
     "fused_pooling_g",
     "fused_pooling_of_many",
@@ -133,6 +120,10 @@ CASES = (
     "global_aggregation",
     "global_aggregation_backward",
 )
+
+
+# what an operator says of its results does not depend on the backend
+WITH_KERNELS = ("segment_max", "fused_pooling_gsl", "fused_pooling_backward", "global_aggregation")
 
 
 def detached(value: Any) -> Any:
@@ -150,8 +141,10 @@ def test_every_operator_is_checked():
     }
 
 
-@backends
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [("torch", name) for name in CASES] + [("triton", name) for name in WITH_KERNELS],
+)
 def test_opcheck(name, backend):
     """Schema, fake kernel, autograd registration, and tracing with dynamic shapes."""
     op, arguments = cases(backend)[name]
@@ -203,7 +196,7 @@ def config(**changes: Any) -> PoNetConfig:
     sizes = {
         "vocab_size": 200,
         "hidden_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "intermediate_size": 64,
         "max_position_embeddings": 64,
@@ -236,7 +229,7 @@ def test_encoder_compiles_without_graph_breaks(backend):
     compiled = torch.compile(encoder, fullgraph=True, backend=how)
     with use_backend(backend):
         # other lengths and batch sizes run through the same compiled code
-        for lengths in ([20, 30], [41, 7], [5, 6, 7]):
+        for lengths in ([5, 9], [17, 3], [4, 2, 7]):
             hidden = random(sum(lengths), 32)
             places = layout(lengths)
             plain, fast = encode(encoder, hidden, places), encode(compiled, hidden, places)
@@ -248,7 +241,7 @@ def test_encoder_compiles_without_graph_breaks(backend):
 def test_activation_checkpointing_changes_nothing(backend):
     torch.manual_seed(0)
     encoder = Encoder(config()).to(DEVICE)
-    hidden, places = random(50, 32), layout([20, 30])
+    hidden, places = random(20, 32), layout([7, 13])
 
     def recomputed(hidden: Tensor, places: BatchLayout) -> list[Tensor]:
         for layer in encoder.layers:
@@ -265,7 +258,7 @@ def test_activation_checkpointing_changes_nothing(backend):
 def test_autocast_trains_in_bf16_and_keeps_fp32_gradients(backend):
     torch.manual_seed(0)
     encoder = Encoder(config()).to(DEVICE)
-    hidden, places = random(50, 32), layout([20, 30])
+    hidden, places = random(20, 32), layout([7, 13])
     with use_backend(backend):
         exact, exact_gradient = encode(encoder, hidden, places)
         seen: list[torch.dtype] = []
@@ -326,7 +319,7 @@ class LastState(nn.Module):
 
 def training_losses(backend: str, steps: int) -> list[float]:
     torch.manual_seed(3)
-    sizes = {"hidden_size": 16, "vocab_size": 64, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 16, "vocab_size": 64}
     model = PoNetForPreTraining(config(**sizes)).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(4)
@@ -353,9 +346,9 @@ def training_losses(backend: str, steps: int) -> list[float]:
     return losses
 
 
-@backends
-def test_fifty_training_steps_match_the_reference(backend):
-    fast, slow = training_losses(backend, 50), training_losses("reference", 50)
+@pytest.mark.parametrize(("backend", "steps"), [("torch", 50), ("triton", 3)])
+def test_training_steps_match_the_reference(backend, steps):
+    fast, slow = training_losses(backend, steps), training_losses("reference", steps)
     assert slow[-1] < slow[0]
     for step, (ours, theirs) in enumerate(zip(fast, slow, strict=True)):
         assert abs(ours - theirs) < 1e-4, f"step {step}: {ours} against {theirs}"

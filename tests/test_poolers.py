@@ -490,7 +490,7 @@ def test_default_pools_as_ever():
         "classifier.weight",
         "classifier.bias",
     }
-    assert "ponet.pooler.dense.weight" in classifier.published_parameters()
+    assert "ponet.pooler.weight" in classifier.named_weights()
 
 
 @pytest.mark.parametrize("reading", READINGS)

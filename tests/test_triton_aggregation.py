@@ -1,7 +1,6 @@
 """Triton kernels of global aggregation against formulas in float64, one sequence at a time."""
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -11,46 +10,34 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ponet_kernels.testing import assert_close
+from tests.streams import DEVICE, offsets
 
 pytest.importorskip("triton")
 from ponet_kernels.triton_kernels import global_aggregation as kernels
 from ponet_kernels.triton_kernels.launch import _limit_on, launch, record_launches
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_in_new_memory")]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = 1e-5
 # spans of few tokens are 64 long, tiles of scores 128
 CASES = [
-    (1, 1, [1]),
-    (1, 2, [2200]),
-    (48, 1, [0, 1, 63, 0, 130, 64, 0]),
-    (48, 25, [1, 1, 0, 0, 1]),
-    (64, 2, [200, 1, 129]),
-    (64, 64, [65, 3]),
-    (768, 12, [70, 0, 65]),
-    (1000, 25, [33, 1]),
+    (1, 1, [1], torch.float32),
+    (1, 2, [1100], torch.bfloat16),
+    (48, 1, [0, 1, 63, 0, 130, 64, 0], torch.float16),
+    (48, 25, [1, 1, 0, 0, 1], torch.bfloat16),
+    (64, 2, [200, 1, 129], torch.float32),
+    (64, 64, [65, 3], torch.float16),
+    (300, 12, [70, 0, 5], torch.bfloat16),
+    (1000, 3, [5, 1], torch.float32),
+    (40, 3, [70, 0, 1], torch.float64),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nan_in_new_memory():
-    """`torch.empty` gives NaN, so that what is read unwritten or left unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def case_id(value: object) -> str:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return "-".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -148,16 +135,15 @@ def check(inputs: Inputs) -> None:
         assert_close(found[name], expected, tolerance(name, inputs.x.dtype), name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-@pytest.mark.parametrize(("width", "num_rows", "lengths"), CASES, ids=case_id)
+@pytest.mark.parametrize(("width", "num_rows", "lengths", "dtype"), CASES, ids=case_id)
 def test_kernels_equal_formulas(width, num_rows, lengths, dtype):
     check(Inputs(width, num_rows, lengths, dtype))
 
 
 # on a GPU kernels are compiled for most of them
-@settings(deadline=None, max_examples=25 if DEVICE == "cpu" else 8)
+@settings(deadline=None, max_examples=5)
 @given(
-    lengths=st.lists(st.integers(0, 140), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(0, 140), min_size=1, max_size=3),
     width=st.sampled_from([1, 3, 16, 40]),
     num_rows=st.sampled_from([1, 3, 16, 17]),
     dtype=st.sampled_from(DTYPES),
@@ -168,14 +154,9 @@ def test_kernels_equal_formulas_for_any_lengths(lengths, width, num_rows, dtype,
     check(Inputs(width, num_rows, lengths, dtype, seed, slack))
 
 
-@pytest.mark.parametrize("lengths", [[70, 0, 1], [300, 2]], ids=case_id)
-def test_float64_is_exact(lengths):
-    check(Inputs(40, 3, lengths, torch.float64))
-
-
 def test_softmax_joins_many_spans():
     # 34 spans of one sequence, their maxima far apart
-    lengths = [3, 17_000, 600]
+    lengths = [3, 17_000, 60]
     scores = random(sum(lengths), 2) + torch.linspace(-80, 80, sum(lengths))[:, None].to(DEVICE)
     found = kernels.sequence_softmax(scores, offsets(lengths), max(lengths)).cpu()
     expected = torch.cat([s.softmax(0) for s in scores.cpu().double().split(lengths)])
@@ -239,9 +220,8 @@ def test_without_tokens(lengths):
         assert not found[name].any(), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
-def test_two_runs_agree_bit_by_bit(dtype):
-    inputs = Inputs(48, 12, [200, 0, 65, 1], dtype)
+def test_two_runs_agree_bit_by_bit():
+    inputs = Inputs(48, 3, [130, 0, 1], torch.bfloat16)
     first, second = inputs.found(), inputs.found()
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -1,6 +1,5 @@
 """Triton kernels of the poolings and their fusion against the reference in float64."""
 
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -18,19 +17,23 @@ from ponet_kernels.reference import (
     segment_max_ref,
 )
 from ponet_kernels.testing import assert_close, relative_error
+from tests.streams import DEVICE, offsets, owners
 
 pytest.importorskip("triton")
 from ponet_kernels.triton_kernels import fusion, segment_max, segmented_reduce
 from ponet_kernels.triton_kernels.launch import record_launches
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_in_new_memory")]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5
 WINDOW = segmented_reduce.WINDOW_ROWS[-1]
 HALF = [torch.bfloat16, torch.float16]
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=["fp32", "bf16", "fp16"])
-channels = pytest.mark.parametrize("num_channels", [1, 48, 64, 768, 1000], ids="C{}".format)
+# one column, a part of a block of channels, a block, several with a rest
+widths = pytest.mark.parametrize(
+    ("dtype", "num_channels"),
+    [(torch.float32, 1), (torch.bfloat16, 48), (torch.float16, 64), (torch.float32, 300)],
+    ids=["fp32-C1", "bf16-C48", "fp16-C64", "fp32-C300"],
+)
 
 # windows of a stream this short have 16 rows: segments inside, up to, over and across their edges
 RAGGED = [3, 0, 1, 12, 5, 0, 14, 1, 4, 0]
@@ -43,29 +46,8 @@ LENGTHS = {
     "nothing": [],
     "empty": [0, 0],
 }
-# more windows than one step of the second level reads, twice
-LONG = [5, WINDOW * 150 + 3, 2, WINDOW * 2, 0, WINDOW * 64, 30, 1]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nan_in_new_memory():
-    """`torch.empty` gives NaN, so that what is read unwritten or left unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-
-
-def owners(lengths: list[int]) -> Tensor:
-    return (
-        torch.arange(len(lengths))
-        .repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-        .to(DEVICE)
-    )
+# more windows than one step of the second level reads, and as many
+LONG = [5, WINDOW * 66 + 3, 2, WINDOW * 2, 0, WINDOW * 64, 30, 1]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -159,21 +141,20 @@ def check_segment_max(x: Tensor, lengths: list[int], dtype: torch.dtype = torch.
     assert torch.equal((dx != 0).cpu(), wanted != 0)
 
 
-@dtypes
-@channels
+@widths
 def test_segment_max(dtype, num_channels):
     check_segment_max(random(sum(RAGGED), num_channels, dtype=dtype), RAGGED)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize("num_channels", [5, 48], ids="C{}".format)
-def test_segment_max_of_ties(lengths, num_channels):
-    check_segment_max(ties(sum(lengths), num_channels, dtype=torch.bfloat16), lengths, torch.uint8)
+def test_segment_max_of_ties(lengths):
+    check_segment_max(ties(sum(lengths), 5, dtype=torch.bfloat16), lengths, torch.uint8)
 
 
-@pytest.mark.parametrize("make", [random, ties])
-def test_segment_max_of_long_segments(make):
-    check_segment_max(make(sum(LONG), 4), LONG)
+def test_segment_max_of_long_segments():
+    x = ties(sum(LONG), 2)
+    x[:, 1] = float("-inf")
+    check_segment_max(x, LONG)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
@@ -186,21 +167,17 @@ def test_segment_max_of_nan_and_infinity():
     x[[4, 9, 40, 41, 299], :3] = float("nan")
     x[[2, 30, 42], :4] = float("inf")
     x[:, 5] = float("-inf")
-    check_segment_max(x, [20, 0, 20, 1, 150, 109])
-
-
-def test_maxima_of_segments_of_infinities():
-    check_segment_max(torch.full((sum(LONG), 2), float("-inf"), device=DEVICE), LONG)
+    check_segment_max(x, [20, 0, 20, 1, 40, 219])
 
 
 @pytest.mark.parametrize("view", [wide_rows, transposed])
 def test_segment_max_of_views(view):
-    x = view(random(sum(RAGGED), 48))
+    x = view(random(sum(RAGGED), 20))
     assert not x.is_contiguous()
     check_segment_max(x, RAGGED)
     layout = offsets(RAGGED), owners(RAGGED)
     _, places = segment_max.segment_max_fwd(x, *layout, torch.uint8, True)
-    grad = random(len(RAGGED), 48)
+    grad = random(len(RAGGED), 20)
     expected, actual = torch.empty_like(grad[layout[1]]), torch.empty_like(grad[layout[1]])
     segment_max.segment_max_bwd(grad, places, *layout, expected)
     segment_max.segment_max_bwd(view(grad), view(places), *layout, actual)
@@ -315,12 +292,9 @@ def check_windows(x: Tensor, marks: Tensor) -> None:
     assert_close(dx.cpu(), wanted, torch.finfo(x.dtype).eps, "dx")
 
 
-@dtypes
-@pytest.mark.parametrize("num_channels", [1, 48, 64, 300], ids="C{}".format)
+@widths
 def test_windows(dtype, num_channels):
-    marks = marks_of(RAGGED)
-    check_windows(random(sum(RAGGED), num_channels, dtype=dtype), marks)
-    check_windows(ties(sum(RAGGED), num_channels, dtype=dtype), marks)
+    check_windows(ties(sum(RAGGED), num_channels, dtype=dtype), marks_of(RAGGED))
 
 
 @pytest.mark.parametrize("every", [1, 2, 100])
@@ -343,7 +317,7 @@ def test_windows_of_nan_and_infinity():
 
 @pytest.mark.parametrize("view", [wide_rows, transposed])
 def test_windows_of_views(view):
-    check_windows(view(random(sum(RAGGED), 48)), marks_of(RAGGED))
+    check_windows(view(random(sum(RAGGED), 20)), marks_of(RAGGED))
 
 
 NAMES = ["out", "dglobal", "dsegment", "doutput", "dlocal"]
@@ -368,21 +342,20 @@ def check_fusion(case: FusionCase) -> None:
         assert_close(ours.cpu(), truth, allowed, name)
 
 
-@dtypes
-@channels
+@widths
 def test_fusion(dtype, num_channels):
     check_fusion(FusionCase(RAGGED, num_channels, dtype))
 
 
-@pytest.mark.parametrize("every", [7, 100], ids=["runs", "one-run"])
 @pytest.mark.parametrize("terms", ["gsl", "gs", "gl", "sl", "g", "s", "l", ""])
-def test_fusion_of_some_terms(terms, every):
-    check_fusion(FusionCase(RAGGED, 9, torch.float64, terms, marks_of(RAGGED, every)))
+def test_fusion_of_some_terms(terms):
+    check_fusion(FusionCase(RAGGED, 9, torch.float64, terms))
 
 
 @pytest.mark.parametrize("lengths", [*LENGTHS.values(), LONG], ids=[*LENGTHS, "long"])
 def test_fusion_of_lengths(lengths):
-    check_fusion(FusionCase(lengths, 3))
+    """Windows see across more than one step of the reduction where one run holds all tokens."""
+    check_fusion(FusionCase(lengths, 2, marks=marks_of(lengths, every=100)))
 
 
 def test_special_tokens_give_and_take_no_local_or_segment_gradient():
@@ -431,7 +404,7 @@ def test_fused_pooling(lengths):
 
 @pytest.mark.parametrize("view", [wide_rows, transposed])
 def test_fusion_of_views(view):
-    case = FusionCase(RAGGED, 48)
+    case = FusionCase(RAGGED, 20)
     expected = case.results()
     case.values = [view(v) for v in case.values]
     case.grad = view(case.grad)
@@ -441,19 +414,19 @@ def test_fusion_of_views(view):
 
 
 def test_gradient_of_one_value():
-    case = FusionCase(RAGGED, 48)
+    case = FusionCase(RAGGED, 20)
     case.grad = torch.ones(1, 1, device=DEVICE).expand(case.grad.shape)
     check_fusion(case)
 
 
 def test_runs_agree_bit_by_bit():
-    case = FusionCase([5, 70, 2, 200], 4)
+    case = FusionCase([5, 70, 2], 4)
     for first, second in zip(case.results(), case.results(), strict=True):
         assert torch.equal(first, second)
 
 
-@settings(max_examples=6, deadline=None)
-@given(st.lists(st.integers(0, 2 * WINDOW + 3), max_size=8), st.integers(1, 20))
+@settings(max_examples=4, deadline=None)
+@given(st.lists(st.integers(0, 2 * WINDOW + 3), max_size=4), st.integers(1, 9))
 def test_any_lengths(lengths, num_channels):
     check_segment_max(ties(sum(lengths), num_channels), lengths)
     check_windows(ties(sum(lengths), num_channels), marks_of(lengths))

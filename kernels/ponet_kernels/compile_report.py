@@ -1,4 +1,4 @@
-"""Compile every Triton kernel ahead of time: registers, spills, shared memory, width of loads.
+"""Compile every Triton kernel ahead of time: registers, spills, shared memory.
 
     python -m ponet_kernels.compile_report [--target sm_90] [--dtype bfloat16] [--shape base]
 
@@ -7,11 +7,9 @@ the paper's models; each binary that Triton's launcher would ask for is compiled
 no GPU, driver or compiler. A kernel that spills registers or does not compile makes the exit
 status 1.
 
-Stack and registers are those of a thread, shared memory that of a program. The stack holds what the
-registers cannot, and nothing else. AMD's compiler also counts the registers it spilled, and the
-scalars it moved to vector registers, which costs instructions but no memory and is no failure.
-"16 B loads" are the loads from global memory that move 16 bytes a thread, of all in the binary, not
-of those executed.
+A row is the largest of all binaries of a kernel for a GPU and a type of input: registers and
+spilled bytes per thread, shared memory per program. What the registers cannot hold is spilled to a
+stack, which holds nothing else.
 """
 
 import argparse
@@ -39,31 +37,16 @@ from ponet_kernels.dtypes import accumulation_dtype
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 """Arguments of Triton's `GPUTarget`: A100, H100 and H200, MI300."""
-PLACES = (torch.uint8, torch.int16, torch.int32)
-"""Types that places of maxima are kept in."""
+ARGMAX_DTYPES = (torch.uint8, torch.int16, torch.int32)
+"""Types that the argmax of a segment is kept in."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-HEAD = {
-    "kernel": "kernel",
-    "target": "target",
-    "dtypes": "dtype",
-    "shapes": "shape",
-    "num_warps": "warps",
-    "registers": "regs",
-    "stack_bytes": "stack B",
-    "spilled_registers": "spilled",
-    "spilled_scalars": "scalars",
-    "shared_bytes": "shared B",
-    "loads": "16 B loads",
-    "variant": "variant",
-}
-LINE = (
-    "{kernel:23} {target:6} {dtypes:24} {shapes:8} {num_warps:>5} {registers:>4} {stack_bytes:>7} "
-    "{spilled_registers:>7} {spilled_scalars:>7} {shared_bytes:>8} {loads:>10}  {variant}"
-)
+LINE = "{kernel:25} {target:7} {dtype:9} {binaries:>8} {registers:>9} {spilled:>9} {shared:>8}"
+HEAD = {name: name for name in ("kernel", "target", "dtype", "binaries", "registers")}
+HEAD |= {"spilled": "spilled B", "shared": "shared B"}
 
 
 @dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """A batch whose sequences and segments are equally long."""
 
     num_channels: int
@@ -74,15 +57,15 @@ class Shape:
 
 
 SHAPES = {
-    "base": (Shape(768, 12, 128, 512, 25), Shape(768, 12, 16, 4096, 25)),
-    "lra": (Shape(64, 2, 32, 4096, 2),),
+    "base": (BatchShape(768, 12, 128, 512, 25), BatchShape(768, 12, 16, 4096, 25)),
+    "lra": (BatchShape(64, 2, 32, 4096, 2),),
 }
 SMALL_SHAPE = "lra"
 """The only one for float64, in which tests compute and models do not."""
 
 
 @dataclass(frozen=True)
-class Job:
+class Compilation:
     """What one binary is made from, in plain data that can be sent to another process."""
 
     module: str
@@ -93,27 +76,21 @@ class Job:
     options: dict[str, Any]
     dtypes: list[str] = field(default_factory=list)
     """Input types of the calls that launch it."""
-    shapes: list[str] = field(default_factory=list)
-    """Keys of `SHAPES` of those calls."""
-
-    @property
-    def label(self) -> str:
-        """Equal for jobs of one kernel, target, types and shapes."""
-        return repr((self.kernel, self.target, self.dtypes, self.shapes))
-
-    @property
-    def arguments(self) -> dict[str, str]:
-        """Value of each constant, type of each other argument with `/16` where divisible."""
-        constants, attrs = self.source["constexprs"], self.source["attrs"]
-        return {
-            name: str(constants[(place,)])
-            if kind == "constexpr"
-            else kind + "/16" * bool(attrs.get((place,)))
-            for place, (name, kind) in enumerate(self.source["signature"].items())
-        }
 
 
-def call_every_function(functions: Backend, shape: Shape, dtype: torch.dtype) -> None:
+@dataclass(frozen=True)
+class Binary:
+    """What became of a compilation."""
+
+    registers: int = 0
+    spilled: int = 0
+    """Bytes."""
+    shared: int = 0
+    """Bytes."""
+    error: str | None = None
+
+
+def call_every_function(functions: Backend, shape: BatchShape, dtype: torch.dtype) -> None:
     """Call a backend in all the ways that the operators do, on tensors without storage.
 
     Args:
@@ -132,11 +109,11 @@ def call_every_function(functions: Backend, shape: Shape, dtype: torch.dtype) ->
     cu_segments, token_segments = empty(S + 1, dtype=torch.int32), empty(T, dtype=torch.int64)
     tables = (token_segments, empty(S, dtype=torch.int64), marks)
 
-    for kind, has_empty in itertools.product((None, *PLACES), (True, False)):
+    for kind, has_empty in itertools.product((None, *ARGMAX_DTYPES), (True, False)):
         functions.segment_max_fwd(segment, cu_segments, token_segments, kind, has_empty)
-    for kind, place_kind in itertools.product((dtype, acc), PLACES):
-        sums, places = empty(S, C, dtype=kind), empty(S, C, dtype=place_kind)
-        functions.segment_max_bwd(sums, places, cu_segments, token_segments, segment)
+    for kind, argmax_kind in itertools.product((dtype, acc), ARGMAX_DTYPES):
+        sums, argmax = empty(S, C, dtype=kind), empty(S, C, dtype=argmax_kind)
+        functions.segment_max_bwd(sums, argmax, cu_segments, token_segments, segment)
 
     g = empty(B, C, dtype=acc)
     terms = [*itertools.product((g, None), (maxima, None), (local, None))][:-1]
@@ -149,7 +126,7 @@ def call_every_function(functions: Backend, shape: Shape, dtype: torch.dtype) ->
     call_sequence_functions(functions, shape, grad)
 
 
-def call_sequence_functions(functions: Backend, shape: Shape, x: Tensor) -> None:
+def call_sequence_functions(functions: Backend, shape: BatchShape, x: Tensor) -> None:
     """Attention over H rows and its backward pass, the backward pass of the mean."""
     C, H, B = shape.num_channels, shape.num_heads, shape.num_sequences
     T, acc = B * shape.seq_len, accumulation_dtype(x.dtype)
@@ -165,7 +142,7 @@ def call_sequence_functions(functions: Backend, shape: Shape, x: Tensor) -> None
         functions.spread_rows(pairs, x.new_empty(B, C, dtype=acc), *span, x)
 
 
-def job_of(launch: Any, target: str) -> Job:
+def compilation_of(launch: Any, target: str) -> Compilation:
     """The binary that Triton's launcher would pick for a launch on a target.
 
     Args:
@@ -189,14 +166,16 @@ def job_of(launch: Any, target: str) -> Job:
     bound, specialization, _ = bind(*launch.args, **keywords)
     options, *source = kernel._pack_args(backend, keywords, bound, specialization, None)
     named: dict[str, Any] = dict(zip(("signature", "constexprs", "attrs"), source, strict=True))
-    return Job(kernel.__module__, kernel.__name__, target, named, options.__dict__)
+    return Compilation(kernel.__module__, kernel.__name__, target, named, options.__dict__)
 
 
-def list_jobs(targets: Iterable[str], dtypes: Iterable[str], shapes: Iterable[str]) -> list[Job]:
-    """One job a binary that the model asks for with these types and shapes."""
+def list_compilations(
+    targets: Iterable[str], dtypes: Iterable[str], shapes: Iterable[str]
+) -> list[Compilation]:
+    """One per binary that the model asks for with these types and shapes."""
     from ponet_kernels.triton_kernels.launch import record_launches
 
-    jobs: dict[str, Job] = {}
+    found: dict[str, Compilation] = {}
     for shape, dtype in itertools.product(shapes, dtypes):
         if dtype == "float64" and shape != SMALL_SHAPE:
             continue
@@ -204,32 +183,36 @@ def list_jobs(targets: Iterable[str], dtypes: Iterable[str], shapes: Iterable[st
             for size in SHAPES[shape]:
                 call_every_function(backend_named("triton"), size, getattr(torch, dtype))
         for launch, target in itertools.product(launches, targets):
-            job = job_of(launch, target)
-            job = jobs.setdefault(repr(job), job)
-            for names, name in ((job.dtypes, dtype), (job.shapes, shape)):
-                if name not in names:
-                    names.append(name)
-    return sorted(jobs.values(), key=lambda job: (job.kernel, job.target))
+            compilation = compilation_of(launch, target)
+            compilation = found.setdefault(repr(compilation), compilation)
+            if dtype not in compilation.dtypes:
+                compilation.dtypes.append(dtype)
+    return sorted(found.values(), key=_kernel_and_target)
 
 
-def build(job: Job) -> dict[str, int]:
-    """Compile a job and measure the binary; `wide_loads` of `loads` move 16 bytes or more."""
+def _kernel_and_target(compilation: Compilation) -> tuple[str, str]:
+    return compilation.kernel, compilation.target
+
+
+def build(compilation: Compilation) -> Binary:
+    """Compile and measure a binary."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(job.module), job.kernel)
-    target = GPUTarget(*TARGETS[job.target])
-    binary: Any = triton.compile(ASTSource(kernel, **job.source), target, job.options)
+    kernel = getattr(importlib.import_module(compilation.module), compilation.kernel)
+    target = GPUTarget(*TARGETS[compilation.target])
+    source = ASTSource(kernel, **compilation.source)
+    binary: Any = triton.compile(source, target, compilation.options)
     if target.backend == "cuda":
-        measured = {**figures_of_cubin(binary.asm["cubin"]), **loads_of_ptx(binary.asm["ptx"])}
+        registers, spilled = figures_of_cubin(binary.asm["cubin"])
     else:
-        measured = figures_of_amdgcn(binary.asm["amdgcn"])
-    return {**measured, "shared_bytes": binary.metadata.shared}
+        registers, spilled = figures_of_amdgcn(binary.asm["amdgcn"])
+    return Binary(registers, spilled, binary.metadata.shared)
 
 
-def figures_of_cubin(cubin: bytes) -> dict[str, int]:
-    """Registers and stack, read by the tool that Triton ships."""
+def figures_of_cubin(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack, read by the tool that Triton ships."""
     from triton import knobs  # pyright: ignore[reportAttributeAccessIssue]
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -238,117 +221,73 @@ def figures_of_cubin(cubin: bytes) -> dict[str, int]:
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
-    return {"registers": found["REG"], "stack_bytes": found["STACK"] + found["LOCAL"]}
+    return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def loads_of_ptx(ptx: str) -> dict[str, int]:
-    """Loads from global memory to registers and to shared memory."""
-    loads = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[a-z](\d+)\s", ptx)
-    sizes = [int(count or 1) * int(bits) // 8 for count, bits in loads]
-    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\S*\.global\S*\s[^;]*?\], (\w+)", ptx)
-    sizes += [int(size, 0) for size in copies]
-    return {"loads": len(sizes), "wide_loads": sum(size >= 16 for size in sizes)}
-
-
-def figures_of_amdgcn(assembly: str) -> dict[str, int]:
-    """Vector registers, stack and loads, from the assembly and its metadata."""
+def figures_of_amdgcn(assembly: str) -> tuple[int, int]:
+    """Vector registers and bytes of stack, from the metadata below the assembly."""
     fields = re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)
     found = {name: int(value) for name, value in fields}
-    loads = re.findall(r"^\s+(?:global|buffer)_load_(\w+)", assembly, re.MULTILINE)
-    return {
-        "registers": found["vgpr_count"],
-        "stack_bytes": found["private_segment_fixed_size"],
-        "spilled_registers": found["vgpr_spill_count"],
-        "spilled_scalars": found["sgpr_spill_count"],
-        "loads": len(loads),
-        "wide_loads": sum("dwordx4" in load for load in loads),
-    }
+    # registers may also be spilled to others, without a stack
+    spilled = max(found["private_segment_fixed_size"], 4 * found["vgpr_spill_count"])
+    return found["vgpr_count"], spilled
 
 
-def variants(jobs: list[Job]) -> list[dict[str, str]]:
-    """For each job the few arguments that tell it from others of its kernel, target, types, shapes.
-
-    Inputs rather than outputs: whether these are there usually follows from those.
-    """
-    groups: dict[str, list[dict[str, str]]] = {}
-    for job in jobs:
-        groups.setdefault(job.label, []).append(job.arguments)
-    names = {label: _distinguishing(group) for label, group in groups.items()}
-    return [{name: job.arguments[name] for name in names[job.label]} for job in jobs]
-
-
-def _distinguishing(group: list[dict[str, str]]) -> list[str]:
-    def distinct(names: list[str]) -> int:
-        return len({tuple(arguments[name] for name in names) for arguments in group})
-
-    names = list(group[0])
-    for name in reversed(group[0]):
-        rest = [other for other in names if other != name]
-        if distinct(rest) == distinct(names):
-            names = rest
-    return names
-
-
-def row_of(job: Job, variant: dict[str, str], result: Future) -> dict[str, Any]:
-    """One row of the report; `result` holds what `build` returned or raised."""
-    row = {
-        "kernel": job.kernel,
-        "target": job.target,
-        "dtypes": job.dtypes,
-        "shapes": job.shapes,
-        "variant": variant,
-        "arguments": job.arguments,
-        "num_warps": job.options["num_warps"],
-        "error": None,
-    }
+def outcome_of(result: Future[Binary]) -> Binary:
+    """What `build` returned, or the error that it raised."""
     error = result.exception()
     if error is None:
-        return row | result.result()
+        return result.result()
     # Triton's own errors quote the source before they say what is wrong
     message = str(getattr(error, "error_message", None) or error).strip()
-    return row | {"error": f"{type(error).__name__}: {message.partition(chr(10))[0]}"}
+    return Binary(error=f"{type(error).__name__}: {message.partition(chr(10))[0]}")
 
 
-def failed(row: dict[str, Any]) -> bool:
-    """Whether the kernel does not compile or spills registers."""
-    return bool(row["error"] or row["stack_bytes"] or row.get("spilled_registers"))
-
-
-def compile_jobs(jobs: list[Job]) -> Iterator[dict[str, Any]]:
-    """Rows of the jobs, in their order, compiled in one process a core."""
+def compile_all(compilations: list[Compilation]) -> Iterator[tuple[Compilation, Binary]]:
+    """Each with its outcome, in their order, compiled in one process per core."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
-        results = [pool.submit(build, job) for job in jobs]
-        yield from map(row_of, jobs, variants(jobs), results)
+        results = [pool.submit(build, compilation) for compilation in compilations]
+        yield from zip(compilations, map(outcome_of, results), strict=True)
 
 
-def line_of(row: dict[str, Any]) -> str:
-    """A row of the table."""
-    cells = {name: "-" if row.get(name) is None else row[name] for name in HEAD}
-    cells |= {"dtypes": ",".join(row["dtypes"]), "shapes": ",".join(row["shapes"])}
-    cells["variant"] = " ".join(f"{name}={value}" for name, value in row["variant"].items())
-    if row["error"]:
-        cells["variant"] += f"  {row['error']}"
-    else:
-        cells["loads"] = f"{row['wide_loads']} of {row['loads']}"
-    return LINE.format(**cells).rstrip()
+def rows_of(built: list[tuple[Compilation, Binary]]) -> Iterator[dict[str, Any]]:
+    """Rows of one kernel and target, per type of input."""
+    kernel, target = _kernel_and_target(built[0][0])
+    for dtype in DTYPES:
+        found = [binary for compilation, binary in built if dtype in compilation.dtypes]
+        if found:
+            yield {
+                "kernel": kernel,
+                "target": target,
+                "dtype": dtype,
+                "binaries": len(found),
+                "registers": max(binary.registers for binary in found),
+                "spilled": max(binary.spilled for binary in found),
+                "shared": max(binary.shared for binary in found),
+                "errors": sorted({binary.error for binary in found if binary.error}),
+            }
 
 
-def print_report(jobs: list[Job]) -> list[dict[str, Any]]:
-    """Compile the jobs, print the table as it grows and a summary; the rows."""
-    start, rows = time.perf_counter(), []
+def print_report(compilations: list[Compilation]) -> tuple[list[dict[str, Any]], bool]:
+    """Compile, print the table as it grows and a summary; the rows, and whether all is well."""
+    start, rows, binaries = time.perf_counter(), [], []
     print(f"\n{LINE.format(**HEAD)}", flush=True)
-    for row in compile_jobs(jobs):
-        rows.append(row)
-        print(line_of(row), flush=True)
-    built = [row for row in rows if not row["error"]]
+    built = compile_all(compilations)
+    for _, group in itertools.groupby(built, lambda pair: _kernel_and_target(pair[0])):
+        pairs = list(group)
+        binaries += [binary for _, binary in pairs]
+        for row in rows_of(pairs):
+            rows.append(row)
+            print("  ".join([LINE.format(**row), *row["errors"]]), flush=True)
+    num_failed = sum(binary.error is not None for binary in binaries)
+    num_spilled = sum(binary.spilled > 0 for binary in binaries)
     print(
-        f"\n{len({row['kernel'] for row in rows})} kernels, {len(rows)} compilations in "
-        f"{time.perf_counter() - start:.0f} s: {len(rows) - len(built)} failed, "
-        f"{sum(map(failed, built))} spilled, at most "
-        f"{max((row['registers'] for row in built), default=0)} registers"
+        f"\n{len({row['kernel'] for row in rows})} kernels, {len(binaries)} compilations in "
+        f"{time.perf_counter() - start:.0f} s: {num_failed} failed, {num_spilled} spilled, at most "
+        f"{max((binary.registers for binary in binaries), default=0)} registers"
     )
-    return rows
+    return rows, not num_failed and not num_spilled
 
 
 def main() -> None:
@@ -367,9 +306,9 @@ def main() -> None:
     card = {"triton": triton.__version__, "torch": torch.__version__}
     for name, value in card.items():
         print(f"{name:>6}: {value}")
-    rows = print_report(list_jobs(chosen.target, chosen.dtype, chosen.shape))
+    rows, is_well = print_report(list_compilations(chosen.target, chosen.dtype, chosen.shape))
     print(json.dumps({"card": card, "rows": rows}))
-    if any(map(failed, rows)):
+    if not is_well:
         sys.exit(1)
 
 

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 class Backend(Protocol):
     """Arithmetic of the operators on plain tensors: no autograd, no validation, no autocast.
 
-    T tokens, C channels, S segments, B sequences, H rows a sequence. "acc" is float32 for
+    T tokens, C channels, S segments, B sequences, H rows per sequence. "acc" is float32 for
     half-precision input and the dtype of the input otherwise. Tensors may be non-contiguous.
     Offsets and ids partition the tokens; segments and sequences may be empty, T, S or B zero.
     """
@@ -44,12 +44,12 @@ class Backend(Protocol):
         x: Tensor,
         cu_segments: Tensor,
         token_segments: Tensor,
-        place_dtype: torch.dtype | None,
+        argmax_dtype: torch.dtype | None,
         has_empty: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Maxima `[S, C]` (-inf where empty), places of the first maximal tokens `[S, C]`.
+        """Maxima `[S, C]` (-inf where empty), argmax: the first maximal tokens `[S, C]`.
 
-        Places count from the first token of the segment; None when `place_dtype` is None. Without
+        It counts from the first token of the segment; None when `argmax_dtype` is None. Without
         `has_empty` no segment is empty.
         """
         ...
@@ -57,12 +57,12 @@ class Backend(Protocol):
     def segment_max_bwd(
         self,
         grad: Tensor,
-        places: Tensor,
+        argmax: Tensor,
         cu_segments: Tensor,
         token_segments: Tensor,
         out: Tensor,
     ) -> None:
-        """Write `out` `[T, C]`: `grad` `[S, C]` at the places, zero elsewhere."""
+        """Write `out` `[T, C]`: `grad` `[S, C]` at the argmax, zero elsewhere."""
         ...
 
     def fusion_fwd(
@@ -170,8 +170,6 @@ def _triton_is_installed() -> bool:
     return found
 
 
-# under torch.compile the choice is made while tracing and stays with the compiled code
-@torch.compiler.assume_constant_result
 def active_backend(device: torch.device | str = "cpu") -> str:
     """Name of the backend that operators called now on tensors of `device` will use.
 
@@ -182,6 +180,11 @@ def active_backend(device: torch.device | str = "cpu") -> str:
     if chosen:
         return _check(chosen, "PONET_KERNELS")
     return "triton" if torch.device(device).type == "cuda" and _triton_is_installed() else "torch"
+
+
+# under torch.compile the choice is made while tracing and stays with the compiled code; the mark is
+# that of `torch.compiler.assume_constant_result`, which would import the whole compiler
+active_backend._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 @cache

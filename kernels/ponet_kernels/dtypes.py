@@ -8,8 +8,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def place_dtype(longest: int) -> torch.dtype:
-    """Smallest integer type for places 0 to `longest` - 1 in a segment."""
+def argmax_dtype(longest: int) -> torch.dtype:
+    """Smallest integer type for an argmax, 0 to `longest` - 1, in a segment."""
     if longest <= 2**8:
         return torch.uint8
     return torch.int16 if longest <= 2**15 else torch.int32

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ponet_kernels.dispatch import active_backend, backend_named
-from ponet_kernels.dtypes import place_dtype
+from ponet_kernels.dtypes import argmax_dtype
 from ponet_kernels.layout import PackedLayout
 from ponet_kernels.reference import fused_pooling_ref
 from ponet_kernels.registration import register
@@ -47,15 +47,15 @@ def _compute(
     has_local: bool,
     longest: int,
     has_empty: bool,
-    with_places: bool,
+    with_argmax: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     functions = backend_named(backend)
     output, segment, local = _columns(values, has_segment, has_local)
-    maxima, places = None, None
+    maxima, argmax = None, None
     if segment is not None:
-        dtype = place_dtype(longest) if with_places else None
-        maxima, places = functions.segment_max_fwd(
+        dtype = argmax_dtype(longest) if with_argmax else None
+        maxima, argmax = functions.segment_max_fwd(
             segment, cu_segments, token_segments, dtype, has_empty
         )
     layout = (token_segments, segment_sequences, token_marks)
@@ -63,32 +63,22 @@ def _compute(
     return (
         out,
         _nothing(values) if maxima is None else maxima,
-        _nothing(values, torch.uint8) if places is None else places,
+        _nothing(values, torch.uint8) if argmax is None else argmax,
     )
 
 
-def _shapes(
-    global_vectors: Tensor | None,
-    values: Tensor,
-    cu_segments: Tensor,
-    token_segments: Tensor,
-    segment_sequences: Tensor,
-    token_marks: Tensor,
-    has_segment: bool,
-    has_local: bool,
-    longest: int,
-    has_empty: bool,
-    with_places: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, values, _, _, segment_sequences, _, has_segment, has_local, longest, _, with_argmax, _ = (
+        inputs
+    )
     num_channels = values.shape[1] // (1 + has_segment + has_local)
     out = values.new_empty(values.shape[0], num_channels)
     if not has_segment:
         return out, _nothing(values), _nothing(values, torch.uint8)
     maxima = values.new_empty(segment_sequences.shape[0], num_channels)
-    if not with_places:
+    if not with_argmax:
         return out, maxima, _nothing(values, torch.uint8)
-    return out, maxima, torch.empty_like(maxima, dtype=place_dtype(longest))
+    return out, maxima, torch.empty_like(maxima, dtype=argmax_dtype(longest))
 
 
 def _compute_backward(
@@ -96,7 +86,7 @@ def _compute_backward(
     global_vectors: Tensor | None,
     values: Tensor,
     maxima: Tensor,
-    places: Tensor,
+    argmax: Tensor,
     cu_segments: Tensor,
     token_segments: Tensor,
     segment_sequences: Tensor,
@@ -124,35 +114,20 @@ def _compute_backward(
         grad_local,
         has_empty,
     )
-    # without places only the global vectors are to be differentiated
-    if grad_segment is not None and sums is not None and places.ndim == 2:
-        functions.segment_max_bwd(sums, places, cu_segments, token_segments, grad_segment)
+    # without argmax only the global vectors are to be differentiated
+    if grad_segment is not None and sums is not None and argmax.ndim == 2:
+        functions.segment_max_bwd(sums, argmax, cu_segments, token_segments, grad_segment)
     if grad_global is None or global_vectors is None:
         return _nothing(values), grad_values
     return grad_global.to(global_vectors.dtype), grad_values
 
 
 def _backward_shapes(
-    grad: Tensor,
-    global_vectors: Tensor | None,
-    values: Tensor,
-    maxima: Tensor,
-    places: Tensor,
-    cu_segments: Tensor,
-    token_segments: Tensor,
-    segment_sequences: Tensor,
-    token_marks: Tensor,
-    has_segment: bool,
-    has_local: bool,
-    has_empty: bool,
-    backend: str,
+    grad: Tensor, global_vectors: Tensor | None, values: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    grad_global = (
-        _nothing(values)
-        if global_vectors is None
-        else global_vectors.new_empty(global_vectors.shape)
-    )
-    return grad_global, values.new_empty(values.shape)
+    if global_vectors is None:
+        return _nothing(values), values.new_empty(values.shape)
+    return global_vectors.new_empty(global_vectors.shape), values.new_empty(values.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:

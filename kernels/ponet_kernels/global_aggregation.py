@@ -39,7 +39,7 @@ def _compute_mean(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) 
     return backend_named(backend).sequence_means(x, cu_seqlens, max_seqlen)
 
 
-def _mean_shapes(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> Tensor:
+def _mean_shapes(x: Tensor, cu_seqlens: Tensor, *_: Any) -> Tensor:
     shape = (cu_seqlens.shape[0] - 1, x.shape[1])
     return x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
 
@@ -52,9 +52,7 @@ def _compute_mean_backward(
     return out
 
 
-def _mean_backward_shapes(
-    grad: Tensor, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str
-) -> Tensor:
+def _mean_backward_shapes(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -112,17 +110,8 @@ def _compute(
     return pooled, means, g, rows, weights, sums
 
 
-def _shapes(
-    x: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    key_weight: Tensor,
-    key_bias: Tensor,
-    num_heads: int,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, query_weight, _, _, _, num_heads, cu_seqlens, _, _ = inputs
     batch_size, num_channels = cu_seqlens.shape[0] - 1, x.shape[1]
     dtype, width = accumulation_dtype(query_weight.dtype), query_weight.shape[0]
     return (
@@ -181,18 +170,7 @@ def _compute_backward(
 
 
 def _backward_shapes(
-    grad: Tensor,
-    x: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    means: Tensor,
-    g: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    sums: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    backend: str,
+    grad: Tensor, x: Tensor, query_weight: Tensor, key_weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     bias = query_weight.shape[:1]
     return (

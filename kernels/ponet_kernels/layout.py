@@ -37,7 +37,7 @@ class PackedLayout:
     max_seqlen: int
     """No sequence has more tokens. A close bound saves idle programs on a GPU."""
     max_segment_len: int
-    """No segment has more tokens. Up to 256, the places of maxima are kept in bytes."""
+    """No segment has more tokens. Up to 256, an argmax is kept in a byte."""
     has_empty_segments: bool = False
     """Some segment may have no token."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ponet_kernels.dispatch import active_backend, backend_named
-from ponet_kernels.dtypes import place_dtype
+from ponet_kernels.dtypes import argmax_dtype
 from ponet_kernels.layout import PackedLayout
 from ponet_kernels.reference import segment_max_ref
 from ponet_kernels.registration import register
@@ -21,41 +21,34 @@ def _compute(
     token_segments: Tensor,
     longest: int,
     has_empty: bool,
-    with_places: bool,
+    with_argmax: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    dtype = place_dtype(longest) if with_places else None
-    maxima, places = backend_named(backend).segment_max_fwd(
+    dtype = argmax_dtype(longest) if with_argmax else None
+    maxima, argmax = backend_named(backend).segment_max_fwd(
         x, cu_segments, token_segments, dtype, has_empty
     )
-    return maxima, x.new_empty(0, dtype=torch.uint8) if places is None else places
+    return maxima, x.new_empty(0, dtype=torch.uint8) if argmax is None else argmax
 
 
-def _shapes(
-    x: Tensor,
-    cu_segments: Tensor,
-    token_segments: Tensor,
-    longest: int,
-    has_empty: bool,
-    with_places: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _shapes(*inputs: Any) -> tuple[Tensor, Tensor]:
+    x, cu_segments, _, longest, _, with_argmax, _ = inputs
     maxima = x.new_empty(cu_segments.shape[0] - 1, x.shape[1])
-    if not with_places:
+    if not with_argmax:
         return maxima, x.new_empty(0, dtype=torch.uint8)
-    return maxima, torch.empty_like(maxima, dtype=place_dtype(longest))
+    return maxima, torch.empty_like(maxima, dtype=argmax_dtype(longest))
 
 
 def _compute_backward(
-    grad: Tensor, places: Tensor, cu_segments: Tensor, token_segments: Tensor, backend: str
+    grad: Tensor, argmax: Tensor, cu_segments: Tensor, token_segments: Tensor, backend: str
 ) -> Tensor:
-    out = _backward_shapes(grad, places, cu_segments, token_segments, backend)
-    backend_named(backend).segment_max_bwd(grad, places, cu_segments, token_segments, out)
+    out = _backward_shapes(grad, argmax, cu_segments, token_segments)
+    backend_named(backend).segment_max_bwd(grad, argmax, cu_segments, token_segments, out)
     return out
 
 
 def _backward_shapes(
-    grad: Tensor, places: Tensor, cu_segments: Tensor, token_segments: Tensor, backend: str
+    grad: Tensor, argmax: Tensor, cu_segments: Tensor, token_segments: Tensor, *_: Any
 ) -> Tensor:
     return grad.new_empty(token_segments.shape[0], grad.shape[1])
 
@@ -93,13 +86,13 @@ def segment_max(x: Tensor, layout: PackedLayout) -> Tensor:
     backend = active_backend(x.device)
     if backend == "reference":
         return segment_max_ref(x, layout.cu_segments)
-    with_places = x.requires_grad and torch.is_grad_enabled()
+    with_argmax = x.requires_grad and torch.is_grad_enabled()
     return _segment_max(
         x,
         layout.cu_segments,
         layout.token_segments,
         layout.max_segment_len,
         layout.has_empty_segments,
-        with_places,
+        with_argmax,
         backend,
     )

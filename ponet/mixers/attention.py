@@ -8,28 +8,20 @@ Keys at padding get probability zero.
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from ponet.config import PoNetConfig
-from ponet.mixers.projections import cast_for_projections, project_together
+from ponet.mixers.projections import (
+    QueryKeyValueProjections,
+    cast_for_projections,
+    project_together,
+)
 from ponet.packing import BatchLayout
 
 
-class QueryKeyValueMixer(nn.Module):
-    """Base of mixers with a query, a key and a value a token; a subclass says how they `attend`."""
-
-    def __init__(self, config: PoNetConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.dropout_prob = config.attention_probs_dropout_prob
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.dense = nn.Linear(width, width)
+class QueryKeyValueMixer(QueryKeyValueProjections):
+    """Base of mixers on rows of whole sequences; a subclass says how they `attend`."""
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
@@ -64,11 +56,6 @@ class QueryKeyValueMixer(nn.Module):
         """
         raise NotImplementedError
 
-    @property
-    def dropout_now(self) -> float:
-        """Probability of dropout in the present mode."""
-        return self.dropout_prob if self.training else 0.0
-
 
 class SoftmaxAttention(QueryKeyValueMixer):
     """By PyTorch's fused kernels; ragged batches without padding where a kernel for them runs."""
@@ -79,6 +66,9 @@ class SoftmaxAttention(QueryKeyValueMixer):
         # the packed kernel knows no dropout
         if layout.rows.mask is None or self.dropout_now or not _packed_kernel_runs(query, size):
             return super().mix(query, key, value, layout)
+        # here, because it brings seconds of imports that nothing else needs
+        from torch.nn.attention.varlen import varlen_attn
+
         heads = (self.num_heads, size)
         mixed = varlen_attn(
             query.unflatten(1, heads),

@@ -13,16 +13,20 @@ last with a real token, so padding changes nothing.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
-from ponet.mixers.block_sparse import BlockSparseAttention, pad_tokens
-from ponet.mixers.projections import cast_for_projections
+from ponet.mixers.projections import (
+    QueryKeyValueProjections,
+    cast_for_projections,
+    pad_tokens,
+)
 from ponet.packing import BatchLayout
 
 _SEED = 0
 
 
-class BigBirdAttention(BlockSparseAttention):
+class BigBirdAttention(QueryKeyValueProjections):
     """Block-sparse attention whose global blocks are tokens of the sequence, none are added."""
 
     draws: Tensor
@@ -54,11 +58,12 @@ class BigBirdAttention(BlockSparseAttention):
         )  # [B, M, S, H, D]
         counts = (-(-lengths // self.block_size)).clamp(min=1)
         blocks, allowed = self._pattern(lengths, counts, num_blocks)
-        sparse = self.attend(
+        sparse = F.scaled_dot_product_attention(
             query.flatten(0, 1).transpose(1, 2),
             _gather(key, blocks),
             _gather(value, blocks),
             allowed.flatten(0, 1)[:, None, None],
+            self.dropout_now,
         )
         mixed = sparse.transpose(1, 2).view(query.shape)
         first, last = self._ends(query, key, value, lengths, counts)
@@ -74,11 +79,12 @@ class BigBirdAttention(BlockSparseAttention):
         sequences = torch.arange(query.shape[0], device=query.device)
         ends = torch.cat([query[:, 0], query[sequences, counts - 1]], dim=1)
         places = torch.arange(key.shape[1] * self.block_size, device=key.device)
-        mixed = self.attend(
+        mixed = F.scaled_dot_product_attention(
             ends.transpose(1, 2),
             key.flatten(1, 2).transpose(1, 2),
             value.flatten(1, 2).transpose(1, 2),
             (places < lengths.clamp(min=1).unsqueeze(1))[:, None, None],
+            self.dropout_now,
         )
         return mixed.transpose(1, 2).unsqueeze(1).chunk(2, dim=2)
 

@@ -2,7 +2,7 @@
 
 Wang et al., arXiv 2006.04768, equation 7: softmax(Q (E K)^T / sqrt(D)) (F V) with E and F
 `[K, max_position_embeddings]`, K = `linformer_size`. Of the ways to share them in section 4, this
-is "headwise": one E and one F a layer, the same for all heads. Rows `[B, H, N, D]`; time
+is "headwise": one E and one F per layer, the same for all heads. Rows `[B, H, N, D]`; time
 O(B N C K), memory O(B H N K), or O(B N C) where the scores stay in a kernel.
 
 A sequence of N tokens meets the first N columns. Keys and values at padding are zero before they

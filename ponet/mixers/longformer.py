@@ -8,6 +8,9 @@ The stream `[T, C]` is cut into blocks of w queries, wherever sequences begin; e
 keys of its own block and both neighbours, through a view that copies nothing. Sequences are told
 apart by the mask, so padding never takes part and distances count real tokens; only the last block
 is filled up.
+
+FlexAttention would save the copies of the keys on a GPU, here and in BigBird, but PyTorch 2.13
+refuses its backward on a CPU: there would be two paths, one of which no test without a GPU reaches.
 """
 
 import torch
@@ -15,12 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ponet.config import ConfigError, PoNetConfig
-from ponet.mixers.block_sparse import BlockSparseAttention, pad_tokens
-from ponet.mixers.projections import cast_for_projections
+from ponet.mixers.projections import (
+    QueryKeyValueProjections,
+    cast_for_projections,
+    pad_tokens,
+)
 from ponet.packing import BatchLayout
 
 
-class SlidingWindowAttention(BlockSparseAttention):
+class SlidingWindowAttention(QueryKeyValueProjections):
     """Attention to the neighbours in a window; every layer has the same window."""
 
     def __init__(self, config: PoNetConfig) -> None:
@@ -38,11 +44,12 @@ class SlidingWindowAttention(BlockSparseAttention):
         length = max(-(-num_tokens // self.reach), 1) * self.reach
         query = pad_tokens(self.query(hidden), length)
         query = query.view(-1, self.reach, self.num_heads, query.shape[-1] // self.num_heads)
-        mixed = self.attend(
+        mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             self._windows(self.key(hidden), length),
             self._windows(self.value(hidden), length),
             self._allowed(layout, length),
+            self.dropout_now,
         )
         return self.dense(mixed.transpose(1, 2).reshape(length, -1)[:num_tokens])
 

@@ -3,7 +3,7 @@
 With m landmarks q', k' (means of queries and keys) and s(a, b) = softmax(a b^T / sqrt(D)),
 out = s(q, k') Z (s(q', k) v) + conv(v), where Z approximates the pseudo-inverse of A = s(q', k') by
 six steps of Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4 from A^T / (|A|_1 |A|_inf). The
-depth-wise convolution over tokens is one filter a head. No attention dropout, as published. Time
+depth-wise convolution over tokens is one filter per head. No attention dropout, as published. Time
 and memory are O(N m C).
 
 The published model needs a length that m divides. Here the real tokens of a sequence are cut into m
@@ -19,23 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import ConfigError, PoNetConfig
-from ponet.mixers.projections import cast_for_projections
+from ponet.mixers.projections import QueryKeyValueProjections, cast_for_projections
 from ponet.packing import BatchLayout
 from ponet_kernels import PackedLayout, global_mean
 
 
-class NystromAttention(nn.Module):
+class NystromAttention(QueryKeyValueProjections):
     """Nystrom approximation of softmax attention, with a convolution as a skip connection."""
 
     def __init__(self, config: PoNetConfig) -> None:
-        super().__init__()
-        width, size = config.hidden_size, config.landmark_conv_size
-        self.num_heads = config.num_attention_heads
+        super().__init__(config)
+        size = config.landmark_conv_size
         self.num_landmarks = config.num_landmarks
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.dense = nn.Linear(width, width)
         self.conv = None
         if size is not None:
             if size % 2 == 0:

@@ -1,4 +1,4 @@
-"""Several projections of the same tokens: one copy in half precision, one product."""
+"""Projections of the same tokens: one copy in half precision, one product."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ponet.config import PoNetConfig
+
+
+class QueryKeyValueProjections(nn.Module):
+    """Base of the mixers by attention: a query, a key and a value per token, and the way out."""
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.dense = nn.Linear(width, width)
+
+    @property
+    def dropout_now(self) -> float:
+        """Probability of dropout in the present mode."""
+        return self.dropout_prob if self.training else 0.0
 
 
 def cast_for_projections(hidden: Tensor) -> Tensor:
@@ -49,3 +70,9 @@ def project_together(hidden: Tensor, projections: Sequence[nn.Linear]) -> Tensor
         return torch.cat([projection(hidden) for projection in projections], dim=1)
     weight = torch.cat([projection.weight for projection in projections])
     return F.linear(hidden, weight, torch.cat([projection.bias for projection in projections]))
+
+
+def pad_tokens(values: Tensor, length: int) -> Tensor:
+    """`[..., N, C]` -> `[..., length, C]`, zeros behind; no copy where nothing is missing."""
+    missing = length - values.shape[-2]
+    return F.pad(values, (0, 0, 0, missing)) if missing else values

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
-from ponet.mixers.block_sparse import pad_tokens
-from ponet.mixers.projections import cast_for_projections
+from ponet.mixers.projections import cast_for_projections, pad_tokens
 from ponet.packing import BatchLayout
 
 _SEED = 0

@@ -1,6 +1,6 @@
 """Segment max-pooling: S_j = max of x over the tokens of segment j, per channel.
 
-PoNet (arXiv 2110.02442) section 3. Input `[T, C]`, output `[S, C]` with the place of the first
+PoNet (arXiv 2110.02442) section 3. Input `[T, C]`, output `[S, C]` with the argmax, the first
 maximal token of each segment and channel, counted from the first token of the segment: the token
 that the gradient goes to. A NaN counts as larger than any number.
 """
@@ -43,9 +43,9 @@ def segment_max_fwd_kernel(
     cu_segments_ptr,
     token_segments_ptr,
     out_ptr,
-    places_ptr,
+    argmax_ptr,
     partials_ptr,
-    partial_places_ptr,
+    partial_argmax_ptr,
     partial_ids_ptr,
     T,
     C,
@@ -54,7 +54,7 @@ def segment_max_fwd_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Maxima and places of the segments inside `BLOCK_W` windows, partial ones of the others."""
+    """Maxima and argmax of the segments inside `BLOCK_W` windows, partial ones of the others."""
     pid = tl.program_id(0)
     num_blocks = tl.cdiv(C, BLOCK_C)
     window = (pid // num_blocks).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -69,7 +69,7 @@ def segment_max_fwd_kernel(
     # the place of the first row of the window in its segment, then of later rows
     place = tl.load(cu_segments_ptr + segment, mask=segment >= 0, other=0)
     place = (first - place).to(tl.int32)
-    places = tl.zeros([BLOCK_W, BLOCK_C], tl.int32) + place[:, None]
+    argmax = tl.zeros([BLOCK_W, BLOCK_C], tl.int32) + place[:, None]
     best = widen(tl.full([BLOCK_W, BLOCK_C], float("-inf"), x_ptr.dtype.element_ty))
     # the compiler keeps the rows of the next steps in flight
     for start in tl.range(0, ROWS, 4, num_stages=3):  # pyright: ignore
@@ -79,18 +79,18 @@ def segment_max_fwd_kernel(
             segment1 = load_step_ids(token_segments_ptr, first, step + 1, limit)
             moves = replaces(values, best)
             best = tl.where(moves, values, best)
-            if places_ptr is not None:
-                places = tl.where(moves, place[:, None], places)
+            if argmax_ptr is not None:
+                argmax = tl.where(moves, place[:, None], argmax)
             place += 1
             ends = (segment >= 0) & (segment1 != segment)
             if is_any(ends):
                 store_group(out_ptr, partials_ptr, best, ends, begun, segment, window, offs_c, C)
                 best = tl.where(ends[:, None], float("-inf"), best)
-                if places_ptr is not None:
+                if argmax_ptr is not None:
                     store_group(
-                        places_ptr,
-                        partial_places_ptr,
-                        places,
+                        argmax_ptr,
+                        partial_argmax_ptr,
+                        argmax,
                         ends,
                         begun,
                         segment,
@@ -98,7 +98,7 @@ def segment_max_fwd_kernel(
                         offs_c,
                         C,
                     )
-                    places = tl.where(ends[:, None], 0, places)
+                    argmax = tl.where(ends[:, None], 0, argmax)
                 place = tl.where(ends, 0, place)
                 begun = begun | ends
             segment = segment1
@@ -112,21 +112,21 @@ def segment_max_fwd_kernel(
         load_step_ids(token_segments_ptr, first, ROWS, limit),
     )
     store_rest(partials_ptr, best, goes_on, begun, window, offs_c, C)
-    if places_ptr is not None:
-        store_rest(partial_places_ptr, places, goes_on, begun, window, offs_c, C)
+    if argmax_ptr is not None:
+        store_rest(partial_argmax_ptr, argmax, goes_on, begun, window, offs_c, C)
 
 
 @triton.jit
 def segment_max_bwd_kernel(
     grad_ptr,
-    places_ptr,
+    argmax_ptr,
     cu_segments_ptr,
     token_segments_ptr,
     dx_ptr,
     T,
     C,
     grad_stride,
-    places_stride,
+    argmax_stride,
     dx_stride,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -139,11 +139,11 @@ def segment_max_bwd_kernel(
     segment = load_ids(token_segments_ptr, t, T).to(tl.int64)
     place = (t - tl.load(cu_segments_ptr + segment, mask=t < T, other=0)).to(tl.int32)
     mask = (t < T)[:, None] & (offs_c < C)[None, :]  # [BLOCK_T, BLOCK_C]
-    places = segment[:, None] * places_stride + offs_c[None, :]
-    places = tl.load(places_ptr + places, mask=mask, other=0).to(tl.int32)
+    argmax = segment[:, None] * argmax_stride + offs_c[None, :]
+    argmax = tl.load(argmax_ptr + argmax, mask=mask, other=0).to(tl.int32)
     grad = segment[:, None] * grad_stride + offs_c[None, :]
     grad = widen(tl.load(grad_ptr + grad, mask=mask, other=0.0))
-    dx = tl.where(places == place[:, None], grad, 0.0)
+    dx = tl.where(argmax == place[:, None], grad, 0.0)
     store_rows(dx_ptr, t, dx_stride, offs_c, dx, t < T, C)
 
 
@@ -151,18 +151,18 @@ def segment_max_fwd(
     x: Tensor,
     cu_segments: Tensor,
     token_segments: Tensor,
-    place_dtype: torch.dtype | None,
+    argmax_dtype: torch.dtype | None,
     has_empty: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As `Backend.segment_max_fwd`."""
     num_tokens, num_channels = x.shape
     x = with_channels_adjacent(x)
     out = x.new_empty(cu_segments.shape[0] - 1, num_channels)
-    places = None if place_dtype is None else torch.empty_like(out, dtype=place_dtype)
+    argmax = None if argmax_dtype is None else torch.empty_like(out, dtype=argmax_dtype)
     if has_empty:
-        fill_empty(out, places, cu_segments, float("-inf"))
+        fill_empty(out, argmax, cu_segments, float("-inf"))
     windows = cut_rows(num_tokens, num_channels, x.element_size(), MIN_PROGRAMS)
-    partials = new_partials(windows, out, places)
+    partials = new_partials(windows, out, argmax)
     launch(
         segment_max_fwd_kernel,
         windows.grid,
@@ -170,9 +170,9 @@ def segment_max_fwd(
         cu_segments,
         token_segments,
         out,
-        places,
+        argmax,
         partials.values,
-        partials.places,
+        partials.argmax,
         partials.ids,
         num_tokens,
         num_channels,
@@ -182,33 +182,33 @@ def segment_max_fwd(
         BLOCK_C=windows.block_c,
         num_warps=1,
     )
-    combine(partials, out, places, is_max=True)
-    return out, places
+    combine(partials, out, argmax, is_max=True)
+    return out, argmax
 
 
 def segment_max_bwd(
     grad: Tensor,
-    places: Tensor,
+    argmax: Tensor,
     cu_segments: Tensor,
     token_segments: Tensor,
     out: Tensor,
 ) -> None:
     """As `Backend.segment_max_bwd`."""
     num_tokens, num_channels = token_segments.shape[0], grad.shape[1]
-    grad, places = with_channels_adjacent(grad), with_channels_adjacent(places)
+    grad, argmax = with_channels_adjacent(grad), with_channels_adjacent(argmax)
     block_t, block_c, num_warps = tile_blocks(num_tokens, num_channels, out.element_size())
     launch(
         segment_max_bwd_kernel,
         tile_grid(num_tokens, num_channels, block_t, block_c),
         grad,
-        places,
+        argmax,
         cu_segments,
         token_segments,
         out,
         num_tokens,
         num_channels,
         grad.stride(0),
-        places.stride(0),
+        argmax.stride(0),
         out.stride(0),
         BLOCK_T=block_t,
         BLOCK_C=block_c,

@@ -147,10 +147,10 @@ def end_of_group(partial_ids_ptr, group, window, num_windows, BLOCK: tl.constexp
 @triton.jit
 def join_long_group(
     partials_ptr,
-    partial_places_ptr,
+    partial_argmax_ptr,
     partial_ids_ptr,
     out_ptr,
-    places_ptr,
+    argmax_ptr,
     group,
     window,
     num_windows,
@@ -174,18 +174,18 @@ def join_long_group(
         values, rows = join(values, rows, later, later_rows[:, None], IS_MAX)
     value, row = join_lines(values, rows, IS_MAX)
     tl.store(out_ptr + group * C + offs_c, value, mask=offs_c < C)
-    if places_ptr is not None:
-        place = tl.load(partial_places_ptr + row.to(tl.int64) * C + offs_c, mask=offs_c < C)  # pyright: ignore
-        tl.store(places_ptr + group * C + offs_c, place, mask=offs_c < C)
+    if argmax_ptr is not None:
+        place = tl.load(partial_argmax_ptr + row.to(tl.int64) * C + offs_c, mask=offs_c < C)  # pyright: ignore
+        tl.store(argmax_ptr + group * C + offs_c, place, mask=offs_c < C)
 
 
 @triton.jit
 def combine_kernel(
     partials_ptr,
-    partial_places_ptr,
+    partial_argmax_ptr,
     partial_ids_ptr,
     out_ptr,
-    places_ptr,
+    argmax_ptr,
     num_windows,
     C,
     IS_MAX: tl.constexpr,
@@ -210,11 +210,11 @@ def combine_kernel(
     later = load_partials(partials_ptr, tails + 1, is_short, offs_c, C, NEUTRAL)
     values, rows = join(values, tails[:, None], later, tails[:, None] + 1, IS_MAX)
     store_rows(out_ptr, ids, C, offs_c, values, is_short, C)
-    if places_ptr is not None:
+    if argmax_ptr is not None:
         offsets = rows.to(tl.int64) * C + offs_c[None, :]
         mask = is_short[:, None] & (offs_c < C)[None, :]
-        places = tl.load(partial_places_ptr + offsets, mask=mask, other=0)
-        store_rows(places_ptr, ids, C, offs_c, places, is_short, C)
+        argmax = tl.load(partial_argmax_ptr + offsets, mask=mask, other=0)
+        store_rows(argmax_ptr, ids, C, offs_c, argmax, is_short, C)
 
     # longer groups, one after the other
     if is_any((ids >= 0) & (ids_after == ids)):
@@ -223,10 +223,10 @@ def combine_kernel(
             if (group >= 0) & (tl.load(partial_ids_ptr + 2 * w + 4) == group):
                 join_long_group(
                     partials_ptr,
-                    partial_places_ptr,
+                    partial_argmax_ptr,
                     partial_ids_ptr,
                     out_ptr,
-                    places_ptr,
+                    argmax_ptr,
                     group,
                     w,
                     num_windows,
@@ -242,7 +242,7 @@ def combine_kernel(
 @triton.jit
 def fill_empty_kernel(
     out_ptr,
-    places_ptr,
+    argmax_ptr,
     cu_segments_ptr,
     S,
     C,
@@ -250,7 +250,7 @@ def fill_empty_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Rows of segments without tokens: `FILL`, places 0."""
+    """Rows of segments without tokens: `FILL`, argmax 0."""
     pid = tl.program_id(0)
     num_blocks = tl.cdiv(C, BLOCK_C)
     segment = (pid // num_blocks).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -260,9 +260,9 @@ def fill_empty_kernel(
     is_empty = start == end
     fill = tl.full([BLOCK_S, BLOCK_C], FILL, out_ptr.dtype.element_ty)
     store_rows(out_ptr, segment, C, offs_c, fill, is_empty, C)
-    if places_ptr is not None:
-        places = tl.zeros([BLOCK_S, BLOCK_C], places_ptr.dtype.element_ty)
-        store_rows(places_ptr, segment, C, offs_c, places, is_empty, C)
+    if argmax_ptr is not None:
+        argmax = tl.zeros([BLOCK_S, BLOCK_C], argmax_ptr.dtype.element_ty)
+        store_rows(argmax_ptr, segment, C, offs_c, argmax, is_empty, C)
 
 
 @dataclass(frozen=True)
@@ -298,24 +298,24 @@ class Partials:
 
     values: Tensor
     """`[num_windows, 2, C]`."""
-    places: Tensor | None
-    """Places of maxima, alike."""
+    argmax: Tensor | None
+    """Alike; None without."""
     ids: Tensor
     """`[num_windows, 2]`, int64."""
 
 
-def new_partials(windows: Windows, out: Tensor, places: Tensor | None = None) -> Partials:
-    """Room for the partial rows of `out` `[G, C]` and its `places`."""
+def new_partials(windows: Windows, out: Tensor, argmax: Tensor | None = None) -> Partials:
+    """Room for the partial rows of `out` `[G, C]` and its `argmax`."""
     shape = (windows.count, 2, out.shape[1])
     return Partials(
         out.new_empty(shape),
-        None if places is None else places.new_empty(shape),
+        None if argmax is None else argmax.new_empty(shape),
         out.new_empty(shape[:2], dtype=torch.int64),
     )
 
 
-def combine(partials: Partials, out: Tensor, places: Tensor | None, is_max: bool) -> None:
-    """Write the rows of `out` `[G, C]`, and of its `places`, whose groups cross windows.
+def combine(partials: Partials, out: Tensor, argmax: Tensor | None, is_max: bool) -> None:
+    """Write the rows of `out` `[G, C]`, and of its `argmax`, whose groups cross windows.
 
     Args:
         is_max: maxima, sums otherwise.
@@ -328,10 +328,10 @@ def combine(partials: Partials, out: Tensor, places: Tensor | None, is_max: bool
         combine_kernel,
         (ceil_div(num_windows, COMBINE_WINDOWS) * columns,),
         partials.values,
-        partials.places,
+        partials.argmax,
         partials.ids,
         out,
-        places,
+        argmax,
         num_windows,
         num_channels,
         IS_MAX=is_max,
@@ -345,15 +345,15 @@ def combine(partials: Partials, out: Tensor, places: Tensor | None, is_max: bool
     )
 
 
-def fill_empty(out: Tensor, places: Tensor | None, cu_segments: Tensor, fill: float) -> None:
-    """Write `fill`, and places 0, to the rows of `out` `[S, C]` whose segments are empty."""
+def fill_empty(out: Tensor, argmax: Tensor | None, cu_segments: Tensor, fill: float) -> None:
+    """Write `fill`, and argmax 0, to the rows of `out` `[S, C]` whose segments are empty."""
     num_segments, num_channels = out.shape
     block_s, block_c, num_warps = tile_blocks(num_segments, num_channels, out.element_size())
     launch(
         fill_empty_kernel,
         tile_grid(num_segments, num_channels, block_s, block_c),
         out,
-        places,
+        argmax,
         cu_segments,
         num_segments,
         num_channels,

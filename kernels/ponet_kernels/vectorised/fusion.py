@@ -23,7 +23,7 @@ def _factors(
 ) -> Tensor | None:
     """g' + S of each segment, dtype of `output`: `[S, C]`.
 
-    A segment lies in one sequence, so the sum costs a row a segment, not a row a token.
+    A segment lies in one sequence, so the sum costs a row per segment, not per token.
     """
     factors = maxima
     if factors is not None:

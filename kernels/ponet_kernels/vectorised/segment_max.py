@@ -13,7 +13,7 @@ def segment_max_fwd(
     x: Tensor,
     cu_segments: Tensor,
     token_segments: Tensor,
-    place_dtype: torch.dtype | None,
+    argmax_dtype: torch.dtype | None,
     has_empty: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As `Backend.segment_max_fwd`; exact for segments of up to 2**23 tokens."""
@@ -26,7 +26,7 @@ def segment_max_fwd(
         rows = x[part].contiguous()
         index = token_segments[part].unsqueeze(1).expand_as(rows)
         maxima.scatter_reduce_(0, index, rows, "amax")
-    if place_dtype is None:
+    if argmax_dtype is None:
         return maxima, None
     starts = cu_segments.long().index_select(0, token_segments)
     places = (torch.arange(len(x), device=x.device) - starts).float().unsqueeze(1)
@@ -38,13 +38,13 @@ def segment_max_fwd(
         torch.ne(x[part], values, out=ranks)
         ranks.mul_(_LOSER).add_(places[part])
         first.scatter_reduce_(0, segments.unsqueeze(1).expand_as(ranks), ranks, "amin")
-    # no token equals a maximum that is NaN, and an empty segment has no token: place 0 for both
-    return maxima, torch.where(first < _LOSER, first, 0.0).to(place_dtype)
+    # no token equals a maximum that is NaN, and an empty segment has no token: argmax 0 for both
+    return maxima, torch.where(first < _LOSER, first, 0.0).to(argmax_dtype)
 
 
 def segment_max_bwd(
     grad: Tensor,
-    places: Tensor,
+    argmax: Tensor,
     cu_segments: Tensor,
     token_segments: Tensor,
     out: Tensor,
@@ -53,8 +53,8 @@ def segment_max_bwd(
     out.zero_()
     if not len(out):
         return
-    # an empty segment has no place of its own; its zero is added to some token
+    # an empty segment has no token of its own; its zero is added to some token
     alive = (cu_segments.diff() > 0).unsqueeze(1)
-    tokens = places.long() + cu_segments[:-1].unsqueeze(1)
+    tokens = argmax.long() + cu_segments[:-1].unsqueeze(1)
     tokens = torch.where(alive, tokens, 0)
     out.scatter_add_(0, tokens, torch.where(alive, grad, 0.0).to(out.dtype))

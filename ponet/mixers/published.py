@@ -14,7 +14,7 @@ from ponet.packing import BatchLayout
 from ponet_kernels.layout import SEES_LEFT
 
 
-class EagerPoNetMixer(PoNetMixer):
+class PublishedPoNetMixer(PoNetMixer):
     """Eager PyTorch on rows `[B, N, C]`, made from the stream and turned back into it."""
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
@@ -76,4 +76,4 @@ def _refuse_gaps(layout: BatchLayout) -> None:
     sequences, special = layout.token_sequences, layout.special
     neighbours = (sequences[1:] == sequences[:-1]) & ~special[1:] & ~special[:-1]
     if (neighbours & ~sees_left).any():
-        raise ValueError("mixer ponet_eager: attention_mask has padding between real tokens")
+        raise ValueError("mixer ponet_published: attention_mask has padding between real tokens")
