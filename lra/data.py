@@ -69,7 +69,7 @@ class BatchOrder:
         return rng.permutation(np.concatenate(ordered).reshape(-1, self._batch_size))
 
 
-def batches_of_all(
+def whole_set_batches(
     split: Split, settings: ArenaSettings, purpose: int, *, limit: int | None
 ) -> list[np.ndarray]:
     """Batches that hold every example once, sorted by length; the last may be smaller.
@@ -84,7 +84,7 @@ def batches_of_all(
     return np.split(ordered, range(settings.batch_size, len(ordered), settings.batch_size))
 
 
-def collect(split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+def gather_examples(split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """Read examples `[B]` without padding, on the host.
 
     Returns:
@@ -102,7 +102,7 @@ def read_batch(
     split: Split, indices: np.ndarray, settings: ArenaSettings
 ) -> tuple[ModelInputs, Tensor]:
     """Examples in the form of the run's protocol, and their labels, all on the host."""
-    ids, lengths, labels = collect(split, indices)
+    ids, lengths, labels = gather_examples(split, indices)
     inputs = model_inputs(
         ids,
         lengths,
@@ -217,7 +217,7 @@ class Classification:
         count = settings.eval_batches
         if self._dev is None:
             limit = None if count is None else count * settings.batch_size
-            return batches_of_all(self._data.dev, settings, DEV, limit=limit)
+            return whole_set_batches(self._data.dev, settings, DEV, limit=limit)
         assert count is not None
         return [self._dev.indices(evaluation * count + i) for i in range(count)]
 
@@ -225,7 +225,7 @@ class Classification:
         """Examples of the test."""
         limit = self._settings.test_examples
         if self._test is None:
-            return batches_of_all(self._data.test, self._settings, TEST, limit=limit)
+            return whole_set_batches(self._data.test, self._settings, TEST, limit=limit)
         count = self._test.per_pass
         if limit is not None:
             count = min(count, max(1, limit // self._settings.batch_size))

@@ -27,44 +27,8 @@ _OPERATORS: dict[str, Callable[[list[int]], int]] = {
     # of an even number of digits the mean of the middle two, its integer part
     "[MED": lambda digits: int(median(digits)),
     "[SM": lambda digits: sum(digits) % 10,
-    # in files of the original ListOps only
-    "[FIRST": lambda digits: digits[0],
-    "[LAST": lambda digits: digits[-1],
 }
-_DRAWN = ("[MIN", "[MAX", "[MED", "[SM")
-_DIGITS = {str(digit): digit for digit in range(10)}
-
-
-def evaluate(tokens: Iterable[str]) -> int:
-    """Value of an expression, 0 to 9; parentheses among its tokens mean nothing.
-
-    Raises:
-        ValueError: a token is unknown, or the tokens are no expression.
-    """
-    # what was read of the operators that are open, the innermost last, below them the result
-    levels: list[list[int]] = [[]]
-    opened: list[str] = []
-    for number, token in enumerate(tokens):
-        if token in _DIGITS:
-            levels[-1].append(_DIGITS[token])
-        elif token in _OPERATORS:
-            opened.append(token)
-            levels.append([])
-        elif token == "]":
-            if not opened or not levels[-1]:
-                raise ValueError(f"token {number}: ']' closes no operator with arguments")
-            digits = levels.pop()
-            levels[-1].append(_OPERATORS[opened.pop()](digits))
-        elif token not in ("(", ")"):
-            raise ValueError(
-                f"token {number}: expected a digit, a bracket, a parenthesis or one of "
-                f"{' '.join(_OPERATORS)}, found {token!r}"
-            )
-    if opened or len(levels[0]) != 1:
-        raise ValueError(
-            f"expected one expression, found {len(levels[0])} and {len(opened)} open operators"
-        )
-    return levels[0][0]
+_DRAWN = tuple(_OPERATORS)
 
 
 class _TooLongError(Exception):

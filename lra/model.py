@@ -22,18 +22,16 @@ Linformer) count what is left, and so differ from a masked rectangle where black
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lra.tasks import ArenaTask
+from lra.tasks import ArenaTask, ProtocolName
 from ponet import PoNetConfig, PoNetModel
 from ponet.batch import HostBatch
 from ponet.packing import BatchLayout, TokenStream, layout_of, stream_of_rows
 from ponet_kernels import global_mean
-
-ProtocolName = Literal["published", "clean"]
 
 MIXERS_WITHOUT_MASK = ("fnet",)
 """They see whole rows."""

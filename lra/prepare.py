@@ -34,7 +34,15 @@ from tqdm import tqdm
 from lra import sources
 from lra.listops import distinct_trees, draw_trees
 from lra.pathfinder import SPECS, draw_images
-from lra.store import DATA_DIR, SPLITS, ArenaError, Example, load_task, read_manifest, write_task
+from lra.store import (
+    DATA_DIR,
+    SPLITS,
+    ArenaError,
+    Example,
+    load_arena_data,
+    read_manifest,
+    write_task,
+)
 from lra.tasks import TASKS, ArenaTask, tasks_named
 from ponet.run.log import set_up_logging
 
@@ -84,7 +92,7 @@ def prepare_task(
         workers: processes of the generators; as many as there are cores when None.
 
     Returns:
-        The folder for `lra.store.load_task`.
+        The folder for `lra.store.load_arena_data`.
 
     Raises:
         ArenaError: the source is missing or unfit, or the task was prepared otherwise before
@@ -227,7 +235,7 @@ def _map_in_pool(
 
 def _summary(name: str, folder: Path, *, verify: bool) -> dict[str, Any]:
     """What was prepared, for the last line; numbers other than the published are pointed out."""
-    data = load_task(name, folder, verify=verify)
+    data = load_arena_data(name, folder, verify=verify)
     if not data.is_whole:
         logger.warning(
             "%s has %d / %d / %d training, development and test examples, the published set "

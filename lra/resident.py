@@ -23,7 +23,7 @@ from ponet.packing import BatchLayout
 from ponet_kernels import token_marks
 
 # one looks at its layout, the other keeps the state of the random generator
-_NOT_CAPTURED = ("ponet_eager", "ponet_published", "attention_checkpointed")
+NOT_CAPTURED = ("ponet_eager", "ponet_published", "attention_checkpointed")
 # T is a multiple of it, which suits matrix products
 _TILE = 64
 
@@ -42,7 +42,7 @@ def obstacle(settings: ArenaSettings, data: ArenaData, device: torch.device) -> 
     """Why the steps of a run cannot be captured; None when they can."""
     if settings.protocol != "published":
         return f"shapes differ from step to step in the protocol {settings.protocol}"
-    if settings.model in _NOT_CAPTURED:
+    if settings.model in NOT_CAPTURED:
         return f"mixer {settings.model} reads from the device"
     if settings.compile:
         return "--compile was given"

@@ -36,7 +36,7 @@ from lra.resident import obstacle
 from lra.selfpretrain import MaskedPrediction, build_masked_lm
 from lra.settings import ArenaConfig, ArenaSettings, parse
 from lra.steps import PlainStep
-from lra.store import ArenaData, load_task
+from lra.store import ArenaData, load_arena_data
 from lra.tasks import tasks_named
 from ponet.checkpoint import write_bytes
 from ponet.run.device import device_name
@@ -68,7 +68,7 @@ class ArenaRun:
 
     def _load(self) -> ArenaData:
         settings = self.settings
-        return load_task(settings.task, self.data_folder, settings.protocol)
+        return load_arena_data(settings.task, self.data_folder, settings.protocol)
 
     def _identity(self, data: ArenaData) -> dict[str, Any]:
         return {"data": data.manifest["digest"], **asdict(self.settings)}
@@ -94,7 +94,10 @@ class ArenaRun:
         settings, device, data = self.settings, self.options.device, self._load()
         torch.manual_seed(settings.seed)
         model = LongRangeClassifier(settings.model_config(), data.task.num_inputs).to(device)
-        resident = self.captures and self._can_capture(data)
+        reason = obstacle(settings, data, device) if self.captures else None
+        if reason is not None:
+            logger.info("%s | steps are not captured: %s", self.name, reason)
+        resident = self.captures and reason is None
         classification = Classification(model, data, settings, device, resident=resident)
         RunFolder(self.folder).begin(
             self._identity(data),
@@ -138,12 +141,6 @@ class ArenaRun:
             "" if result["complete"] else ", not the complete published run",
         )
         return RunFolder(self.folder).finish(result)
-
-    def _can_capture(self, data: ArenaData) -> bool:
-        reason = obstacle(self.settings, data, self.options.device)
-        if reason is not None:
-            logger.info("%s | steps are not captured: %s", self.name, reason)
-        return reason is None
 
     def _pretrain(self, classifier: LongRangeClassifier, data: ArenaData) -> float:
         """Give the classifier a self-pretrained encoder; returns the seconds it took."""

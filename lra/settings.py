@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lra.model import ProtocolName, model_config
+from lra.model import model_config
 from lra.steps import OneCycle
 from lra.store import DATA_DIR
-from lra.tasks import TASKS, ArenaTask, tasks_named
+from lra.tasks import TASKS, ArenaTask, ProtocolName, tasks_named
 from ponet import PoNetConfig
 from ponet.mixers import MIXERS
 from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml
@@ -37,7 +37,9 @@ class SharedSettings:
     hidden_size: int = 64
     """Width of the hidden states."""
     num_hidden_layers: int = 2
+    """Encoder layers."""
     num_attention_heads: int = 2
+    """Heads, in mixers that have them."""
     intermediate_size: int = 128
     """Width inside the feed-forward sub-layer."""
     dropout: float = 0.1
@@ -111,19 +113,17 @@ class ArenaSettings(SharedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArenaConfig(SharedSettings):
-    """Settings of a command: a run for each task, model and seed.
-
-    Where the default is None, each task brings its published value.
-
-    Raises:
-        UsageError: values contradict each other.
-    """
+class ArenaGrid:
+    """What differs between the runs of a command; None: each task brings its published value."""
 
     task: tuple[str, ...] = ("listops",)
     """Tasks: listops, text, retrieval, image, pathfinder, pathx, or all (without pathx)."""
     model: tuple[str, ...] = ("ponet",)
     """Token mixers: ponet, attention, fnet, linear, linformer, nystromformer, ..."""
+    seeds: int = 1
+    """Runs of each task and model, with consecutive seeds."""
+    first_seed: int = 0
+    """Seed of the first run: of weights, order of examples and dropout."""
     steps: int | None = None
     """Training steps."""
     batch_size: int | None = None
@@ -134,10 +134,16 @@ class ArenaConfig(SharedSettings):
     """Steps between evaluations on the development set."""
     num_segments: int | None = None
     """PoNet's segments have model length // num_segments + 1 tokens."""
-    seeds: int = 1
-    """Runs of each task and model, with consecutive seeds."""
-    first_seed: int = 0
-    """Seed of the first run: of weights, order of examples and dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArenaConfig(SharedSettings, ArenaGrid):
+    """Settings of a command: a run for each task, model and seed.
+
+    Raises:
+        UsageError: values contradict each other.
+    """
+
     jobs: int = 1
     """Runs at a time, each in a process of its own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -13,11 +13,11 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lra.tasks import TASKS, ArenaTask
+from lra.tasks import TASKS, ArenaTask, ProtocolName
 from ponet.checkpoint import current_umask, write_json
 
 DATA_DIR = "data/lra"
@@ -27,10 +27,6 @@ FORMAT_VERSION = 1
 """Raise it when the files change, or when an encoding does."""
 
 MANIFEST = "manifest.json"
-
-Variant = Literal["published", "clean"]
-"""Whether model selection follows the publication or stays clear of test data. Only Text differs:
-its published development set is the test set, the clean one a tenth of the training set."""
 
 SPLITS = ("train", "dev", "test")
 
@@ -287,25 +283,22 @@ def draw_tenth(groups: np.ndarray, seed: int) -> np.ndarray:
     return chosen
 
 
-def load_task(
-    name: str, folder: str | Path, variant: Variant = "published", *, verify: bool = False
+def load_arena_data(
+    name: str, folder: str | Path, variant: ProtocolName = "published", *, verify: bool = False
 ) -> ArenaData:
     """Map a prepared task.
 
     Args:
         name: key in `lra.tasks.TASKS`.
         folder: as `write_task` or `lra.prepare.prepare_task` returned it.
-        variant: which development set.
+        variant: whether model selection follows the publication or stays clear of test data. Only
+            Text differs: its published development set is the test set, the clean one a tenth of
+            the training set.
         verify: compare checksums, which reads every byte; sizes are compared in any case.
 
     Raises:
         ArenaError: the folder is damaged, of another task or another version.
-        ValueError: there is no such task or variant.
     """
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
-    if variant not in get_args(Variant):
-        raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
     folder = Path(folder)
     manifest = read_manifest(name, folder)
     files = manifest["files"]

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+ProtocolName = Literal["published", "clean"]
+"""How examples reach the model (`lra.model`), and what a model is selected on (`lra.store`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaTask:

@@ -98,31 +98,6 @@ def test_listops_files_are_found_where_the_release_has_them(tmp_path, place):
     assert [row for row in plain(read_listops(tmp_path)) if row[1] == 4] == expected
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("[MIN 4 5 ]\t10", r"basic_train.tsv, line 3: expected a label from 0 to 9, found '10'"),
-        ("[MIN 4 5 ]", r"line 3: expected 2 columns \(Source, Target\), found 1"),
-        ("[AVG 4 5 ]\t4", r"line 3: token '\[AVG'"),
-        ("( )\t4", r"line 3: the expression is empty"),
-    ],
-)
-def test_listops_rows_that_are_none_are_named(tmp_path, row, message):
-    listops_release(tmp_path, ["7\t7", row])
-    with pytest.raises(ArenaError, match=message):
-        list(read_listops(tmp_path))
-
-
-def test_listops_without_header_or_file_is_refused(tmp_path):
-    with pytest.raises(ArenaError, match=r"expected basic_train.tsv or listops-1000"):
-        list(read_listops(tmp_path))
-    write(tmp_path / "basic_train.tsv", "4\t[MIN 4 5 ]\n")
-    with pytest.raises(ArenaError, match="line 1: expected the columns Source, Target, found"):
-        list(read_listops(tmp_path))
-    with pytest.raises(ArenaError, match="expected a folder; an archive must be unpacked first"):
-        list(read_listops(tmp_path / "basic_train.tsv"))
-
-
 def test_real_listops_survive_the_way_through_the_ids(tmp_path):
     with lzma.open(shared("listops/d20s_8k.tsv.xz"), "rt") as file:
         rows = [line.rstrip("\n").split("\t") for line in file]
@@ -182,32 +157,6 @@ def test_empty_reviews_are_skipped_and_named(acl_imdb):
     assert skipped == [f"{acl_imdb / 'train/neg/7_1.txt'}: empty text"]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "a", "label": 2}', "line 2: expected a label from 0 to 1, found '2'"),
-        ('{"text": "a"}', "line 2: expected an object with text, label"),
-        ('{"text": null, "label": 1}', "line 2: expected a string in text, found NoneType"),
-        ("text,label", "line 2: not JSON"),
-    ],
-)
-def test_reviews_that_are_none_are_named(tmp_path, line, message):
-    write(tmp_path / "train.jsonl", '{"text": "a", "label": 1}\n' + line)
-    with pytest.raises(ArenaError, match=f"train.jsonl, {message}"):
-        list(read_reviews(tmp_path, []))
-
-
-def test_damaged_files_are_named(tmp_path):
-    write(tmp_path / "train.jsonl.xz", b"not xz")
-    with pytest.raises(ArenaError, match=r"train\.jsonl\.xz: cannot be read"):
-        list(read_reviews(tmp_path, []))
-    with pytest.raises(ArenaError, match="expected a folder or a tar archive"):
-        list(read_reviews(tmp_path / "train.jsonl.xz", []))
-    archive = write(tmp_path / "other" / "aclImdb_v1.tar.gz", b"not a tar")
-    with pytest.raises(ArenaError, match=r"aclImdb_v1\.tar\.gz: not a readable archive"):
-        list(read_reviews(archive, []))
-
-
 def test_real_reviews():
     folder = shared("imdb")
     skipped = []
@@ -244,19 +193,6 @@ def test_pairs_of_the_release_are_unquoted_bytes(tmp_path, place):
     assert skipped[0].endswith("new_aan_pairs.train.tsv, line 3: empty text")
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (b"1\tA\tB\ttext\n", "line 1: expected 5 columns .*, found 4"),
-        (b"2\tA\tB\tx\ty\n", "line 1: expected a label from 0 to 1, found '2'"),
-    ],
-)
-def test_pairs_that_are_none_are_named(tmp_path, row, message):
-    pairs_release(tmp_path, [row])
-    with pytest.raises(ArenaError, match=rf"new_aan_pairs\.train\.tsv, {message}"):
-        list(read_pairs(tmp_path, [], seed=0))
-
-
 def collection(folder, **pairs):
     """Twenty papers, and pairs given as rows."""
     papers = [json.dumps({"id": f"P{n}", "text": f"paper {n}"}) for n in range(20)]
@@ -272,15 +208,6 @@ def test_a_collection_with_three_files_keeps_them(tmp_path):
     assert [(e.split, e.label) for e in examples] == [("train", 1), ("dev", 0), ("test", 1)]
     texts = [bytes((ids - 1).tolist()).decode() for ids in examples[1].inputs]
     assert texts == ["paper 3", "paper 4"]
-
-
-def test_a_collection_names_what_is_missing(tmp_path):
-    collection(tmp_path, train=["1\tP1\tP99"], val=["1\tP1\tP2"])
-    with pytest.raises(ArenaError, match=r"pairs\.train\.tsv, line 2: the paper 'P99' is not in"):
-        list(read_pairs(tmp_path, [], seed=0))
-    (tmp_path / "pairs.val.tsv").unlink()
-    with pytest.raises(ArenaError, match=r"expected pairs\.train\.tsv and pairs\.val\.tsv"):
-        list(read_pairs(tmp_path, [], seed=0))
 
 
 def test_real_pairs_divide_between_citing_papers():
@@ -334,24 +261,6 @@ def test_cifar_is_the_same_from_batches_images_archives_and_hub(tmp_path):
     for split in ("train", "test"):
         pack(tmp_path / "packed" / f"{split}.tar.gz", tmp_path / "png" / split)
     assert sorted(plain(read_cifar(tmp_path / "packed"))) == sorted(expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("train/unicorn/1.png", b"", "unknown class 'unicorn', expected airplane"),
-        ("train/cat/1.png", b"nothing", r"1\.png: not a readable image"),
-        ("train/cat/1.png", png(PIXELS[0])[:-400], r"1\.png: not a readable image"),
-        ("train/cat/1.png", png(PIXELS[0][:16]), r"1\.png: expected .* 32 x 32 .* found 32 x 16"),
-        ("data_batch_1", b"\x80\x02}", "a pickle, which could run code; take the binary version"),
-        ("test_batch.bin", b"\x01" * 3072, "expected records of 3073 bytes, found 3072"),
-        ("test_batch.bin", b"\x0a" * 3073, "expected labels from 0 to 9, found 10"),
-    ],
-)
-def test_bad_images_are_named(tmp_path, name, content, message):
-    write(tmp_path / name, content)
-    with pytest.raises(ArenaError, match=message):
-        list(read_cifar(tmp_path))
 
 
 def test_real_cifar():
@@ -415,18 +324,62 @@ def test_empty_image_files_are_skipped_and_named(tmp_path):
     assert skipped == [f"{empty}: empty file"]
 
 
-def test_pathfinder_metadata_that_do_not_fit_are_named(tmp_path):
-    hard = pathfinder_release(tmp_path, 20)
+READERS = {
+    "listops": read_listops,
+    "text": lambda source: read_reviews(source, []),
+    "retrieval": lambda source: read_pairs(source, [], 0),
+    "image": read_cifar,
+    "pathfinder": lambda source: read_pathfinder(TASKS["pathfinder"], source, [], 0),
+}
+LISTOPS, REVIEWS_FILE, PAIRS = "basic_train.tsv", "train.jsonl", "new_aan_pairs.train.tsv"
+HEADER, PAPERS = "Source\tTarget\n7\t7\n", {"papers.jsonl": '{"id": "P1", "text": "a"}'}
+REFUSED = [
+    (
+        "listops",
+        {LISTOPS: HEADER + "[MIN 4 5 ]\t10"},
+        "line 3: expected a label from 0 to 9, found",
+    ),
+    ("listops", {LISTOPS: HEADER + "[MIN 4 5 ]"}, r"line 3: expected 2 columns .*, found 1"),
+    ("listops", {LISTOPS: HEADER + "[AVG 4 5 ]\t4"}, r"line 3: token '\[AVG'"),
+    ("listops", {LISTOPS: HEADER + "( )\t4"}, r"train\.tsv, line 3: the expression is empty"),
+    ("listops", {LISTOPS: "4\t[MIN 4 5 ]"}, "line 1: expected the columns Source, Target, found"),
+    ("listops", {"other": ""}, r"expected basic_train.tsv or listops-1000"),
+    ("text", {REVIEWS_FILE: '{"text": "a", "label": 2}'}, "line 1: expected a label from 0 to 1"),
+    ("text", {REVIEWS_FILE: '{"text": "a"}'}, "line 1: expected an object with text, label"),
+    ("text", {REVIEWS_FILE: '{"text": null, "label": 1}'}, "expected a string in text, found None"),
+    ("text", {REVIEWS_FILE: "text,label"}, r"train\.jsonl, line 1: not JSON"),
+    ("text", {"train.jsonl.xz": b"not xz"}, r"train\.jsonl\.xz: cannot be read"),
+    ("text", {"aclImdb_v1.tar.gz": b"no tar"}, r"aclImdb_v1\.tar\.gz: not a readable archive"),
+    ("retrieval", {PAIRS: "1\tA\tB\ttext"}, r"train\.tsv, line 1: expected 5 columns .*, found 4"),
+    ("retrieval", {PAIRS: "2\tA\tB\tx\ty"}, "line 1: expected a label from 0 to 1, found '2'"),
+    ("retrieval", PAPERS, r"expected pairs\.train\.tsv and pairs\.val\.tsv"),
+    ("retrieval", PAPERS | {"pairs.train.tsv": "1\tP1\tP2"}, "expected the columns label, paper1"),
+    ("image", {"train/unicorn/1.png": b""}, "unknown class 'unicorn', expected airplane"),
+    ("image", {"train/cat/1.png": b"nothing"}, r"1\.png: not a readable image"),
+    ("image", {"train/cat/1.png": png(PIXELS[0])[:-400]}, r"1\.png: not a readable image"),
+    ("image", {"train/cat/1.png": png(PIXELS[0][:16])}, r"expected .* 32 x 32 .* found 32 x 16"),
+    ("image", {"data_batch_1": b"\x80\x02}"}, "a pickle, which could run code; take the binary"),
+    ("image", {"test_batch.bin": b"\x01" * 3072}, "expected records of 3073 bytes, found 3072"),
+    ("image", {"test_batch.bin": b"\x0a" * 3073}, "expected labels from 0 to 9, found 10"),
+    ("pathfinder", {"metadata/0.npy": "imgs/0 a.png 0 1"}, r"0\.npy, line 1: the image .* missing"),
+    (
+        "pathfinder",
+        {"metadata/0.npy": "imgs/0 a.png 0 yes"},
+        "line 1: expected folder, file, number",
+    ),
+    ("pathfinder", {"metadata/0.npy": b"\x93NUMPY"}, r"0\.npy: expected lines of text"),
+]
 
-    def read():
-        return list(read_pathfinder(TASKS["pathfinder"], tmp_path, [], 0))
 
-    (hard / "imgs/0/sample_3.png").unlink()
-    with pytest.raises(ArenaError, match=r"0\.npy, line 2: the image .*sample_3\.png is missing"):
-        read()
-    write(hard / "metadata/0.npy", "imgs/0 sample_0.png 0 yes\n")
-    with pytest.raises(ArenaError, match=r"0\.npy, line 1: expected folder, file, number, label"):
-        read()
-    write(hard / "metadata/0.npy", b"\x93NUMPY")
-    with pytest.raises(ArenaError, match=r"0\.npy: expected lines of text"):
-        read()
+@pytest.mark.parametrize(("task", "files", "message"), REFUSED)
+def test_files_that_are_none_of_the_task_are_named(tmp_path, task, files, message):
+    for name, content in files.items():
+        write(tmp_path / name, content)
+    with pytest.raises(ArenaError, match=message):
+        list(READERS[task](tmp_path))
+
+
+def test_papers_that_are_not_there_are_named(tmp_path):
+    collection(tmp_path, train=["1\tP1\tP99"], val=["1\tP1\tP2"])
+    with pytest.raises(ArenaError, match=r"pairs\.train\.tsv, line 2: the paper 'P99' is not in"):
+        list(read_pairs(tmp_path, [], seed=0))

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lra import listops
-from lra.listops import distinct_trees, draw_trees, evaluate
-from lra.pathfinder import SPECS, PaddlePath, Scene, disc, draw_images, draw_scene
+from lra.listops import distinct_trees, draw_trees
+from lra.pathfinder import SPECS, PaddlePath, Scene, draw_images, draw_scene
 from lra.prepare import generate
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -79,29 +78,6 @@ def _apply(function, argument):
     }[name]()
 
 
-def test_known_expressions():
-    assert evaluate("[MAX 2 9 [MIN 4 7 ] 0 ]".split()) == 9
-    assert evaluate("( ( ( [SM 7 ) ( ( ( [MED 3 ) 8 ) ] ) ) ] )".split()) == 2
-    assert evaluate(["4"]) == 4
-    assert by_pairs("( ( ( [SM 7 ) ( ( ( [MED 3 ) 8 ) ] ) ) ] )") == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[MIN 3 four ]", "token 2: expected a digit.*found 'four'"),
-        ("[MIN 3 4", "1 open operators"),
-        ("3 4", "expected one expression, found 2"),
-        ("[MAX ]", "token 1: ']' closes no operator with arguments"),
-        ("3 ]", "token 1: ']' closes no operator"),
-        ("", "expected one expression, found 0"),
-    ],
-)
-def test_what_is_no_expression_is_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        evaluate(text.split())
-
-
 @pytest.mark.parametrize("name", ROWS_OF_NANGIA_AND_BOWMAN)
 def test_published_files_evaluate_to_their_labels(name):
     path = SHARED / "listops" / f"{name}.tsv.xz"
@@ -110,12 +86,12 @@ def test_published_files_evaluate_to_their_labels(name):
     with lzma.open(path, "rt", encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file]
     assert len(rows) == ROWS_OF_NANGIA_AND_BOWMAN[name]
-    wrong = [row for row in rows if evaluate(row[1].split()) != int(row[0])]
+    wrong = [row for row in rows if by_pairs(row[1]) != int(row[0])]
     assert not wrong
 
 
 def test_labels_agree_with_a_second_evaluator(trees):
-    assert all(by_pairs(text) == label == evaluate(text.split()) for label, text in trees[:1500])
+    assert all(by_pairs(text) == label for label, text in trees[:1500])
 
 
 def test_lengths_and_labels_follow_the_law(trees):
@@ -151,16 +127,6 @@ def test_operators_arguments_and_depth_are_as_published(trees):
     assert set(arguments) == set(range(2, 11))
     # digits stand one level below the deepest operator, at most on level 10
     assert max(depths) == 9
-
-
-def test_share_of_accepted_trees():
-    rng, accepted, drawn = random.Random(3), 0, 6_000
-    for _ in range(drawn):
-        try:
-            accepted += 500 < listops._Tree(rng).length < 2000
-        except listops._TooLongError:
-            continue
-    assert accepted / drawn == pytest.approx(0.082, abs=0.012)
 
 
 def test_repeated_trees_are_dropped():
@@ -279,27 +245,7 @@ def test_images_show_paths_and_discs_from_black_to_white(scenes: list[Scene]):
         assert image[far].max(initial=0) < 12
 
 
-def test_distractors_of_32_pixels_are_brighter_than_targets_as_published():
-    scene = draw_scene(SPECS[32], random.Random(2))
-    image = scene.render().astype(float)
-    targets = image[covered(scene, scene.targets)].max()
-    plain = dataclasses.replace(scene, distractors=()).render()
-    assert scene.distractors
-    assert image[covered(scene, scene.distractors)].max() >= targets
-    assert not np.array_equal(plain, image)
-
-
 def test_labels_are_balanced():
     labels = [draw_scene(SPECS[32], rng).label for rng in [random.Random(4)] for _ in range(1500)]
     # three standard deviations of 1,500 throws
     assert np.mean(labels) == pytest.approx(0.5, abs=0.039)
-
-
-def test_disc_covers_its_pixels_and_is_symmetric():
-    for radius in (1.5, 2.5, 5.0):
-        shape = disc(radius)
-        # drawn on whole sub-pixels, which adds up to a quarter of a pixel to the radius
-        assert np.pi * radius**2 < shape.sum() < np.pi * (radius + 0.25) ** 2
-        assert np.allclose(shape, shape[::-1], atol=0.02)
-        # Pillow scales rows, rounds, then scales columns
-        assert np.allclose(shape, shape.T, atol=0.1)

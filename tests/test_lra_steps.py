@@ -14,7 +14,14 @@ from torch.nn import functional as F
 
 from lra.data import Classification
 from lra.model import LongRangeClassifier, ModelInputs, model_config, model_inputs
-from lra.resident import BatchShape, ResidentExamples, obstacle, resident_inputs, resident_stream
+from lra.resident import (
+    NOT_CAPTURED,
+    BatchShape,
+    ResidentExamples,
+    obstacle,
+    resident_inputs,
+    resident_stream,
+)
 from lra.selfpretrain import MaskedPrediction, build_masked_lm
 from lra.settings import ArenaConfig, ArenaSettings
 from lra.steps import CapturedStep, FlatAdamW, OneCycle, PlainStep, Replay
@@ -72,7 +79,7 @@ def test_operators_are_looked_into(backend):
     assert ("triton" in backend) == (not found)
 
 
-CAPTURED = [mixer for mixer in MIXERS if mixer not in ("ponet_eager", "attention_checkpointed")]
+CAPTURED = [mixer for mixer in MIXERS if mixer not in NOT_CAPTURED]
 SMALL = dataclasses.replace(TASKS["image"], seq_len=32, max_tokens=32, num_segments=5)
 TOKENS = dataclasses.replace(TASKS["text"], seq_len=32, max_tokens=32, num_segments=16)
 
@@ -306,7 +313,7 @@ def test_a_captured_step_never_waits(small, monkeypatch, mixer):
 @pytest.mark.parametrize("protocol", ["published", "clean"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_step_on_a_batch_from_the_host_never_waits(small, monkeypatch, mixer, protocol):
-    if mixer == "ponet_eager":
+    if mixer in ("ponet_eager", "ponet_published"):
         pytest.skip("the readable form of PoNet looks at its layout")
     classification = classification_of(mixer, protocol, resident=False)
     step = classification.training_step(0)

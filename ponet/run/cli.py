@@ -24,7 +24,7 @@ class UsageError(ValueError):
 def field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass and of those it inherits from, on one line."""
     docs = {}
-    for owner in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+    for owner in [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]:
         (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(body, ast.ClassDef)
         for field, text in zip(body.body, body.body[1:], strict=False):
