@@ -170,7 +170,7 @@ def write_task(
             raise
         # errors of writing name no file
         free = shutil.disk_usage(folder.parent).free // 2**20
-        message = f"cannot be written ({free} MiB free): {error.strerror}"
+        message = f"cannot be written ({free} MiB free): {error.strerror or error}"
         raise OSError(error.errno, message, str(folder)) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -181,12 +181,44 @@ def _write_arrays(
     folder: Path, task: ArenaTask, examples: Iterable[Example], source: str, seed: int
 ) -> dict[str, Any]:
     """Write all but the manifest; returns its entries on tokens, variants and files."""
+    raw = folder / "ids.raw"
+    arrays, rows = _write_raw(raw, task, examples)
+    variants, of_splits = _divide(task, rows, arrays[_LABELS], source, seed)
+    arrays = {_IDS: np.memmap(raw, _dtype(task), "r"), **arrays, **of_splits}
+    files = {}
+    for name, array in arrays.items():
+        np.save(folder / name, array, allow_pickle=False)
+        size = (folder / name).stat().st_size
+        files[name] = {"bytes": size, "crc32": _checksum(array)}
+    raw.unlink()
+    lengths = np.diff(arrays[_OFFSETS])[arrays[_INPUTS]]
+    return {
+        "dtype": _dtype(task).name,
+        "sequences": len(arrays[_OFFSETS]) - 1,
+        "tokens": len(arrays[_IDS]),
+        "variants": {
+            variant: {split: _describe(name, arrays, lengths, task) for split, name in of.items()}
+            for variant, of in variants.items()
+        },
+        "files": files,
+    }
+
+
+def _dtype(task: ArenaTask) -> np.dtype:
     # bytes are stored as 1..256, all other ids fit eight bits
-    dtype = np.dtype(np.uint16 if task.kind == "tokens" and task.vocab_size > 256 else np.uint8)
+    return np.dtype(np.uint16 if task.kind == "tokens" and task.vocab_size > 256 else np.uint8)
+
+
+def _write_raw(
+    raw: Path, task: ArenaTask, examples: Iterable[Example]
+) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+    """Write ids without a header; returns the arrays beside them, and the rows of each split.
+
+    Equal sequences are stored once: documents of Retrieval stand in many pairs.
+    """
     numbers: dict[bytes, int] = {}
     offsets, inputs, labels = [0], [], []
     rows: dict[str, list[int]] = {split: [] for split in SPLITS}
-    raw = folder / "ids.raw"
     with raw.open("wb") as file:
         for example in examples:
             assert 0 <= example.label < task.num_classes, example.label
@@ -196,8 +228,7 @@ def _write_arrays(
             inputs.append([])
             for ids in example.inputs:
                 assert 0 < len(ids) <= task.max_tokens, len(ids)
-                content = ids.astype(dtype).tobytes()
-                # equal sequences are stored once: documents of Retrieval stand in many pairs
+                content = ids.astype(_dtype(task)).tobytes()
                 digest = hashlib.blake2b(content, digest_size=16).digest()
                 number = numbers.setdefault(digest, len(numbers))
                 if number == len(offsets) - 1:
@@ -209,25 +240,7 @@ def _write_arrays(
         _INPUTS: np.array(inputs, np.int64),
         _LABELS: np.array(labels, np.uint8),
     }
-    splits_of, of_rows = _divide(task, rows, arrays[_LABELS], source, seed)
-    arrays = {_IDS: np.memmap(raw, dtype, "r"), **arrays, **of_rows}
-    files = {}
-    for name, array in arrays.items():
-        np.save(folder / name, array, allow_pickle=False)
-        size = (folder / name).stat().st_size
-        files[name] = {"bytes": size, "crc32": _checksum(array)}
-    raw.unlink()
-    lengths = np.diff(arrays[_OFFSETS])[arrays[_INPUTS]]
-    return {
-        "dtype": dtype.name,
-        "sequences": len(numbers),
-        "tokens": offsets[-1],
-        "variants": {
-            variant: {split: _describe(name, arrays, lengths, task) for split, name in of.items()}
-            for variant, of in splits_of.items()
-        },
-        "files": files,
-    }
+    return arrays, rows
 
 
 def _describe(
