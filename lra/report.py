@@ -172,14 +172,8 @@ def _published_row(published: dict[str, Any], tasks: list[str]) -> list[str]:
         for task in tasks
     ]
     row = [f"{published['title']}, {published['source']}", *cells]
-    row.append(figure_text(published_average(published)))
+    row.append(figure_text(published["average"]))
     return [f"*{text}*" if text else "" for text in row]
-
-
-def published_average(published: dict[str, Any]) -> float | None:
-    """Over the five tasks, in percent; None when the model did not learn one."""
-    known = [value for value in published["accuracy"].values() if value is not None]
-    return sum(known) / len(known) if len(known) == len(COMPARED) else None
 
 
 def _incomplete_table(incomplete: Table) -> str:

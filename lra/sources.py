@@ -10,7 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,6 +41,9 @@ _METADATA = "curv_contour_length_14/metadata"
 # the archive of the release unpacks to a folder in a folder of the same name
 _RELEASE = (".", "lra_release", "lra_release/lra_release")
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError)
+
+# place for messages, match of the name, content of a file
+_Member = tuple[str, re.Match[str], bytes]
 
 logger = logging.getLogger(__name__)
 
@@ -394,15 +397,6 @@ def _records(path: Path, *fields: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, record
 
 
-class _Member(NamedTuple):
-    """A file in a folder or an archive."""
-
-    where: str
-    match: re.Match[str]
-    """Of its name."""
-    content: bytes
-
-
 def _members(source: Path, pattern: str) -> Iterator[_Member]:
     """Files whose names match, `/` between folders: of an archive, a folder of files, or a folder
     that holds archives, which are read.
@@ -419,7 +413,7 @@ def _members(source: Path, pattern: str) -> Iterator[_Member]:
         paths = ((path, path.relative_to(source).as_posix()) for path in source.rglob("*"))
         matches = ((path, wanted.search(name)) for path, name in paths)
         for path, match in sorted((path, match) for path, match in matches if match):
-            yield _Member(str(path), match, path.read_bytes())
+            yield str(path), match, path.read_bytes()
 
 
 def _is_archive(path: Path) -> bool:
@@ -433,7 +427,7 @@ def _archive_members(archive: Path, wanted: re.Pattern[str]) -> Iterator[_Member
                 match = wanted.search(entry.name)
                 file = tar.extractfile(entry) if match and entry.isfile() else None
                 if match and file:
-                    yield _Member(f"{archive}: {entry.name}", match, file.read())
+                    yield f"{archive}: {entry.name}", match, file.read()
     except _DAMAGE as error:
         raise ArenaError(f"{archive}: not a readable archive ({error})") from error
 
