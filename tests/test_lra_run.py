@@ -231,12 +231,20 @@ def test_a_run_on_other_data_is_refused(tiny, capsys):
     assert "(data '" in found["log"]
 
 
-def test_a_damaged_checkpoint_is_named(tiny, capsys):
+def checkpoint_of_another_model(path: Path) -> None:
+    state = {"progress": {}, "model": {"x": torch.zeros(1)}}
+    torch.save(state | {"optimizer": {}, "scaler": {}, "best": None}, path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(b"nothing"), checkpoint_of_another_model]
+)
+def test_a_damaged_checkpoint_is_named(tiny, capsys, damage):
     flags = ["--task", "listops", *TINY]
     run(capsys, *flags)
     folder = tiny / "runs" / "published" / "listops-ponet-seed0"
     (folder / "result.json").unlink()
-    (folder / "checkpoint.pt").write_bytes(b"nothing")
+    damage(folder / "checkpoint.pt")
     found = run(capsys, *flags, "--model", "ponet", "attention")
     assert found["status"] == 1
     assert "checkpoint.pt: damaged or not a checkpoint" in found["failures"][0]
