@@ -53,10 +53,10 @@ class BatchOrder:
 
     def indices(self, number: int) -> np.ndarray:
         """Examples of a batch, counted from 0: `[batch_size]`."""
-        turn, place = divmod(number, self.per_pass)
+        turn, index = divmod(number, self.per_pass)
         if turn != self._pass:
             self._pass, self._batches = turn, self._arrange(turn)
-        return self._batches[place]
+        return self._batches[index]
 
     def _arrange(self, turn: int) -> np.ndarray:
         rng = np.random.default_rng((*self._key, turn))
@@ -196,8 +196,8 @@ class Classification:
 
     def _read(self, split: Split, indices: np.ndarray) -> tuple[ModelInputs, Tensor]:
         inputs, labels = read_batch(split, indices, self._settings)
-        inputs, beside = inputs.to(self._device, {"labels": labels})
-        return inputs, beside["labels"]
+        inputs, others = inputs.to(self._device, {"labels": labels})
+        return inputs, others["labels"]
 
     def _take(self, split: Split, indices: Tensor) -> tuple[ModelInputs, Tensor]:
         assert self._resident is not None

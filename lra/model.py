@@ -52,17 +52,17 @@ class ModelInputs:
     counted: Tensor | None
     """`[T]` bool, the tokens whose states count; None: all."""
     scale: Tensor
-    """`[S]`, by which the mean over what the encoder saw is multiplied."""
+    """`[R]`, per sequence: the mean over what the encoder saw is multiplied by it."""
 
     def to(
-        self, device: torch.device, beside: Mapping[str, Tensor]
+        self, device: torch.device, others: Mapping[str, Tensor]
     ) -> "tuple[ModelInputs, dict[str, Tensor]]":
         """Move from the host, with others of the batch, by one copy that nothing waits for."""
         names = ("input_ids", "position_ids", "counted", "scale")
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        moved = HostBatch({**own, **beside}, self.layout).to(device)
-        others = {name: moved.pop(name) for name in beside}
-        return replace(self, **moved), others
+        moved = HostBatch({**own, **others}, self.layout).to(device)
+        moved_others = {name: moved.pop(name) for name in others}
+        return replace(self, **moved), moved_others
 
 
 def segment_columns(task: ArenaTask, num_segments: int) -> int:
@@ -83,7 +83,7 @@ def model_inputs(
 
     Args:
         ids: `[T]` int64, all sequences end to end.
-        lengths: `[S]` int64, tokens of each.
+        lengths: `[R]` int64, tokens of each.
         protocol: see the module.
         task: decides the length of rows.
         mixer: key of `ponet.mixers.MIXERS`.

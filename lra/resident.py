@@ -1,6 +1,6 @@
 """The published protocol in fixed shapes, on data that lie on the device: what a capture needs.
 
-The real tokens of a batch of S rows of N columns are a stream, as ever. So that every batch has the
+The real tokens of a batch of R rows of N columns are a stream, as ever. So that every batch has the
 same number T of tokens, the most that any has, "ghosts" follow: tokens of id 0 in G sequences of
 their own, each of at most N tokens and one segment. A real sequence has one segment for each chunk
 of columns, which may be empty. Ghosts are computed for nothing: what comes out of them is not used,
@@ -107,7 +107,7 @@ def resident_inputs(
     """What `lra.model.model_inputs` makes for the published protocol, in fixed shapes.
 
     Args:
-        rows: `[S, N]` int64, zero at what is absent; nothing is read from its device.
+        rows: `[R, N]` int64, zero at what is absent; nothing is read from its device.
         shape: of the batches that this is one of.
         task, mixer, num_segments: as there.
     """
@@ -116,8 +116,8 @@ def resident_inputs(
     mixes = mixer in MIXERS_WITHOUT_MASK
     real = rows != 0
     seen = (torch.ones_like(real) if mixes else real).flatten()
-    passed = seen.cumsum(0)  # [S N], seen tokens up to and with the place
-    # the place in the rows of each token of the stream; S N for ghosts, as if in one more row
+    passed = seen.cumsum(0)  # [R N], seen tokens up to and with the place
+    # the place in the rows of each token of the stream; R N for ghosts, as if in one more row
     slots = (passed - 1).masked_fill(~seen, shape.num_tokens)
     places = torch.arange(len(seen), device=rows.device)
     order = places.new_full((shape.num_tokens + 1,), len(seen)).scatter(0, slots, places)[:-1]
@@ -141,8 +141,8 @@ def _layout(
     """The layout of a stream.
 
     Args:
-        order: `[T]`, the place of each token among the S N, ascending; S N for ghosts.
-        before: `[S, N]`, real tokens before each place.
+        order: `[T]`, the place of each token among the R N, ascending; R N for ghosts.
+        before: `[R, N]`, real tokens before each place.
         total: `[1]`, real tokens.
         shape: of the batch.
         size: columns of a segment.

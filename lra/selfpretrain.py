@@ -84,10 +84,10 @@ class MaskedPrediction:
         hidden, places, labels = hide_tokens(
             inputs, self._data.task, torch.Generator().manual_seed(seed)
         )
-        inputs, beside = replace(inputs, input_ids=hidden).to(
+        inputs, others = replace(inputs, input_ids=hidden).to(
             self._device, {"labels": labels, "label_positions": places}
         )
-        return beside | {
+        return others | {
             "input_ids": inputs.input_ids,
             "position_ids": inputs.position_ids,
             "layout": inputs.layout,
