@@ -8,13 +8,9 @@ repeated trees are dropped.
 """
 
 import hashlib
-import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from statistics import median
-
-from lra.chunks import chunk_random, map_chunks
 
 MAX_DEPTH = 10
 """Depth of the deepest digits; the root has depth 1."""
@@ -31,51 +27,8 @@ _OPERATORS: dict[str, Callable[[list[int]], int]] = {
     # of an even number of digits the mean of the middle two, its integer part
     "[MED": lambda digits: int(median(digits)),
     "[SM": lambda digits: sum(digits) % 10,
-    # in files of the original ListOps only
-    "[FIRST": lambda digits: digits[0],
-    "[LAST": lambda digits: digits[-1],
 }
-_DRAWN = ("[MIN", "[MAX", "[MED", "[SM")
-_DIGITS = {str(digit): digit for digit in range(10)}
-_TREES_PER_CHUNK = 100
-
-
-def evaluate(tokens: Iterable[str]) -> int:
-    """Value of an expression.
-
-    Args:
-        tokens: operators, digits and brackets; parentheses may stand among them and mean nothing.
-
-    Returns:
-        A digit, 0 to 9.
-
-    Raises:
-        ValueError: a token is unknown, or the tokens are no expression.
-    """
-    # what was read of the operators that are open, the innermost last, below them the result
-    levels: list[list[int]] = [[]]
-    opened: list[str] = []
-    for number, token in enumerate(tokens):
-        if token in _DIGITS:
-            levels[-1].append(_DIGITS[token])
-        elif token in _OPERATORS:
-            opened.append(token)
-            levels.append([])
-        elif token == "]":
-            if not opened or not levels[-1]:
-                raise ValueError(f"token {number}: ']' closes no operator with arguments")
-            digits = levels.pop()
-            levels[-1].append(_OPERATORS[opened.pop()](digits))
-        elif token not in ("(", ")"):
-            raise ValueError(
-                f"token {number}: expected a digit, a bracket, a parenthesis or one of "
-                f"{' '.join(_OPERATORS)}, found {token!r}"
-            )
-    if opened or len(levels[0]) != 1:
-        raise ValueError(
-            f"expected one expression, found {len(levels[0])} and {len(opened)} open operators"
-        )
-    return levels[0][0]
+_DRAWN = tuple(_OPERATORS)
 
 
 class _TooLongError(Exception):
@@ -86,11 +39,7 @@ class _Tree:
     """One random tree, drawn as it is written."""
 
     def __init__(self, rng: random.Random) -> None:
-        """Draw a tree.
-
-        Raises:
-            _TooLongError: it is too long to be kept.
-        """
+        """Draw a tree; raises `_TooLongError` if it is too long to be kept."""
         self._random = rng.random
         self.text: list[str] = []
         self.length = 0
@@ -130,30 +79,17 @@ def _draw_tree(rng: random.Random) -> tuple[int, str]:
             return tree.value, " ".join(tree.text)
 
 
-def _make_chunk(seed: int, chunk: int) -> list[tuple[int, str]]:
-    rng = chunk_random(seed, chunk)
-    return [_draw_tree(rng) for _ in range(_TREES_PER_CHUNK)]
+def draw_trees(count: int, rng: random.Random) -> list[tuple[int, str]]:
+    """Random trees: labels, 0 to 9, and expressions in the form of the published files."""
+    return [_draw_tree(rng) for _ in range(count)]
 
 
-def generate_chunks(num: int, *, seed: int, workers: int = 1) -> Iterator[list[tuple[int, str]]]:
-    """Random trees, none of them twice.
-
-    Args:
-        num: trees in all.
-        seed: at least 0; the trees depend on it alone.
-        workers: processes.
-
-    Returns:
-        Lists of labels, 0 to 9, and expressions in the form of the published files.
-    """
+def distinct_trees(trees: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Trees without those that were there before."""
     # digests, because the expressions of the published numbers are half a gigabyte
     seen: set[bytes] = set()
-    chunks = map_chunks(partial(_make_chunk, seed), itertools.count(), workers=workers)
-    while len(seen) < num:
-        fresh = []
-        for label, source in next(chunks):
-            digest = hashlib.blake2b(source.encode(), digest_size=16).digest()
-            if digest not in seen and len(seen) < num:
-                seen.add(digest)
-                fresh.append((label, source))
-        yield fresh
+    for label, source in trees:
+        digest = hashlib.blake2b(source.encode(), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield label, source

@@ -6,36 +6,48 @@ comparison, without Path-X, whose 200,000 images take hours to generate. What is
 kept. The last line of stdout is one JSON document.
 """
 
+import sys
+from pathlib import Path
+
+# the checkout first, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import argparse
+import itertools
 import json
 import logging
 import os
+import random
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from lra.cache import SPLITS, load_task, read_manifest, write_task
-from lra.encoding import encode_listops
-from lra.examples import DataError, Example
-from lra.files import load_hub
-from lra.image_sources import cifar_of, read_cifar, read_pathfinder
-from lra.listops import generate_chunks as generate_expressions
-from lra.pathfinder import generate_chunks as generate_images
-from lra.pathfinder import pathfinder_spec
-from lra.tasks import COMPARED, TASKS, Task
-from lra.text_sources import read_listops, read_pairs, read_reviews, reviews_of
+from lra import sources
+from lra.listops import distinct_trees, draw_trees
+from lra.pathfinder import SPECS, draw_images
+from lra.store import (
+    DATA_DIR,
+    SPLITS,
+    ArenaError,
+    Example,
+    load_arena_data,
+    read_manifest,
+    write_task,
+)
+from lra.tasks import TASKS, ArenaTask, tasks_named
 from ponet.run.log import set_up_logging
 
-DATA_DIR = "data/lra"
-"""Where prepared tasks are kept, below the current folder."""
-
-GENERATED = ("listops", "pathfinder", "pathx")
-"""Tasks that need no source."""
+Drawn = list[tuple[int, Any]]
+"""Labels and what they belong to."""
 
 _RELEASE = "the unpacked release of Long Range Arena (lra_release)"
 _SOURCES = {
@@ -44,12 +56,15 @@ _SOURCES = {
     "test*.jsonl whose lines have text and label (1 positive)",
     "retrieval": f"{_RELEASE}, a folder with new_aan_pairs.{{train,eval,test}}.tsv, or one with "
     "papers.jsonl (id, text) and pairs.{train,val,test}.tsv (label, paper1, paper2)",
-    "image": "cifar-10-python.tar.gz or its folder, or images as train/CLASS/*.png and "
+    "image": "cifar-10-binary.tar.gz or its folder, or images as train/CLASS/*.png and "
     "test/CLASS/*.png in a folder or in tar archives",
     "pathfinder": f"{_RELEASE}, or its folder pathfinder32",
     "pathx": f"{_RELEASE}, or its folder pathfinder128",
 }
 _HUB = {"text": "stanfordnlp/imdb", "image": "uoft-cs/cifar10"}
+_CHUNK = 100
+# chunks begun before their turn, for each process: enough that none waits for the consumer
+_AHEAD = 4
 
 # as a script this module has another name
 logger = logging.getLogger("lra.prepare")
@@ -72,64 +87,67 @@ def prepare_task(
         source: files to read; the folder `raw/<name>` in `data_dir` if there is one, otherwise the
             generator or the hub when None.
         num_examples: examples to generate, divided into 80, 10 and 10 per cent; the published
-            numbers when None.
+            numbers when None. Tasks that are not generated are read whole.
         seed: of generators and of splits that are drawn; 0 when None.
         workers: processes of the generators; as many as there are cores when None.
 
     Returns:
-        The folder for `lra.cache.load_task`.
+        The folder for `lra.store.load_arena_data`.
 
     Raises:
-        DataError: the source is missing or unfit, or the task was prepared otherwise before than
-            asked for now.
+        ArenaError: the source is missing or unfit, or the task was prepared otherwise before
+            than asked for now.
         OSError: the disk is full or cannot be written.
     """
     if name not in TASKS:
-        raise DataError(f"--task: expected one of {', '.join(TASKS)}, found {name!r}")
-    data_dir = Path(data_dir)
+        raise ArenaError(f"--task: expected one of {', '.join(TASKS)}, found {name!r}")
+    task, data_dir = TASKS[name], Path(data_dir)
     raw = data_dir / "raw" / name
     found = Path(source) if source else raw if raw.exists() else None
     if found and not found.exists():
-        raise DataError(f"--source {found}: not found; expected {_SOURCES[name]}")
-    if num_examples is not None and (found or name not in GENERATED):
-        raise DataError(f"--num-examples: {name} is not generated but read whole from its source")
+        raise ArenaError(f"--source {found}: not found; expected {_SOURCES[name]}")
+    if num_examples is not None and (found or not task.is_generated):
+        logger.warning("%s is read whole: --num-examples is for generated tasks", name)
+        num_examples = None
     origin = str(found.resolve()) if found else None
     wanted = {"source": source and origin, "num_examples": num_examples, "seed": seed}
     folder = data_dir / name
     data_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(data_dir / f".{name}.lock"):
         if folder.exists():
-            _check_same(name, folder, {key: x for key, x in wanted.items() if x is not None})
+            _check_same(name, folder, wanted)
             return folder
         # left by a process that was killed while it held the lock
         for stale in data_dir.glob(f".{name}-*"):
             shutil.rmtree(stale)
         settings = {"source": origin, "num_examples": num_examples, "seed": seed or 0}
-        return _prepare(TASKS[name], folder, settings, workers or len(os.sched_getaffinity(0)))
+        return _prepare(task, folder, settings, workers or len(os.sched_getaffinity(0)))
 
 
 def _check_same(name: str, folder: Path, wanted: dict[str, Any]) -> None:
-    """Refuse a prepared task that is not the one asked for."""
+    """Refuse a prepared task that is not the one asked for, as far as anything was asked."""
     settings = read_manifest(name, folder)["settings"]
     for key, value in wanted.items():
-        if settings.get(key) != value:
-            raise DataError(
+        if value is not None and settings.get(key) != value:
+            raise ArenaError(
                 f"{folder}: was prepared with {key} {settings.get(key)}, asked for {value}; delete "
                 "the folder or give another --data-dir"
             )
 
 
-def _prepare(task: Task, folder: Path, settings: dict[str, Any], workers: int) -> Path:
+def _prepare(task: ArenaTask, folder: Path, settings: dict[str, Any], workers: int) -> Path:
     skipped: list[str] = []
     origin, seed = settings["source"], settings["seed"]
+    place = folder.parent / "raw" / task.name
+    advice = f"give --source PATH, or put at {place}: {_SOURCES[task.name]}"
     if origin:
         described, examples = origin, _read(task, Path(origin), skipped, seed)
-    elif task.name in GENERATED:
+    elif task.is_generated:
         described, examples = "generated", _generate(task, settings, workers)
     elif task.name in _HUB:
-        described, examples = f"hub: {_HUB[task.name]}", _from_hub(task, folder, skipped)
+        described, examples = f"hub: {_HUB[task.name]}", _from_hub(task, advice, skipped)
     else:
-        raise DataError(f"no source of {task.name} was given; {_advice(task, folder)}")
+        raise ArenaError(f"no source of {task.name} was given; {advice}")
     logger.info("preparing %s (%s)", task.name, described)
     bar = tqdm(
         examples,
@@ -147,74 +165,89 @@ def _prepare(task: Task, folder: Path, settings: dict[str, Any], workers: int) -
     return folder
 
 
-def _advice(task: Task, folder: Path) -> str:
-    place = folder.parent / "raw" / task.name
-    return f"give --source PATH, or put at {place}: {_SOURCES[task.name]}"
-
-
-def _read(task: Task, source: Path, skipped: list[str], seed: int) -> Iterator[Example]:
+def _read(task: ArenaTask, source: Path, skipped: list[str], seed: int) -> Iterator[Example]:
     """Examples from files."""
     match task.name:
         case "listops":
-            return read_listops(source)
+            return sources.read_listops(source)
         case "text":
-            return read_reviews(source, skipped)
+            return sources.read_reviews(source, skipped)
         case "retrieval":
-            return read_pairs(source, skipped, seed)
+            return sources.read_pairs(source, skipped, seed)
         case "image":
-            return read_cifar(source)
+            return sources.read_cifar(source)
         case _:
-            return read_pathfinder(task, source, skipped, seed)
+            return sources.read_pathfinder(task, source, skipped, seed)
 
 
-def _from_hub(task: Task, folder: Path, skipped: list[str]) -> Iterator[Example]:
-    dataset = load_hub(_HUB[task.name], _advice(task, folder))
-    return reviews_of(dataset, skipped) if task.name == "text" else cifar_of(dataset)
+def _from_hub(task: ArenaTask, advice: str, skipped: list[str]) -> Iterator[Example]:
+    dataset = sources.load_hub(_HUB[task.name], advice)
+    if task.name == "text":
+        yield from sources.reviews_of_hub(dataset, skipped)
+    else:
+        yield from sources.cifar_of_hub(dataset)
 
 
-def _generate(task: Task, settings: dict[str, Any], workers: int) -> Iterator[Example]:
+def _generate(task: ArenaTask, settings: dict[str, Any], workers: int) -> Iterator[Example]:
     """Random examples; they are independent, so the splits follow one another."""
-    num = settings["num_examples"]
+    num, seed = settings["num_examples"], settings["seed"]
     sizes = task.split_sizes if num is None else (num - 2 * (num // 10), num // 10, num // 10)
-    splits = (split for split, size in zip(SPLITS, sizes, strict=True) for _ in range(size))
-    drawn = _expressions if task.name == "listops" else _images
-    pairs = drawn(task, sum(sizes), settings["seed"], workers)
-    for split, (label, ids) in zip(splits, pairs, strict=True):
+    splits = [split for split, size in zip(SPLITS, sizes, strict=True) for _ in range(size)]
+    if task.name == "listops":
+        trees = distinct_trees(generate(partial(draw_trees, _CHUNK), seed=seed, workers=workers))
+        drawn = ((label, sources.encode_listops(text, task.max_tokens)) for label, text in trees)
+    else:
+        spec = SPECS[round(task.max_tokens**0.5)]
+        images = generate(partial(draw_images, spec, _CHUNK), seed=seed, workers=workers)
+        drawn = ((label, image.reshape(-1)) for label, image in images)
+    for split, (label, ids) in zip(splits, drawn, strict=False):
         yield Example(split, label, (ids,))
 
 
-def _expressions(task: Task, num: int, seed: int, workers: int) -> Iterator[tuple[int, Any]]:
-    for chunk in generate_expressions(num, seed=seed, workers=workers):
-        for label, source in chunk:
-            yield label, encode_listops(source, task.max_tokens)
+def generate(
+    draw: Callable[[random.Random], Drawn], *, seed: int, workers: int
+) -> Iterator[tuple[int, Any]]:
+    """Random examples without end: the same for a seed, however many processes draw chunks."""
+    make, numbers = partial(_draw_chunk, draw, seed), itertools.count()
+    chunks = map(make, numbers) if workers == 1 else _map_in_pool(make, numbers, workers)
+    return itertools.chain.from_iterable(chunks)
 
 
-def _images(task: Task, num: int, seed: int, workers: int) -> Iterator[tuple[int, Any]]:
-    spec = pathfinder_spec(round(task.max_tokens**0.5), "hard")
-    for images, labels in generate_images(spec, num, seed=seed, workers=workers):
-        yield from zip(labels.tolist(), images.reshape(len(images), -1), strict=True)
+def _draw_chunk(draw: Callable[[random.Random], Drawn], seed: int, number: int) -> Drawn:
+    words = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(8)
+    return draw(random.Random(int.from_bytes(words.tobytes(), "little")))
+
+
+def _map_in_pool(
+    make: Callable[[int], Drawn], numbers: Iterator[int], workers: int
+) -> Iterator[Drawn]:
+    # a forked process could inherit a lock that a thread of PyTorch holds
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    pending: deque[Future[Drawn]] = deque()
+    try:
+        for number in numbers:
+            pending.append(pool.submit(make, number))
+            if len(pending) >= _AHEAD * workers:
+                yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _summary(name: str, folder: Path, *, verify: bool) -> dict[str, Any]:
     """What was prepared, for the last line; numbers other than the published are pointed out."""
-    data = load_task(name, folder, verify=verify)
-    sizes = tuple(len(split) for split in (data.train, data.dev, data.test))
-    if sizes != data.task.split_sizes:
+    data = load_arena_data(name, folder, verify=verify)
+    if not data.is_whole:
         logger.warning(
             "%s has %d / %d / %d training, development and test examples, the published set "
             "%d / %d / %d",
-            *(name, *sizes, *data.task.split_sizes),
+            *(name, *data.sizes, *data.task.split_sizes),
         )
     keys = ("source", "digest", "splits", "skipped")
     return {"folder": str(folder), **{key: data.manifest[key] for key in keys}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare the tasks of a command line.
-
-    Returns:
-        Exit status: 1 if a task failed.
-    """
+    """Prepare the tasks of a command line; returns the exit status, 1 if a task failed."""
     parser = argparse.ArgumentParser(description="prepare the data of Long Range Arena tasks")
     parser.add_argument(
         "--task", nargs="+", required=True, choices=[*TASKS, "all"], help="all: without pathx"
@@ -222,7 +255,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", help="files to read: a folder or an archive")
     parser.add_argument("--data-dir", default=DATA_DIR, help=f"where to keep them [{DATA_DIR}]")
     parser.add_argument(
-        "--num-examples", type=int, help="examples to generate, in all [the published number]"
+        "--num-examples",
+        type=int,
+        help="examples to generate per task, in all its splits [the published number]",
     )
     parser.add_argument("--seed", type=int, help="of generators and of splits that are drawn [0]")
     parser.add_argument("--workers", type=int, help="processes of the generators [all cores]")
@@ -233,22 +268,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{flag.replace('_', '-')}: expected at least {least}, found {given}")
     set_up_logging(rank=0)
     prepared, failed = {}, {}
-    everything = "all" in arguments.task
-    for name in COMPARED if everything else arguments.task:
-        generated = name in GENERATED or not everything
+    for task in tasks_named(arguments.task):
         try:
             folder = prepare_task(
-                name,
+                task.name,
                 arguments.data_dir,
                 arguments.source,
-                num_examples=arguments.num_examples if generated else None,
+                num_examples=arguments.num_examples,
                 seed=arguments.seed,
                 workers=arguments.workers,
             )
-            prepared[name] = _summary(name, folder, verify=arguments.verify)
-        except (DataError, OSError) as error:
-            logger.error("%s: %s", name, error)
-            failed[name] = str(error)
+            prepared[task.name] = _summary(task.name, folder, verify=arguments.verify)
+        except (ArenaError, OSError) as error:
+            logger.error("%s: %s", task.name, error)
+            failed[task.name] = str(error)
     print(json.dumps({"prepared": prepared, "failed": failed}))
     return 1 if failed else 0
 

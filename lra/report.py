@@ -1,17 +1,36 @@
-"""Tables and a figure of finished runs: `python lra/report.py [RUNS_DIR]`.
+"""Tables of finished runs beside published figures: `python lra/report.py [RUNS_DIR]`.
 
-Reads every `result.json` below the folder, prints Markdown and writes `report.md`, `report.json`
-and `report.png` into it. Protocols, and runs with and without self-pretraining, are reported apart.
+Reads every `result.json` below the folder, prints Markdown and writes it to `report.md` there.
+Protocols, and runs with and without self-pretraining, are reported apart.
 """
 
+import sys
 from pathlib import Path
+
+# the checkout first, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataclasses import dataclass
 from typing import Any
 
-from lra.published import PUBLISHED
-from lra.report_figure import draw
-from lra.summary import Cell, Group, make_groups, read_results
-from lra.tasks import COMPARED
-from ponet.run.report import figure_text, markdown_table, report_program, write_report_files
+import pandas as pd
+
+from lra.tasks import COMPARED, TASKS
+from ponet.run.report import (
+    PLUS_MINUS,
+    ResultError,
+    figure_text,
+    markdown_table,
+    read_published,
+    read_results,
+    report_program,
+    scores_text,
+    write_report,
+)
+
+Table = Any
+"""A `pandas.DataFrame`: its type stubs take nearly every access for an error."""
 
 TITLES = {
     "listops": "ListOps",
@@ -23,157 +42,167 @@ TITLES = {
 }
 """Tasks in print."""
 
+_PUBLISHED = read_published(Path(__file__).with_name("published.yaml"))
+PUBLISHED: dict[str, dict[str, Any]] = {mixer: row for row in _PUBLISHED for mixer in row["mixers"]}
+"""Rows of the published table by token mixer, in the order of reports."""
+
 _NOTES = (
-    "Test accuracy in percent: mean \N{PLUS-MINUS SIGN} standard deviation over (n) seeds. "
+    f"Test accuracy in percent: mean {PLUS_MINUS} standard deviation over (n) seeds. "
     "Published figures: PoNet, arXiv 2110.02442, Table 1, number of seeds not stated. The average "
     "is over the five tasks, where all have complete runs."
 )
 
 
+@dataclass
+class DataOfResult:
+    """What a report takes from the data of a result."""
+
+    digest: str
+
+
+@dataclass
+class ArenaResult:
+    """What a report takes from a `result.json`."""
+
+    task: str
+    model: str
+    protocol: str
+    pretrain_epochs: float
+    seed: int
+    complete: bool
+    """It is the whole published run on the whole data."""
+    differences: list[str]
+    """Names of the settings that are not the published ones."""
+    steps: int
+    published_steps: int
+    test_accuracy: float
+    """From 0 to 1."""
+    majority_rate: float
+    """Accuracy of always answering the most frequent label, 0 to 1."""
+    step_ms: float
+    device: str
+    commit: str
+    data: DataOfResult
+
+
+def read_runs(folder: Path) -> Table:
+    """All results below a folder, accuracies in percent, tasks and models in the order of reports.
+
+    Raises:
+        ResultError: there is none, one cannot be used, two are of the same run, or complete runs of
+            a task in one group are on different data.
+    """
+    identity = ("protocol", "pretrain_epochs", "task", "model", "seed")
+    runs: Table = read_results(folder, ArenaResult, identity, "lra/run.py")
+    for path, task in zip(runs["path"], runs["task"], strict=True):
+        if task not in TASKS:
+            raise ResultError(f"{path}: task: expected one of {', '.join(TASKS)}, found {task!r}")
+    pretrained = runs["pretrain_epochs"] > 0
+    runs["group"] = runs["protocol"] + pretrained.map({True: ", self-pretrained", False: ""})
+    runs["digest"] = runs["data"].map(lambda data: data.digest)
+    runs[["test_accuracy", "majority_rate"]] *= 100
+    for (group, task), cell in runs[runs["complete"]].groupby(["group", "task"]):
+        digests = sorted(set(cell["digest"]))
+        if len(digests) > 1:
+            raise ResultError(
+                f"{task}: complete runs of the protocol {group} are on different data "
+                f"({', '.join(digests)}), expected one; report on them in separate folders"
+            )
+    for column, known in (("task", TASKS), ("model", PUBLISHED)):
+        # models that no table has come last, by name
+        names = [*known, *sorted(set(runs[column]) - set(known))]
+        runs[column] = pd.Categorical(runs[column], names, ordered=True)
+    return runs.sort_values(["task", "model", "seed"])
+
+
 def model_title(model: str) -> str:
-    """A model in print: `ponet_eager` is `PoNet (ponet_eager)`."""
-    if model not in PUBLISHED:
-        return model
-    title = PUBLISHED[model].model
-    return title if title.lower() == model else f"{title} ({model})"
+    """A model in print: the mixer `attention` is `Transformer (attention)`."""
+    title = PUBLISHED[model]["title"] if model in PUBLISHED else model
+    return title if title.lower() == model.lower() else f"{title} ({model})"
 
 
-def markdown(groups: list[Group]) -> str:
+def report_text(runs: Table) -> str:
     """The whole report as Markdown."""
     parts = ["# Long Range Arena", _NOTES]
-    for group in groups:
-        parts.append(f"## Protocol: {group.name}")
-        if group.models:
-            parts += [_accuracy_table(group), "Training steps a second:", _speed_table(group)]
+    for name in sorted(set(runs["group"]), key=lambda name: (name != "published", name)):
+        group = runs[runs["group"] == name]
+        complete, incomplete = group[group["complete"]], group[~group["complete"]]
+        parts.append(f"## Protocol: {name}")
+        if len(complete):
+            speeds = _cells(complete, "step_ms", lambda ms: f"{ms.median():.3g}")
+            head = ["model", *map(TITLES.get, speeds.columns)]
+            rows = [[model_title(model), *row] for model, *row in speeds.itertuples()]
+            parts += [_accuracy_table(group, complete), "Milliseconds per training step:"]
+            parts.append(markdown_table(head, rows))
         else:
             parts.append("No complete runs.")
-        if group.incomplete:
-            parts += ["### Incomplete runs, in no mean", _incomplete_table(group)]
-        parts.append(f"Device: {'; '.join(group.devices)}. Commit: {', '.join(group.commits)}.")
+        if len(incomplete):
+            parts += ["### Incomplete runs, in no mean", _incomplete_table(incomplete)]
+        devices, commits = (sorted(set(group[column])) for column in ("device", "commit"))
+        parts.append(f"Device: {'; '.join(devices)}. Commit: {', '.join(commits)}.")
     return "\n\n".join(parts) + "\n"
 
 
-def _cell_text(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    spread = "" if cell.spread is None else f" \N{PLUS-MINUS SIGN} {cell.spread:.2f}"
-    return f"{cell.mean:.2f}{spread} ({len(cell.accuracies)})"
+def _cells(complete: Table, column: str, text: Any) -> Table:
+    """A text for the runs of each model (rows) on each task (columns)."""
+    grouped = complete.groupby(["model", "task"], observed=True)[column]
+    return grouped.agg(text).unstack(fill_value="")
 
 
-def _accuracy_table(group: Group) -> str:
-    rows = [["commonest class", *(figure_text(group.majority[task]) for task in group.tasks), ""]]
-    for model in group.models:
-        cells = [_cell_text(group.cells.get((model, task))) for task in group.tasks]
-        rows.append([model_title(model), *cells, figure_text(group.average(model))])
+def _accuracy_table(group: Table, complete: Table) -> str:
+    tasks = [str(task) for task in group["task"].unique()]
+    majority = group.groupby("task", observed=True)["majority_rate"].last()
+    means = complete.groupby(["model", "task"], observed=True)["test_accuracy"].mean()
+    texts = _cells(complete, "test_accuracy", scores_text).reindex(columns=tasks, fill_value="")
+    rows = [["majority baseline", *(figure_text(majority[task]) for task in tasks), ""]]
+    for model, *row in texts.itertuples():
+        of_model = means[model]
+        has_all = set(COMPARED) <= set(of_model.index)
+        average = of_model[list(COMPARED)].mean() if has_all else None
+        rows.append([model_title(model), *row, figure_text(average)])
         if model in PUBLISHED:
-            published = PUBLISHED[model]
-            row = [f"{published.model}, {published.source}"]
-            for task in group.tasks:
-                accuracy = published.accuracy(task)
-                fails = task in COMPARED and accuracy is None
-                row.append("fails" if fails else figure_text(accuracy))
-            row.append(figure_text(published.average))
-            rows.append([f"*{text}*" if text else "" for text in row])
-    return markdown_table(["model", *(TITLES[task] for task in group.tasks), "average"], rows)
+            rows.append(_published_row(PUBLISHED[model], tasks))
+    return markdown_table(["model", *(TITLES[task] for task in tasks), "average"], rows)
 
 
-def _speed_table(group: Group) -> str:
-    rows = []
-    for model in group.models:
-        cells = (group.cells.get((model, task)) for task in group.tasks)
-        rows.append([model_title(model), *(f"{c.steps_per_s:.3g}" if c else "" for c in cells)])
-    return markdown_table(["model", *(TITLES[task] for task in group.tasks)], rows)
+def _published_row(published: dict[str, Any], tasks: list[str]) -> list[str]:
+    accuracy = published["accuracy"]
+    cells = [
+        "fails" if task in accuracy and accuracy[task] is None else figure_text(accuracy.get(task))
+        for task in tasks
+    ]
+    row = [f"{published['title']}, {published['source']}", *cells]
+    row.append(figure_text(published["average"]))
+    return [f"*{text}*" if text else "" for text in row]
 
 
-def _incomplete_table(group: Group) -> str:
-    head = ["task", "model", "seed", "steps", "of", "accuracy", "commonest class", "steps/s"]
-    head.append("not as published")
+def _incomplete_table(incomplete: Table) -> str:
+    head = ["task", "model", "seed", "steps", "of", "accuracy", "majority baseline", "ms/step"]
     rows = [
         [
-            TITLES[run.task],
-            model_title(run.model),
-            str(run.seed),
-            str(run.steps),
-            str(run.published_steps),
-            figure_text(100 * run.test_accuracy),
-            figure_text(100 * run.majority_rate),
-            f"{run.steps_per_s:.3g}",
-            ", ".join(map(str, run.departures)) or "data",
+            TITLES[run["task"]],
+            model_title(run["model"]),
+            *(str(run[name]) for name in ("seed", "steps", "published_steps")),
+            *(figure_text(run[name]) for name in ("test_accuracy", "majority_rate")),
+            f"{run['step_ms']:.3g}",
+            ", ".join(run["differences"]) or "data",
         ]
-        for run in group.incomplete
+        for run in incomplete.to_dict("records")
     ]
-    return markdown_table(head, rows)
+    return markdown_table([*head, "not as published"], rows)
 
 
-def as_json(groups: list[Group]) -> list[dict[str, Any]]:
-    """The figures of the tables."""
-    return [
-        {
-            "protocol": group.name,
-            "majority": group.majority,
-            "models": {
-                model: {
-                    "tasks": {
-                        task: {
-                            "mean": cell.mean,
-                            "spread": cell.spread,
-                            "accuracies": cell.accuracies,
-                            "steps_per_s": cell.steps_per_s,
-                        }
-                        for task in group.tasks
-                        if (cell := group.cells.get((model, task)))
-                    },
-                    "average": group.average(model),
-                    "published": (
-                        dict(zip(COMPARED, PUBLISHED[model].accuracies, strict=True))
-                        if model in PUBLISHED
-                        else None
-                    ),
-                }
-                for model in group.models
-            },
-            "incomplete": [
-                {
-                    "task": run.task,
-                    "model": run.model,
-                    "seed": run.seed,
-                    "steps": run.steps,
-                    "published_steps": run.published_steps,
-                    "accuracy": 100 * run.test_accuracy,
-                    "steps_per_s": run.steps_per_s,
-                }
-                for run in group.incomplete
-            ],
-            "devices": group.devices,
-            "commits": group.commits,
-        }
-        for group in groups
-    ]
-
-
-def write_report(folder: Path) -> str:
-    """Read the runs below a folder and write the three files into it.
-
-    Returns:
-        The report as Markdown.
+def report(folder: Path) -> str:
+    """Read the runs below a folder and write `report.md` into it; returns the Markdown.
 
     Raises:
         ResultError: there are no results, or one cannot be used.
-        OSError: a file cannot be written.
+        OSError: the file cannot be written.
     """
-    groups = make_groups(read_results(folder))
-    text = markdown(groups)
-    figure = draw(groups, TITLES, model_title)
-    write_report_files(folder, text, as_json(groups), figure)
+    text = report_text(read_runs(folder))
+    write_report(folder, text)
     return text
 
 
-def main() -> None:
-    """Report on the runs that the command line names."""
-    report_program(
-        "lra/report.py", "tables and a figure of Long Range Arena runs", "runs/lra", write_report
-    )
-
-
 if __name__ == "__main__":
-    main()
+    report_program("lra/report.py", "tables of Long Range Arena runs", "runs/lra", report)

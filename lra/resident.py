@@ -1,6 +1,6 @@
 """The published protocol in fixed shapes, on data that lie on the device: what a capture needs.
 
-The real tokens of a batch of S rows of N columns are a stream, as ever. So that every batch has the
+The real tokens of a batch of R rows of N columns are a stream, as ever. So that every batch has the
 same number T of tokens, the most that any has, "ghosts" follow: tokens of id 0 in G sequences of
 their own, each of at most N tokens and one segment. A real sequence has one segment for each chunk
 of columns, which may be empty. Ghosts are computed for nothing: what comes out of them is not used,
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.cache import Split, TaskData
-from lra.protocol import MIXERS_WITHOUT_MASK, ModelInputs, segment_columns
-from lra.settings import RunSettings
-from lra.tasks import Task
+from lra.model import MIXERS_WITHOUT_MASK, ModelInputs, segment_columns
+from lra.settings import ArenaSettings
+from lra.store import ArenaData, Split
+from lra.tasks import ArenaTask
 from ponet.packing import BatchLayout
 from ponet_kernels import token_marks
 
 # one looks at its layout, the other keeps the state of the random generator
-_NOT_CAPTURED = ("ponet_eager", "attention_checkpointed")
+NOT_CAPTURED = ("ponet_eager", "ponet_published", "attention_checkpointed")
 # T is a multiple of it, which suits matrix products
 _TILE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class BatchShape:
     """Of all batches of a set."""
 
     num_tokens: int
@@ -38,11 +38,11 @@ class Shape:
     """G, sequences that take what is left of T in any batch."""
 
 
-def obstacle(settings: RunSettings, data: TaskData, device: torch.device) -> str | None:
+def obstacle(settings: ArenaSettings, data: ArenaData, device: torch.device) -> str | None:
     """Why the steps of a run cannot be captured; None when they can."""
     if settings.protocol != "published":
         return f"shapes differ from step to step in the protocol {settings.protocol}"
-    if settings.model in _NOT_CAPTURED:
+    if settings.model in NOT_CAPTURED:
         return f"mixer {settings.model} reads from the device"
     if settings.compile:
         return "--compile was given"
@@ -55,14 +55,10 @@ def obstacle(settings: RunSettings, data: TaskData, device: torch.device) -> str
 class ResidentExamples:
     """A split on a device."""
 
-    def __init__(self, split: Split, task: Task, mixer: str, stream: Tensor) -> None:
-        """Take the split.
+    def __init__(self, split: Split, task: ArenaTask, mixer: str, stream: Tensor) -> None:
+        """Take a split whose sequences `resident_stream` put on the device.
 
-        Args:
-            split: which.
-            task: of the split.
-            mixer: key of `ponet.mixers.MIXERS`; decides whether absent tokens are seen.
-            stream: as `resident_stream` made it of the split, on the device.
+        The mixer, a key of `ponet.mixers.MIXERS`, decides whether absent tokens are seen.
         """
         device = stream.device
         self.labels = torch.from_numpy(split.labels).to(device)
@@ -77,12 +73,12 @@ class ResidentExamples:
         self._lengths = torch.from_numpy(split.lengths).to(device)
         self._columns = torch.arange(task.seq_len, device=device)
 
-    def shape(self, batches: Iterable[np.ndarray]) -> Shape:
+    def shape(self, batches: Iterable[np.ndarray]) -> BatchShape:
         """The shape that holds each of the batches."""
         counts = [int(self._counts[batch].sum()) for batch in batches]
         num_tokens = -(-max(counts) // _TILE) * _TILE
         missing = num_tokens - min(counts)
-        return Shape(num_tokens=num_tokens, num_ghosts=-(-missing // self._length))
+        return BatchShape(num_tokens=num_tokens, num_ghosts=-(-missing // self._length))
 
     def rows(self, indices: Tensor) -> Tensor:
         """Ids of examples `[B]`, zero at padding: `[num_inputs * B, N]` int64.
@@ -106,33 +102,27 @@ def resident_stream(split: Split, device: torch.device) -> Tensor:
 
 
 def resident_inputs(
-    rows: Tensor, shape: Shape, *, task: Task, mixer: str, num_segments: int
+    rows: Tensor, shape: BatchShape, *, task: ArenaTask, mixer: str, num_segments: int
 ) -> ModelInputs:
-    """What `lra.protocol.model_inputs` makes for the published protocol, in fixed shapes.
+    """What `lra.model.model_inputs` makes for the published protocol, in fixed shapes.
 
     Args:
-        rows: `[S, N]` int64, zero at what is absent.
+        rows: `[R, N]` int64, zero at what is absent; nothing is read from its device.
         shape: of the batches that this is one of.
-        task: of the rows.
-        mixer: key of `ponet.mixers.MIXERS`.
-        num_segments: as there.
-
-    Returns:
-        Tensors on the device of `rows`; nothing is read from it.
+        task, mixer, num_segments: as there.
     """
     num_rows, length = rows.shape
     # FNet sees whole rows
     mixes = mixer in MIXERS_WITHOUT_MASK
     real = rows != 0
     seen = (torch.ones_like(real) if mixes else real).flatten()
-    passed = seen.cumsum(0)  # [S N], seen tokens up to and with the place
-    # the place in the rows of each token of the stream; S N for ghosts, as if in one more row
+    passed = seen.cumsum(0)  # [R N], seen tokens up to and with the place
+    # the place in the rows of each token of the stream; R N for ghosts, as if in one more row
     slots = (passed - 1).masked_fill(~seen, shape.num_tokens)
     places = torch.arange(len(seen), device=rows.device)
     order = places.new_full((shape.num_tokens + 1,), len(seen)).scatter(0, slots, places)[:-1]
-    layout = _layout(
-        order, (passed - seen.long()).view(num_rows, length), passed, shape, task, num_segments
-    )
+    before = (passed - seen.long()).view(num_rows, length)
+    layout = _layout(order, before, passed[-1:], shape, segment_columns(task, num_segments))
     ids, counted = F.pad(rows.flatten(), (0, 1)), None
     if mixes:
         counted = F.pad(real.flatten(), (0, 1)).index_select(0, order)
@@ -142,27 +132,23 @@ def resident_inputs(
         layout=layout,
         counted=counted,
         scale=layout.cu_seqlens.diff()[:num_rows] / length,
-        num_ghosts=shape.num_ghosts,
     )
 
 
 def _layout(
-    order: Tensor, before: Tensor, passed: Tensor, shape: Shape, task: Task, num_segments: int
+    order: Tensor, before: Tensor, total: Tensor, shape: BatchShape, size: int
 ) -> BatchLayout:
     """The layout of a stream.
 
     Args:
-        order: `[T]`, the place of each token among the S N, ascending; S N for ghosts.
-        before: `[S, N]`, real tokens before each place.
-        passed: `[S N]`, the same and the place itself.
+        order: `[T]`, the place of each token among the R N, ascending; R N for ghosts.
+        before: `[R, N]`, real tokens before each place.
+        total: `[1]`, real tokens.
         shape: of the batch.
-        task: of the rows.
-        num_segments: as for `resident_inputs`.
+        size: columns of a segment.
     """
     num_rows, length = before.shape
     device = order.device
-    size = segment_columns(task, num_segments)
-    total = passed[-1:]
     tokens = torch.arange(shape.num_tokens, device=device)
     ghost = order == num_rows * length
     rank = tokens - total  # among the ghosts

@@ -1,149 +1,234 @@
 """Train and test on the Long Range Arena: `python lra/run.py --task text --model ponet attention`.
 
 Every task, model and seed is a run in a folder of its own; finished ones are skipped, interrupted
-ones continue. Progress goes to stderr; the last line of stdout is one JSON document.
+ones continue. Progress goes to stderr; the last line of stdout is one JSON document. A run holds
+
+config.json         settings, data, model, commit, command; a run with others is refused
+metrics.jsonl       losses and accuracies by step, and the same in tensorboard/
+checkpoint.pt       where training stands, while the run is unfinished
+pretrain/           the last three of self-pretraining
+model.safetensors   the classifier of the best development accuracy
+result.json         the figures, when the run is finished
 """
 
-import json
-import logging
+import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+
+# the checkout first, installed or not; waiting threads must not keep other processes from a core
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from lra.cache import load_task
-from lra.experiment import finished_result, run_experiment
-from lra.prepare import prepare_task
-from lra.settings import LRAConfig, RunSettings, parse
-from ponet.run.log import set_up_logging
-from ponet.run.runs import (
-    EXPECTED,
-    attempt,
-    choose_device,
-    complain,
-    locked,
-    run_all,
-    threads_of_a_job,
-)
-from ponet.run.trainer import Place
+import torch
+from safetensors.torch import save
 
-logger = logging.getLogger("lra")
+from lra.data import Classification
+from lra.model import LongRangeClassifier
+from lra.prepare import prepare_task
+from lra.resident import obstacle
+from lra.selfpretrain import MaskedPrediction, build_masked_lm
+from lra.settings import ArenaConfig, ArenaSettings, parse
+from lra.steps import PlainStep
+from lra.store import ArenaData, load_arena_data
+from lra.tasks import tasks_named
+from ponet.checkpoint import write_bytes
+from ponet.run.device import device_name
+from ponet.run.runs import RunFolder, choose_device, run_all, run_program, threads_per_run
+from ponet.run.trainer import Progress, RunOptions, Trainer, step_seed
+
+_TRAIN_STAGE, _PRETRAIN_STAGE = 0, 1
+
+# as a script this module has another name
+logger = logging.getLogger("lra.run")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """A run and where it happens, as handed to a process."""
+class ArenaRun:
+    """A run and where it happens, as handed to a process, which reads the data itself."""
 
-    settings: RunSettings
-    """What to run."""
+    settings: ArenaSettings
     folder: Path
-    """Of the run."""
     data_folder: Path
     """Of the prepared task."""
-    place: Place
-    """Where to compute."""
+    options: RunOptions
     captures: bool
     """Capture the steps where nothing stands against it."""
-    threads: int
-    """CPU threads."""
+
+    @property
+    def name(self) -> str:
+        """For log and errors."""
+        return self.settings.name
+
+    def _load(self) -> ArenaData:
+        settings = self.settings
+        return load_arena_data(settings.task, self.data_folder, settings.protocol)
+
+    def _identity(self, data: ArenaData) -> dict[str, Any]:
+        return {"data": data.manifest["digest"], **asdict(self.settings)}
+
+    def finished(self) -> dict[str, Any] | None:
+        """The figures of the run; None when there is something left to do.
+
+        Raises:
+            UsageError: its folder holds a run with other settings or data.
+            ArenaError: the prepared task is damaged.
+        """
+        return RunFolder(self.folder).finished(self._identity(self._load()))
+
+    def execute(self) -> dict[str, Any]:
+        """Self-pretrain, train and test, or continue to; returns the content of `result.json`.
+
+        Raises:
+            CheckpointError: a file of the folder is damaged.
+            ArenaError: a split does not fill one batch.
+            TrainingError: a loss is not finite.
+            OSError: a file could not be written.
+        """
+        settings, device, data = self.settings, self.options.device, self._load()
+        torch.manual_seed(settings.seed)
+        model = LongRangeClassifier(settings.model_config(), data.task.num_inputs).to(device)
+        reason = obstacle(settings, data, device) if self.captures else None
+        if reason is not None:
+            logger.info("%s | steps are not captured: %s", self.name, reason)
+        resident = self.captures and reason is None
+        classification = Classification(model, data, settings, device, resident=resident)
+        RunFolder(self.folder).begin(
+            self._identity(data),
+            {"data": data.describe(), "model": settings.model_config().to_dict()},
+        )
+        pretrain_seconds = self._pretrain(model, data) if settings.pretrain_epochs else 0.0
+        if settings.compile:
+            model.ponet.encoder.compile()
+        trainer = Trainer(
+            model,
+            classification.training_step(_TRAIN_STAGE),
+            self.options,
+            name=self.name,
+            steps=settings.steps,
+            eval_every=settings.eval_every,
+            evaluate=classification.dev_accuracy,
+            best_by="accuracy",
+        )
+        trainer.train(self.folder)
+        assert trainer.best is not None
+        model.load_state_dict(trainer.best)
+        tested = sum(len(indices) for indices in classification.test_batches())
+        logger.info("%s | testing on %d examples", self.name, tested)
+        began = time.perf_counter()
+        accuracy = classification.test_accuracy()
+        seconds = pretrain_seconds + trainer.progress.seconds + time.perf_counter() - began
+        write_bytes(self.folder / "model.safetensors", save(trainer.best))
+        result = {
+            **self._figures(data, trainer.progress),
+            "test_accuracy": accuracy,
+            "num_test_examples": tested,
+            "num_parameters": sum(p.numel() for p in model.parameters()),
+            "seconds": seconds,
+        }
+        logger.info(
+            "%s | test accuracy %.4f (majority baseline %.4f) after %d steps%s",
+            self.name,
+            accuracy,
+            result["majority_rate"],
+            settings.steps,
+            "" if result["complete"] else ", not the complete published run",
+        )
+        return RunFolder(self.folder).finish(result)
+
+    def _pretrain(self, classifier: LongRangeClassifier, data: ArenaData) -> float:
+        """Give the classifier a self-pretrained encoder; returns the seconds it took."""
+        settings, device = self.settings, self.options.device
+        torch.manual_seed(step_seed(settings.seed, _PRETRAIN_STAGE))
+        model = build_masked_lm(settings).to(device)
+        prediction = MaskedPrediction(model, data, settings, device)
+        schedule = prediction.schedule
+        step = PlainStep(
+            model,
+            schedule,
+            loss=prediction.loss,
+            precision=settings.precision,
+            seeds=(settings.seed, _PRETRAIN_STAGE),
+            device=device,
+        )
+        trainer = Trainer(
+            model,
+            step,
+            self.options,
+            name=f"{self.name} pretraining",
+            steps=schedule.steps,
+            eval_every=schedule.steps,
+        )
+        trainer.train(self.folder / "pretrain")
+        classifier.ponet.load_state_dict(model.ponet.state_dict())
+        return trainer.progress.seconds
+
+    def _figures(self, data: ArenaData, progress: Progress) -> dict[str, Any]:
+        settings, differences = self.settings, self.settings.differences()
+        names = ("task", "model", "protocol", "seed", "pretrain_epochs", "precision", "steps")
+        return {
+            **{name: getattr(settings, name) for name in names},
+            "complete": data.is_whole and not differences,
+            "differences": differences,
+            "published_steps": data.task.steps,
+            "dev_accuracy": progress.best_score,
+            "best_step": progress.best_step,
+            "majority_rate": data.test.majority_rate,
+            "step_ms": 1e3 * progress.train_seconds / progress.step,
+            "device": device_name(self.options.device),
+            "data": data.describe(),
+        }
 
 
-def make_jobs(config: LRAConfig) -> list[Job]:
+def make_runs(config: ArenaConfig) -> list[ArenaRun]:
     """All runs of a command, with their data prepared.
 
     Raises:
         UsageError: settings contradict each other or the device.
-        DataError: the data of a task are missing or unfit.
+        ArenaError: the data of a task are missing or unfit.
     """
     device = choose_device(config.device)
-    runs = config.runs(device.type)
+    settings = config.runs(device.type)
     data_folders = {
         task.name: prepare_task(task.name, config.data_dir, num_examples=config.num_examples)
-        for task in config.tasks
+        for task in tasks_named(config.task)
     }
-    place = Place(
+    options = RunOptions(
         device=device,
+        threads=threads_per_run(config.threads, config.jobs),
         log_every=config.log_every,
         checkpoint_seconds=60 * config.checkpoint_minutes,
         shows_bar=config.jobs == 1,
     )
     captures = config.capture == "on" or (config.capture == "auto" and device.type == "cuda")
-    threads = threads_of_a_job(config.threads, config.jobs)
     return [
-        Job(
-            settings=settings,
-            folder=Path(config.output_dir) / settings.group / settings.name,
-            data_folder=data_folders[settings.task],
-            place=place,
+        ArenaRun(
+            settings=run,
+            folder=Path(config.output_dir) / run.group / run.name,
+            data_folder=data_folders[run.task],
+            options=options,
             captures=captures,
-            threads=threads,
         )
-        for settings in runs
+        for run in settings
     ]
 
 
-def check(job: Job) -> dict[str, Any] | None:
-    """The figures of a job that is finished already; None when there is something left to do.
-
-    Raises:
-        UsageError: its folder holds a run with other settings.
-        DataError: the prepared task is damaged.
-    """
-    settings = job.settings
-    data = load_task(settings.task, job.data_folder, settings.protocol)
-    return finished_result(job.folder, settings, data)
-
-
-def execute(job: Job) -> dict[str, Any] | str:
-    """Do a job, in whatever process.
-
-    Returns:
-        The figures, or what went wrong outside the program.
-    """
-    settings = job.settings
-    result = attempt(settings.name, job.threads, lambda: _run(job))
-    if isinstance(result, str):
-        return result
-    logger.info(
-        "%s | test accuracy %.4f (majority %.4f) after %d steps, %.3g step/s%s",
-        settings.name,
-        result["test_accuracy"],
-        result["majority_rate"],
-        result["steps"],
-        result["steps_per_s"],
-        "" if result["complete"] else ", not the complete published run",
-    )
-    return result
-
-
-def _run(job: Job) -> dict[str, Any]:
-    data = load_task(job.settings.task, job.data_folder, job.settings.protocol)
-    with locked(job.folder):
-        # another command may have done it since this one looked
-        result = finished_result(job.folder, job.settings, data)
-        return result or run_experiment(
-            job.settings, job.folder, data, job.place, captures=job.captures
-        )
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
-    set_up_logging(0)
-    try:
-        config = parse()
-        jobs = make_jobs(config)
-        # all conflicts are found before the first run starts
-        known = {job.settings: check(job) for job in jobs}
-    except EXPECTED as error:
-        sys.exit(complain("lra", error))
-    finished = [result for result in known.values() if result is not None]
-    left = [job for job in jobs if known[job.settings] is None]
-    if finished:
-        logger.info("%d of %d runs are finished already", len(finished), len(jobs))
-    processes = config.jobs if len(left) > 1 else 1
-    results, failures = run_all("lra", execute, [(job,) for job in left], processes)
-    print(json.dumps({"runs": finished + results, "failures": failures}))
-    sys.exit(1 if failures else 0)
+
+    def work() -> tuple[dict[str, Any], list[str]]:
+        config = parse(argv)
+        results, failures = run_all("lra", make_runs(config), jobs=config.jobs)
+        logger.info("for a table: python lra/report.py %s", config.output_dir)
+        return {"runs": results}, failures
+
+    run_program("lra", work)
 
 
 if __name__ == "__main__":

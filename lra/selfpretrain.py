@@ -11,23 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lra.batches import PRETRAIN, ShuffledBatches
-from lra.cache import TaskData
-from lra.classify import read
-from lra.model import initialise_linear_layers
-from lra.protocol import ModelInputs
-from lra.schedule import Plan
-from lra.settings import RunSettings
-from lra.tasks import Task
+from lra.data import PRETRAIN, BatchOrder, read_batch
+from lra.model import ModelInputs, initialise_linear_layers
+from lra.settings import ArenaSettings
+from lra.steps import OneCycle
+from lra.store import ArenaData
+from lra.tasks import ArenaTask
 from ponet import PoNetForMaskedLM
 from ponet.run.trainer import step_seed
 
 _WARMUP_SHARE = 0.1
-# what the seed of a step is for, besides the stages of `lra.experiment`
+# what the seed of a step is for, besides the stages of `lra.run`
 _HIDING = 2
 
 
-def build_masked_lm(settings: RunSettings) -> PoNetForMaskedLM:
+def build_masked_lm(settings: ArenaSettings) -> PoNetForMaskedLM:
     """The encoder of a task under a masked-LM head, initialised like the classifier's."""
     model = PoNetForMaskedLM(settings.model_config())
     initialise_linear_layers(model.ponet)
@@ -35,14 +33,9 @@ def build_masked_lm(settings: RunSettings) -> PoNetForMaskedLM:
 
 
 def hide_tokens(
-    inputs: ModelInputs, task: Task, generator: torch.Generator
+    inputs: ModelInputs, task: ArenaTask, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hide a share of the real tokens, each by an independent draw; on the host.
-
-    Args:
-        inputs: with the tokens as they are.
-        task: decides share and id of hidden tokens.
-        generator: of the draws.
+    """Hide the task's share of the real tokens, each by an independent draw; on the host.
 
     Returns:
         `[T]` ids with hidden tokens replaced, `[M]` places of these, `[M]` their original ids.
@@ -61,54 +54,40 @@ class MaskedPrediction:
     def __init__(
         self,
         model: PoNetForMaskedLM,
-        data: TaskData,
-        settings: RunSettings,
+        data: ArenaData,
+        settings: ArenaSettings,
         device: torch.device,
     ) -> None:
-        """Arrange the batches.
-
-        Args:
-            model: on the device.
-            data: of the task; the training set alone is read.
-            settings: of the run.
-            device: of the model.
+        """Arrange the batches; of the data, the training set alone is read.
 
         Raises:
-            DataError: the training set does not fill one batch.
+            ArenaError: the training set does not fill one batch.
         """
         self._model = model
         self._data = data
         self._settings = settings
         self._device = device
-        self._batches = ShuffledBatches(
-            data.train,
-            settings.batch_size,
-            seed=settings.seed,
-            purpose=PRETRAIN,
-            by_length=settings.protocol == "clean",
-        )
+        clean = settings.protocol == "clean"
+        self._batches = BatchOrder(data.train, settings, PRETRAIN, by_length=clean)
 
-    def plan(self) -> Plan:
+    @property
+    def schedule(self) -> OneCycle:
         """The passes as steps, a tenth of them with rising learning rate."""
         steps = max(1, math.ceil(self._settings.pretrain_epochs * self._batches.per_pass))
-        return Plan(
-            steps=steps,
-            warmup_steps=round(_WARMUP_SHARE * steps),
-            learning_rate=self._settings.pretrain_learning_rate,
-            eval_every=steps,
-        )
+        peak = self._settings.pretrain_learning_rate
+        return OneCycle(steps=steps, warmup_steps=round(_WARMUP_SHARE * steps), peak=peak)
 
     def batch(self, step: int) -> dict[str, Any]:
         """Arguments of the model in a step, counted from 0, on the device."""
-        inputs, _ = read(self._data.train, self._batches.indices(step), self._settings)
+        inputs, _ = read_batch(self._data.train, self._batches.indices(step), self._settings)
         seed = step_seed(self._settings.seed, _HIDING, step)
         hidden, places, labels = hide_tokens(
             inputs, self._data.task, torch.Generator().manual_seed(seed)
         )
-        inputs, beside = replace(inputs, input_ids=hidden).to(
+        inputs, others = replace(inputs, input_ids=hidden).to(
             self._device, {"labels": labels, "label_positions": places}
         )
-        return beside | {
+        return others | {
             "input_ids": inputs.input_ids,
             "position_ids": inputs.position_ids,
             "layout": inputs.layout,

@@ -4,25 +4,28 @@ The settings are those of the code behind the Nystromformer (arXiv 2102.03902) a
 (arXiv 2110.02442) comparisons, which are the same for every token mixer.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+ProtocolName = Literal["published", "clean"]
+"""How examples reach the model (`lra.model`), and what a model is selected on (`lra.store`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class ArenaTask:
     """One task: its examples, the model that reads them, and how that model is trained."""
 
     name: str
-    """Key in `TASKS`."""
     kind: Literal["tokens", "pixels"]
     """Whether id 0 is padding (`tokens`) or a black pixel (`pixels`: an id is a grey level)."""
-    num_inputs: int
+    num_inputs: int = 1
     """Sequences in an example."""
     max_tokens: int
     """Longest input; what is longer is cut."""
     seq_len: int
     """Length the model is built for; the published protocol pads every input to it."""
-    vocab_size: int
+    vocab_size: int = 512
     """Rows of the embedding, more than the ids in use."""
     class_names: tuple[str, ...]
     """What the labels 0, 1, ... mean."""
@@ -31,14 +34,14 @@ class Task:
     dev_from: Literal["source", "train", "test"]
     """Where the published development set comes from: a file of its own, a part of the training
     set, or (Text) it is the test set."""
+    is_generated: bool = False
+    """Examples are drawn unless a source is given."""
     batch_size: int
-    """Examples in a training step."""
-    learning_rate: float
+    learning_rate: float = 1e-4
     """Peak of the schedule."""
     warmup_steps: int
     """Steps until the peak."""
     steps: int
-    """Training steps."""
     eval_every: int
     """Steps between evaluations on the development set."""
     eval_batches: int
@@ -59,18 +62,17 @@ class Task:
         return self.vocab_size - 1
 
 
-_LISTOPS = Task(
+_LISTOPS = ArenaTask(
     name="listops",
     kind="tokens",
-    num_inputs=1,
     max_tokens=2000,
     seq_len=2048,
     vocab_size=32,
     class_names=tuple("0123456789"),
     split_sizes=(96_000, 2_000, 2_000),
     dev_from="source",
+    is_generated=True,
     batch_size=32,
-    learning_rate=1e-4,
     warmup_steps=1000,
     steps=5000,
     eval_every=50,
@@ -79,18 +81,15 @@ _LISTOPS = Task(
     mask_ratio=0.10,
 )
 
-_TEXT = Task(
+_TEXT = ArenaTask(
     name="text",
     kind="tokens",
-    num_inputs=1,
     max_tokens=4000,
     seq_len=4096,
-    vocab_size=512,
     class_names=("negative", "positive"),
     split_sizes=(25_000, 25_000, 25_000),
     dev_from="test",
     batch_size=32,
-    learning_rate=1e-4,
     warmup_steps=8000,
     steps=20_000,
     eval_every=500,
@@ -99,18 +98,16 @@ _TEXT = Task(
     mask_ratio=0.15,
 )
 
-_RETRIEVAL = Task(
+_RETRIEVAL = ArenaTask(
     name="retrieval",
     kind="tokens",
     num_inputs=2,
     max_tokens=4000,
     seq_len=4096,
-    vocab_size=512,
     class_names=("unrelated", "citing"),
     split_sizes=(147_086, 18_090, 17_437),
     dev_from="source",
     batch_size=32,
-    learning_rate=1e-4,
     warmup_steps=800,
     steps=30_000,
     eval_every=300,
@@ -119,29 +116,15 @@ _RETRIEVAL = Task(
     mask_ratio=0.15,
 )
 
-_IMAGE = Task(
+_IMAGE = ArenaTask(
     name="image",
     kind="pixels",
-    num_inputs=1,
     max_tokens=1024,
     seq_len=1024,
-    vocab_size=512,
-    class_names=(
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ),
+    class_names=tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
     split_sizes=(45_000, 5_000, 10_000),
     dev_from="train",
     batch_size=256,
-    learning_rate=1e-4,
     warmup_steps=175,
     steps=35_000,
     eval_every=175,
@@ -151,19 +134,17 @@ _IMAGE = Task(
 )
 
 
-def _pathfinder(name: str, side: int) -> Task:
-    return Task(
+def _pathfinder(name: str, side: int) -> ArenaTask:
+    return ArenaTask(
         name=name,
         kind="pixels",
-        num_inputs=1,
         max_tokens=side * side,
         seq_len=side * side,
-        vocab_size=512,
         class_names=("apart", "connected"),
         split_sizes=(160_000, 20_000, 20_000),
         dev_from="source",
+        is_generated=True,
         batch_size=256,
-        learning_rate=1e-4,
         warmup_steps=312,
         steps=62_400,
         eval_every=312,
@@ -189,3 +170,9 @@ of pathfinder at sixteen times the length, and no run of it is a reproduction.""
 
 COMPARED: tuple[str, ...] = ("listops", "text", "retrieval", "image", "pathfinder")
 """The tasks of the published table; "all" stands for them."""
+
+
+def tasks_named(names: Iterable[str]) -> list[ArenaTask]:
+    """Tasks by name, each once; "all" stands for those of `COMPARED`."""
+    expanded = [n for name in names for n in (COMPARED if name == "all" else (name,))]
+    return [TASKS[name] for name in dict.fromkeys(expanded)]

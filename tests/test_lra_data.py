@@ -4,8 +4,6 @@ import gzip
 import io
 import json
 import lzma
-import os
-import pickle
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -14,11 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lra.encoding import LISTOPS_TOKENS, encode_bytes, encode_listops, grey_levels
-from lra.examples import DataError
-from lra.image_sources import cifar_of, read_batch, read_cifar, read_pathfinder
+from lra.sources import (
+    LISTOPS_TOKENS,
+    cifar_of_hub,
+    encode_bytes,
+    encode_listops,
+    grey_levels,
+    read_cifar,
+    read_listops,
+    read_pairs,
+    read_pathfinder,
+    read_reviews,
+    reviews_of_hub,
+)
+from lra.store import ArenaError
 from lra.tasks import TASKS
-from lra.text_sources import read_listops, read_pairs, read_reviews, reviews_of
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -90,31 +98,6 @@ def test_listops_files_are_found_where_the_release_has_them(tmp_path, place):
     assert [row for row in plain(read_listops(tmp_path)) if row[1] == 4] == expected
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("[MIN 4 5 ]\t10", r"basic_train.tsv, line 3: expected a label from 0 to 9, found '10'"),
-        ("[MIN 4 5 ]", r"line 3: expected 2 columns \(Source, Target\), found 1"),
-        ("[AVG 4 5 ]\t4", r"line 3: token '\[AVG'"),
-        ("( )\t4", r"line 3: the expression is empty"),
-    ],
-)
-def test_listops_rows_that_are_none_are_named(tmp_path, row, message):
-    listops_release(tmp_path, ["7\t7", row])
-    with pytest.raises(DataError, match=message):
-        list(read_listops(tmp_path))
-
-
-def test_listops_without_header_or_file_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"expected basic_train.tsv or listops-1000"):
-        list(read_listops(tmp_path))
-    write(tmp_path / "basic_train.tsv", "4\t[MIN 4 5 ]\n")
-    with pytest.raises(DataError, match="line 1: expected the columns Source and Target"):
-        list(read_listops(tmp_path))
-    with pytest.raises(DataError, match="expected a folder; an archive must be unpacked first"):
-        list(read_listops(tmp_path / "basic_train.tsv"))
-
-
 def test_real_listops_survive_the_way_through_the_ids(tmp_path):
     with lzma.open(shared("listops/d20s_8k.tsv.xz"), "rt") as file:
         rows = [line.rstrip("\n").split("\t") for line in file]
@@ -163,7 +146,7 @@ def test_reviews_are_the_same_from_folder_archive_json_and_hub(acl_imdb, tmp_pat
     archive = pack(tmp_path / "aclImdb_v1.tar.gz", acl_imdb)
     assert sorted(plain(read_reviews(archive, skipped))) == expected
     assert sorted(plain(read_reviews(tmp_path / "json", skipped))) == expected
-    assert sorted(plain(reviews_of(rows, skipped))) == expected
+    assert sorted(plain(reviews_of_hub(rows, skipped))) == expected
     assert skipped == []
 
 
@@ -172,32 +155,6 @@ def test_empty_reviews_are_skipped_and_named(acl_imdb):
     skipped = []
     assert len(list(read_reviews(acl_imdb, skipped))) == 4
     assert skipped == [f"{acl_imdb / 'train/neg/7_1.txt'}: empty text"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "a", "label": 2}', "line 2: expected a label from 0 to 1, found '2'"),
-        ('{"text": "a"}', "line 2: expected an object with text, label"),
-        ('{"text": null, "label": 1}', "line 2: expected a string in text, found NoneType"),
-        ("text,label", "line 2: not JSON"),
-    ],
-)
-def test_reviews_that_are_none_are_named(tmp_path, line, message):
-    write(tmp_path / "train.jsonl", '{"text": "a", "label": 1}\n' + line)
-    with pytest.raises(DataError, match=f"train.jsonl, {message}"):
-        list(read_reviews(tmp_path, []))
-
-
-def test_damaged_files_are_named(tmp_path):
-    write(tmp_path / "train.jsonl.xz", b"not xz")
-    with pytest.raises(DataError, match=r"train\.jsonl\.xz: cannot be read"):
-        list(read_reviews(tmp_path, []))
-    with pytest.raises(DataError, match="expected a folder or a tar archive"):
-        list(read_reviews(tmp_path / "train.jsonl.xz", []))
-    archive = write(tmp_path / "other" / "aclImdb_v1.tar.gz", b"not a tar")
-    with pytest.raises(DataError, match=r"aclImdb_v1\.tar\.gz: not a readable archive"):
-        list(read_reviews(archive, []))
 
 
 def test_real_reviews():
@@ -236,19 +193,6 @@ def test_pairs_of_the_release_are_unquoted_bytes(tmp_path, place):
     assert skipped[0].endswith("new_aan_pairs.train.tsv, line 3: empty text")
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (b"1\tA\tB\ttext\n", "line 1: expected 5 columns .*, found 4"),
-        (b"2\tA\tB\tx\ty\n", "line 1: expected a label from 0 to 1, found '2'"),
-    ],
-)
-def test_pairs_that_are_none_are_named(tmp_path, row, message):
-    pairs_release(tmp_path, [row])
-    with pytest.raises(DataError, match=rf"new_aan_pairs\.train\.tsv, {message}"):
-        list(read_pairs(tmp_path, [], seed=0))
-
-
 def collection(folder, **pairs):
     """Twenty papers, and pairs given as rows."""
     papers = [json.dumps({"id": f"P{n}", "text": f"paper {n}"}) for n in range(20)]
@@ -264,15 +208,6 @@ def test_a_collection_with_three_files_keeps_them(tmp_path):
     assert [(e.split, e.label) for e in examples] == [("train", 1), ("dev", 0), ("test", 1)]
     texts = [bytes((ids - 1).tolist()).decode() for ids in examples[1].inputs]
     assert texts == ["paper 3", "paper 4"]
-
-
-def test_a_collection_names_what_is_missing(tmp_path):
-    collection(tmp_path, train=["1\tP1\tP99"], val=["1\tP1\tP2"])
-    with pytest.raises(DataError, match=r"pairs\.train\.tsv, line 2: the paper 'P99' is not in"):
-        list(read_pairs(tmp_path, [], seed=0))
-    (tmp_path / "pairs.val.tsv").unlink()
-    with pytest.raises(DataError, match=r"expected pairs\.train\.tsv and pairs\.val\.tsv"):
-        list(read_pairs(tmp_path, [], seed=0))
 
 
 def test_real_pairs_divide_between_citing_papers():
@@ -294,84 +229,6 @@ PIXELS = RNG.integers(0, 256, (6, 32, 32, 3), np.uint8)
 CLASSES = [3, 9, 0, 1, 5, 3]
 
 
-def python2_batch(planes, labels):
-    """The bytes that Python 2 wrote, opcode by opcode (protocol 2)."""
-
-    def text(content):
-        return b"U" + bytes([len(content)]) + content
-
-    def integer(number):
-        return b"J" + number.to_bytes(4, "little", signed=True)
-
-    dtype = b"cnumpy\ndtype\n" + text(b"u1") + integer(0) + integer(1) + b"\x87R("
-    dtype += integer(3) + text(b"|") + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + integer(0) + b"\x85"
-    array += text(b"b") + b"\x87R(" + integer(1)
-    array += integer(len(planes)) + integer(3072) + b"\x86" + dtype + b"\x89"
-    array += b"T" + len(planes.tobytes()).to_bytes(4, "little") + planes.tobytes() + b"tb"
-    items = text(b"batch_label") + text(b"training batch 1 of 5")
-    items += text(b"labels") + b"](" + b"".join(map(integer, labels)) + b"e"
-    items += text(b"data") + array
-    return b"\x80\x02}(" + items + b"u."
-
-
-def planes_of(images):
-    return images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
-
-
-def test_hand_written_batch_is_what_pickle_itself_reads():
-    """The opcodes above are those of the format: the standard reader agrees."""
-    loaded = pickle.loads(python2_batch(planes_of(PIXELS), CLASSES), encoding="bytes")
-    np.testing.assert_array_equal(loaded[b"data"], planes_of(PIXELS))
-    assert loaded[b"labels"] == CLASSES
-
-
-@pytest.mark.parametrize("writer", ["python2", "python3", "newest"])
-def test_batches_are_read_without_running_their_code(writer):
-    content = {"data": planes_of(PIXELS).copy(), "labels": CLASSES}
-    protocol = {"python3": 2, "newest": 4}
-    if writer == "python2":
-        batch = python2_batch(planes_of(PIXELS), CLASSES)
-    else:
-        batch = pickle.dumps(content, protocol=protocol[writer])
-    images, labels = read_batch("batch", batch)
-    np.testing.assert_array_equal(images, PIXELS)
-    assert labels.tolist() == CLASSES
-
-
-class _Evil:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_a_batch_that_would_run_code_is_refused(tmp_path):
-    for protocol in (0, 2, 4):
-        with pytest.raises(DataError, match=r"batch: not a batch of CIFAR-10 .*posix\.mkdir"):
-            read_batch("batch", pickle.dumps(_Evil(tmp_path / "made"), protocol))
-    assert not (tmp_path / "made").exists()
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        (b"", "not a batch"),
-        (b"\x80\x02garbage", "not a batch"),
-        (pickle.dumps([1, 2]), "not a batch"),
-        (pickle.dumps({"data": 1, "labels": [1]}), "not a batch"),
-        (python2_batch(planes_of(PIXELS), CLASSES)[:-100], "not a batch"),
-        (python2_batch(planes_of(PIXELS), CLASSES[:-1]), "not a batch"),
-        (python2_batch(planes_of(PIXELS), [10] * 6), "expected labels from 0 to 9"),
-        (pickle.dumps({"data": PIXELS.astype(np.float64), "labels": [1]}, 2), "type u1, found f8"),
-    ],
-)
-def test_damaged_batches_are_named(batch, message):
-    with pytest.raises(DataError, match=f"some/batch: .*{message}"):
-        read_batch("some/batch", batch)
-
-
 def png(pixels):
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -385,40 +242,25 @@ def test_cifar_is_the_same_from_batches_images_archives_and_hub(tmp_path):
         split = "train" if number < 5 else "test"
         write(tmp_path / "png" / split / names[label] / f"{number}.png", png(pixels))
         hub[split].append({"img": Image.fromarray(pixels), "label": label})
-    batches = tmp_path / "cifar-10-batches-py"
-    write(batches / "data_batch_1", python2_batch(planes_of(PIXELS[:3]), CLASSES[:3]))
-    write(batches / "data_batch_2", python2_batch(planes_of(PIXELS[3:5]), CLASSES[3:5]))
-    write(batches / "test_batch", python2_batch(planes_of(PIXELS[5:]), CLASSES[5:]))
-    write(batches / "batches.meta", b"ignored")
+    batches = tmp_path / "cifar-10-batches-bin"
+    for name, rows in (("data_batch_1", [0, 1, 2]), ("data_batch_2", [3, 4]), ("test_batch", [5])):
+        records = [bytes([CLASSES[n]]) + PIXELS[n].transpose(2, 0, 1).tobytes() for n in rows]
+        write(batches / f"{name}.bin", b"".join(records))
+    write(batches / "batches.meta.txt", b"ignored")
     expected = plain(read_cifar(batches))
     assert [(split, label) for split, label, _ in expected] == [
         *(("train", label) for label in CLASSES[:5]),
         ("test", CLASSES[5]),
     ]
     assert expected[1][2] == grey_levels(PIXELS[1]).reshape(-1).tolist()
-    archive = pack(tmp_path / "cifar-10-python.tar.gz", batches)
+    archive = pack(tmp_path / "cifar-10-binary.tar.gz", batches)
     assert plain(read_cifar(archive)) == expected
-    assert plain(cifar_of(hub)) == expected
+    assert plain(cifar_of_hub(hub)) == expected
     assert sorted(plain(read_cifar(tmp_path / "png"))) == sorted(expected)
     (tmp_path / "packed").mkdir()
     for split in ("train", "test"):
         pack(tmp_path / "packed" / f"{split}.tar.gz", tmp_path / "png" / split)
     assert sorted(plain(read_cifar(tmp_path / "packed"))) == sorted(expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("train/unicorn/1.png", b"", "unknown class 'unicorn', expected airplane"),
-        ("train/cat/1.png", b"nothing", r"1\.png: not a readable image"),
-        ("train/cat/1.png", png(PIXELS[0])[:-400], r"1\.png: not a readable image"),
-        ("train/cat/1.png", png(PIXELS[0][:16]), r"1\.png: expected .* 32 x 32 .* found 32 x 16"),
-    ],
-)
-def test_bad_images_are_named(tmp_path, name, content, message):
-    write(tmp_path / name, content)
-    with pytest.raises(DataError, match=message):
-        list(read_cifar(tmp_path))
 
 
 def test_real_cifar():
@@ -482,18 +324,62 @@ def test_empty_image_files_are_skipped_and_named(tmp_path):
     assert skipped == [f"{empty}: empty file"]
 
 
-def test_pathfinder_metadata_that_do_not_fit_are_named(tmp_path):
-    hard = pathfinder_release(tmp_path, 20)
+READERS = {
+    "listops": read_listops,
+    "text": lambda source: read_reviews(source, []),
+    "retrieval": lambda source: read_pairs(source, [], 0),
+    "image": read_cifar,
+    "pathfinder": lambda source: read_pathfinder(TASKS["pathfinder"], source, [], 0),
+}
+LISTOPS, REVIEWS_FILE, PAIRS = "basic_train.tsv", "train.jsonl", "new_aan_pairs.train.tsv"
+HEADER, PAPERS = "Source\tTarget\n7\t7\n", {"papers.jsonl": '{"id": "P1", "text": "a"}'}
+REFUSED = [
+    (
+        "listops",
+        {LISTOPS: HEADER + "[MIN 4 5 ]\t10"},
+        "line 3: expected a label from 0 to 9, found",
+    ),
+    ("listops", {LISTOPS: HEADER + "[MIN 4 5 ]"}, r"line 3: expected 2 columns .*, found 1"),
+    ("listops", {LISTOPS: HEADER + "[AVG 4 5 ]\t4"}, r"line 3: token '\[AVG'"),
+    ("listops", {LISTOPS: HEADER + "( )\t4"}, r"train\.tsv, line 3: the expression is empty"),
+    ("listops", {LISTOPS: "4\t[MIN 4 5 ]"}, "line 1: expected the columns Source, Target, found"),
+    ("listops", {"other": ""}, r"expected basic_train.tsv or listops-1000"),
+    ("text", {REVIEWS_FILE: '{"text": "a", "label": 2}'}, "line 1: expected a label from 0 to 1"),
+    ("text", {REVIEWS_FILE: '{"text": "a"}'}, "line 1: expected an object with text, label"),
+    ("text", {REVIEWS_FILE: '{"text": null, "label": 1}'}, "expected a string in text, found None"),
+    ("text", {REVIEWS_FILE: "text,label"}, r"train\.jsonl, line 1: not JSON"),
+    ("text", {"train.jsonl.xz": b"not xz"}, r"train\.jsonl\.xz: cannot be read"),
+    ("text", {"aclImdb_v1.tar.gz": b"no tar"}, r"aclImdb_v1\.tar\.gz: not a readable archive"),
+    ("retrieval", {PAIRS: "1\tA\tB\ttext"}, r"train\.tsv, line 1: expected 5 columns .*, found 4"),
+    ("retrieval", {PAIRS: "2\tA\tB\tx\ty"}, "line 1: expected a label from 0 to 1, found '2'"),
+    ("retrieval", PAPERS, r"expected pairs\.train\.tsv and pairs\.val\.tsv"),
+    ("retrieval", PAPERS | {"pairs.train.tsv": "1\tP1\tP2"}, "expected the columns label, paper1"),
+    ("image", {"train/unicorn/1.png": b""}, "unknown class 'unicorn', expected airplane"),
+    ("image", {"train/cat/1.png": b"nothing"}, r"1\.png: not a readable image"),
+    ("image", {"train/cat/1.png": png(PIXELS[0])[:-400]}, r"1\.png: not a readable image"),
+    ("image", {"train/cat/1.png": png(PIXELS[0][:16])}, r"expected .* 32 x 32 .* found 32 x 16"),
+    ("image", {"data_batch_1": b"\x80\x02}"}, "a pickle, which could run code; take the binary"),
+    ("image", {"test_batch.bin": b"\x01" * 3072}, "expected records of 3073 bytes, found 3072"),
+    ("image", {"test_batch.bin": b"\x0a" * 3073}, "expected labels from 0 to 9, found 10"),
+    ("pathfinder", {"metadata/0.npy": "imgs/0 a.png 0 1"}, r"0\.npy, line 1: the image .* missing"),
+    (
+        "pathfinder",
+        {"metadata/0.npy": "imgs/0 a.png 0 yes"},
+        "line 1: expected folder, file, number",
+    ),
+    ("pathfinder", {"metadata/0.npy": b"\x93NUMPY"}, r"0\.npy: expected lines of text"),
+]
 
-    def read():
-        return list(read_pathfinder(TASKS["pathfinder"], tmp_path, [], 0))
 
-    (hard / "imgs/0/sample_3.png").unlink()
-    with pytest.raises(DataError, match=r"0\.npy, line 2: the image .*sample_3\.png is missing"):
-        read()
-    write(hard / "metadata/0.npy", "imgs/0 sample_0.png 0 yes\n")
-    with pytest.raises(DataError, match=r"0\.npy, line 1: expected folder, file, number, label"):
-        read()
-    write(hard / "metadata/0.npy", b"\x93NUMPY")
-    with pytest.raises(DataError, match=r"0\.npy: expected lines of text"):
-        read()
+@pytest.mark.parametrize(("task", "files", "message"), REFUSED)
+def test_files_that_are_none_of_the_task_are_named(tmp_path, task, files, message):
+    for name, content in files.items():
+        write(tmp_path / name, content)
+    with pytest.raises(ArenaError, match=message):
+        list(READERS[task](tmp_path))
+
+
+def test_papers_that_are_not_there_are_named(tmp_path):
+    collection(tmp_path, train=["1\tP1\tP99"], val=["1\tP1\tP2"])
+    with pytest.raises(ArenaError, match=r"pairs\.train\.tsv, line 2: the paper 'P99' is not in"):
+        list(read_pairs(tmp_path, [], seed=0))

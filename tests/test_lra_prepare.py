@@ -2,14 +2,14 @@
 
 import json
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lra.cache import MANIFEST, draw_tenth, load_task, write_task
-from lra.examples import DataError, Example
 from lra.prepare import main, prepare_task
-from lra.tasks import TASKS
+from lra.store import MANIFEST, ArenaError, Example, draw_tenth, load_arena_data, write_task
+from lra.tasks import COMPARED, TASKS, tasks_named
 
 
 def drawn(task, per_split, seed=0):
@@ -33,7 +33,7 @@ def test_what_was_written_is_read(tmp_path, name):
     task = TASKS[name]
     examples = list(drawn(task, 30))
     folder = write_task(tmp_path / name, task, examples, source="random", skipped=["line 3: empty"])
-    data = load_task(name, folder, verify=True)
+    data = load_arena_data(name, folder, verify=True)
     assert data.manifest["skipped"] == {"records": 1, "first": ["line 3: empty"]}
     expected = [e for e in examples if e.split == "test"]
     assert len(data.test) == len(expected) == 30
@@ -58,14 +58,14 @@ def test_equal_sequences_are_stored_once(tmp_path):
         Example(s, 1, pair) for s, pair in zip(("train", "dev", "test"), inputs, strict=True)
     ]
     folder = write_task(tmp_path / "retrieval", TASKS["retrieval"], examples, source="x")
-    data = load_task("retrieval", folder)
+    data = load_arena_data("retrieval", folder)
     assert data.manifest["sequences"] == 2
     assert [ids.tolist() for ids in data.dev.ids(0)] == [[256], [1, 2, 3]]
 
 
 def test_text_has_a_published_and_a_clean_development_set(text_folder):
-    published = load_task("text", text_folder)
-    clean = load_task("text", text_folder, "clean")
+    published = load_arena_data("text", text_folder)
+    clean = load_arena_data("text", text_folder, "clean")
 
     def contents(split):
         return [split.ids(index)[0].tobytes() for index in range(len(split))]
@@ -84,7 +84,7 @@ def test_text_has_a_published_and_a_clean_development_set(text_folder):
 def test_other_tasks_have_one_development_set(tmp_path):
     folder = write_task(tmp_path / "image", TASKS["image"], drawn(TASKS["image"], 200), source="x")
     for variant in ("published", "clean"):
-        data = load_task("image", folder, variant)
+        data = load_arena_data("image", folder, variant)
         assert len(data.train) + len(data.dev) == 200
         assert 15 <= len(data.dev) <= 25
 
@@ -101,7 +101,7 @@ def test_the_digest_tells_examples_apart_and_forgets_their_origin(tmp_path):
     task = TASKS["text"]
     seeds = {"a": 0, "b": 0, "c": 1}
     digests = [
-        load_task(
+        load_arena_data(
             "text", write_task(tmp_path / name, task, drawn(task, 20, seed), source=name)
         ).manifest["digest"]
         for name, seed in seeds.items()
@@ -112,9 +112,9 @@ def test_the_digest_tells_examples_apart_and_forgets_their_origin(tmp_path):
 def test_nothing_is_left_of_an_interrupted_preparation(tmp_path):
     def broken():
         yield from drawn(TASKS["text"], 5)
-        raise DataError("the tenth line is bad")
+        raise ArenaError("the tenth line is bad")
 
-    with pytest.raises(DataError, match="tenth line"):
+    with pytest.raises(ArenaError, match="tenth line"):
         write_task(tmp_path / "text", TASKS["text"], broken(), source="x")
     assert list(tmp_path.iterdir()) == []
 
@@ -134,14 +134,14 @@ def test_a_full_disk_is_told_from_other_errors(tmp_path):
 
 def test_missing_splits_are_refused(tmp_path):
     only = [Example("train", 1, (np.array([5]),))] * 30
-    with pytest.raises(DataError, match="some place: no example for test"):
+    with pytest.raises(ArenaError, match="some place: no example for test"):
         write_task(tmp_path / "text", TASKS["text"], only, source="some place")
-    with pytest.raises(DataError, match="no example for test, dev"):
+    with pytest.raises(ArenaError, match="no example for test, dev"):
         write_task(tmp_path / "listops", TASKS["listops"], only, source="some place")
 
 
 def test_an_existing_folder_is_not_touched(text_folder):
-    with pytest.raises(DataError, match="already exists; delete it"):
+    with pytest.raises(ArenaError, match="already exists; delete it"):
         write_task(text_folder, TASKS["text"], drawn(TASKS["text"], 5), source="x")
 
 
@@ -151,14 +151,36 @@ def damaged(tmp_path):
     return write_task(tmp_path / "text", task, drawn(task, 20), source="random")
 
 
-def test_a_short_or_missing_file_is_refused(damaged):
-    path = damaged / "ids.npy"
+def cut(path):
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"ids\.npy: has .* bytes, expected .*delete the folder"):
-        load_task("text", damaged)
-    path.unlink()
-    with pytest.raises(DataError, match=r"ids\.npy: is missing"):
-        load_task("text", damaged)
+
+
+def zero(path):
+    path.write_bytes(b"\x00" * path.stat().st_size)
+
+
+def change(**entries):
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("ids.npy", cut, r"ids\.npy: has .* bytes, expected .*delete the folder"),
+        ("ids.npy", Path.unlink, r"ids\.npy: is missing"),
+        ("labels.npy", zero, r"labels\.npy: damaged"),
+        (MANIFEST, change(task="image"), "holds the task image, expected text"),
+        (MANIFEST, change(format_version=0), "format 0, expected 1; delete the folder"),
+        (MANIFEST, change(files={}), "was changed after it was written"),
+        (MANIFEST, lambda path: path.write_text("{}"), "not a readable manifest"),
+        (MANIFEST, lambda path: path.write_text('"text"'), "not a readable manifest"),
+        (MANIFEST, Path.unlink, r"not a prepared task, manifest\.json is missing"),
+    ],
+)
+def test_damaged_and_foreign_folders_are_refused(damaged, name, damage, message):
+    damage(damaged / name)
+    with pytest.raises(ArenaError, match=message):
+        load_arena_data("text", damaged)
 
 
 def test_changed_bytes_are_found_when_asked(damaged):
@@ -166,74 +188,29 @@ def test_changed_bytes_are_found_when_asked(damaged):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    load_task("text", damaged)
-    with pytest.raises(DataError, match=r"ids\.npy: other bytes than were written"):
-        load_task("text", damaged, verify=True)
-
-
-def test_a_changed_header_is_refused(damaged):
-    path = damaged / "labels.npy"
-    path.write_bytes(b"\x00" * path.stat().st_size)
-    with pytest.raises(DataError, match=r"labels\.npy: damaged"):
-        load_task("text", damaged)
+    load_arena_data("text", damaged)
+    with pytest.raises(ArenaError, match=r"ids\.npy: other bytes than were written"):
+        load_arena_data("text", damaged, verify=True)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"task": "image"}, "holds the task image, expected text"),
-        ({"format_version": 0}, "format 0, expected 1; delete the folder"),
-        ({"files": {}}, "was changed after it was written"),
-    ],
+    ("name", "shortest", "longest"),
+    [("listops", 501, 1999), ("pathfinder", 1024, 1024), ("pathx", 16_384, 16_384)],
 )
-def test_foreign_manifests_are_refused(damaged, change, message):
-    path = damaged / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(DataError, match=message):
-        load_task("text", damaged)
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '"text"'])
-def test_unreadable_manifests_are_refused(damaged, content):
-    (damaged / MANIFEST).write_text(content)
-    with pytest.raises(DataError, match="not a readable manifest"):
-        load_task("text", damaged)
-
-
-def test_what_is_no_prepared_task_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"not a prepared task, manifest\.json is missing"):
-        load_task("text", tmp_path)
-    with pytest.raises(ValueError, match="task must be one of listops, text"):
-        load_task("audio", tmp_path)
-    with pytest.raises(ValueError, match="variant must be one of published, clean"):
-        load_task("text", tmp_path, "dirty")  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize(("name", "length"), [("listops", None), ("pathfinder", 1024)])
-def test_generated_tasks(tmp_path, name, length):
+def test_generated_tasks(tmp_path, name, shortest, longest):
+    seeds = (0, None, 1) if name == "listops" else (0,)
     folders = [
         prepare_task(name, tmp_path / str(number), num_examples=64, seed=seed, workers=1)
-        for number, seed in enumerate((0, None, 1))
+        for number, seed in enumerate(seeds)
     ]
-    loaded = [load_task(name, folder, verify=True) for folder in folders]
-    data = loaded[0]
-    assert [len(split) for split in (data.train, data.dev, data.test)] == [52, 6, 6]
-    lengths = data.train.lengths
-    if length:
-        assert (lengths == length).all()
-    else:
-        assert lengths.min() > 500
-        assert lengths.max() < 2000
-        assert set(np.concatenate([data.train.ids(i)[0] for i in range(52)])) == set(range(1, 16))
-    assert data.manifest["source"] == "generated"
-    digests = [d.manifest["digest"] for d in loaded]
-    assert digests[0] == digests[1] != digests[2]
-
-
-def test_path_x_is_generated_at_its_size(tmp_path):
-    data = load_task("pathx", prepare_task("pathx", tmp_path, num_examples=10, workers=1))
-    assert [len(split) for split in (data.train, data.dev, data.test)] == [8, 1, 1]
-    assert (data.train.lengths == 16_384).all()
+    loaded = [load_arena_data(name, folder, verify=True) for folder in folders]
+    assert loaded[0].sizes == (52, 6, 6)
+    assert loaded[0].train.lengths.min() >= shortest
+    assert loaded[0].train.lengths.max() <= longest
+    assert loaded[0].manifest["source"] == "generated"
+    assert not loaded[0].is_whole
+    digests = [data.manifest["digest"] for data in loaded]
+    assert len(set(digests)) == (2 if name == "listops" else 1)
 
 
 def review_source(folder):
@@ -250,35 +227,33 @@ def test_what_is_prepared_is_kept_and_not_confused(tmp_path):
     (source / "train.jsonl").unlink()
     assert prepare_task("text", tmp_path / "data") == folder
     assert prepare_task("text", tmp_path / "data", source) == folder
-    with pytest.raises(DataError, match="was prepared with seed 0, asked for 3; delete"):
+    with pytest.raises(ArenaError, match="was prepared with seed 0, asked for 3; delete"):
         prepare_task("text", tmp_path / "data", seed=3)
-    with pytest.raises(DataError, match="was prepared with source"):
+    with pytest.raises(ArenaError, match="was prepared with source"):
         prepare_task("text", tmp_path / "data", tmp_path)
     generated = prepare_task("listops", tmp_path / "data", num_examples=20, workers=1)
     assert prepare_task("listops", tmp_path / "data") == generated
-    with pytest.raises(DataError, match="was prepared with num_examples 20, asked for 30"):
+    with pytest.raises(ArenaError, match="was prepared with num_examples 20, asked for 30"):
         prepare_task("listops", tmp_path / "data", num_examples=30)
 
 
 def test_the_folder_for_raw_data_is_looked_at(tmp_path):
     (tmp_path / "raw").mkdir()
     review_source(tmp_path / "raw" / "text")
-    data = load_task("text", prepare_task("text", tmp_path))
+    data = load_arena_data("text", prepare_task("text", tmp_path))
     assert len(data.train) == 40
     assert data.manifest["source"] == str(tmp_path / "raw" / "text")
 
 
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(
-        DataError, match=r"give --source PATH, or put at .*raw/retrieval: .*lra_rel"
+        ArenaError, match=r"give --source PATH, or put at .*raw/retrieval: .*lra_rel"
     ):
         prepare_task("retrieval", tmp_path)
-    with pytest.raises(DataError, match=r"--source .*nowhere: not found; expected aclImdb"):
+    with pytest.raises(ArenaError, match=r"--source .*nowhere: not found; expected aclImdb"):
         prepare_task("text", tmp_path, tmp_path / "nowhere")
-    with pytest.raises(DataError, match="--task: expected one of listops, text"):
+    with pytest.raises(ArenaError, match="--task: expected one of listops, text"):
         prepare_task("audio", tmp_path)
-    with pytest.raises(DataError, match="--num-examples: text is not generated"):
-        prepare_task("text", tmp_path, num_examples=20)
 
 
 def test_an_unreachable_hub_is_said(tmp_path, monkeypatch):
@@ -288,7 +263,7 @@ def test_an_unreachable_hub_is_said(tmp_path, monkeypatch):
         raise ConnectionError(f"offline, no {name}")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError, match=r"uoft-cs/cifar10 cannot be loaded .*cifar-10-python"):
+    with pytest.raises(ArenaError, match=r"uoft-cs/cifar10 cannot be loaded .*cifar-10-binary"):
         prepare_task("image", tmp_path)
 
 
@@ -312,6 +287,11 @@ def test_all_tasks_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert output["prepared"]["pathfinder"]["splits"]["train"]["examples"] == 8
     assert output["prepared"]["text"]["splits"]["train"]["examples"] == 40
     assert main(["--task", "listops", "text", "--data-dir", str(tmp_path)]) == 0
+
+
+def test_all_does_not_hide_what_stands_beside_it():
+    names = [task.name for task in tasks_named(["all", "pathx", "text"])]
+    assert names == [*COMPARED, "pathx"]
 
 
 @pytest.mark.parametrize(

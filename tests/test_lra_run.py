@@ -13,22 +13,21 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lra.budget import Speed, plan_within
-from lra.cache import write_task
-from lra.classify import Classification
-from lra.examples import Example
+from lra.data import Classification
 from lra.run import main
 from lra.selfpretrain import MaskedPrediction
-from lra.settings import LRAConfig, RunSettings, parse
+from lra.settings import ArenaConfig, ArenaSettings, parse
 from lra.steps import CapturedStep
+from lra.store import Example, write_task
 from lra.tasks import TASKS
-from ponet.run.cli import UsageError
+from ponet.mixers import MIXERS
+from ponet.mixers.pooling import PoNetMixer
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
 SIZES = {"train": 24, "dev": 10, "test": 11}
 TINY = ["--steps", "4", "--batch-size", "4", "--eval-every", "2", "--eval-batches", "2"]
-TIMES = {"seconds", "steps_per_s"}
+TIMES = {"seconds", "step_ms"}
 
 
 def examples(name: str, seed: int = 0) -> Iterator[Example]:
@@ -61,16 +60,15 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(monkeypatch: pytest.MonkeyPatch, flags: Sequence[str]) -> None:
+def start(flags: Sequence[str]) -> None:
     shared = ["--data-dir", "data", "--output-dir", "runs", "--threads", "1", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["lra/run.py", *shared, *flags])
-    main()
+    main([*shared, *flags])
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *flags: str) -> dict[str, Any]:
+def run(capsys: Any, *flags: str) -> dict[str, Any]:
     """What the command's last line says, with its exit status and log."""
     with pytest.raises(SystemExit) as ended:
-        start(monkeypatch, flags)
+        start(flags)
     output = capsys.readouterr()
     lines = output.out.splitlines()
     last = json.loads(lines[-1]) if lines else {}
@@ -78,41 +76,34 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *flags: str) -> dict[str, 
 
 
 @pytest.mark.parametrize("protocol", ["published", "clean"])
-def test_every_task_from_data_to_result(tiny, monkeypatch, capsys, protocol):
-    flags = ["--task", *NAMES, "--model", "ponet", "attention", "--protocol", protocol]
-    found = run(monkeypatch, capsys, *flags, *TINY)
-    assert (found["status"], found["failures"], len(found["runs"])) == (0, [], 12)
+def test_every_task_from_data_to_result(tiny, capsys, protocol):
+    found = run(capsys, "--task", *NAMES, "--protocol", protocol, *TINY)
+    assert (found["status"], found["failures"], len(found["runs"])) == (0, [], len(NAMES))
     for name in NAMES:
-        for model in ("ponet", "attention"):
-            folder = tiny / "runs" / protocol / f"{name}-{model}-seed0"
-            result = json.loads((folder / "result.json").read_text())
-            assert result in found["runs"]
-            assert (result["task"], result["model"], result["seed"]) == (name, model, 0)
-            assert result["steps"] == result["planned_steps"] == 4
-            assert result["published_steps"] == TASKS[name].steps
-            assert result["complete"] is False
-            assert set(result["departures"]) >= {"steps", "batch_size", "eval_every"}
-            assert result["best_step"] in (2, 4)
-            assert 0 <= result["test_accuracy"] <= 1
-            # full batches of 4 as published, or all
-            assert result["num_test_examples"] == (8 if protocol == "published" else 11)
-            expected = np.bincount([i % TASKS[name].num_classes for i in range(11)]).max() / 11
-            assert result["majority_rate"] == pytest.approx(expected)
-            assert result["data"]["source"] == "made up"
-            assert (folder / "model.safetensors").is_file()
-            assert not (folder / "checkpoint.pt").exists()
-            config = json.loads((folder / "config.json").read_text())
-            assert config["settings"]["batch_size"] == 4
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-            kinds = [(entry["kind"], entry["step"]) for entry in map(json.loads, lines)]
-            assert kinds == [("train", 2), ("eval", 2), ("train", 4), ("eval", 4)]
+        folder = tiny / "runs" / protocol / f"{name}-ponet-seed0"
+        result = json.loads((folder / "result.json").read_text())
+        assert result in found["runs"]
+        assert (result["task"], result["model"], result["seed"]) == (name, "ponet", 0)
+        assert (result["steps"], result["published_steps"]) == (4, TASKS[name].steps)
+        assert result["complete"] is False
+        assert set(result["differences"]) >= {"steps", "batch_size", "eval_every"}
+        assert result["best_step"] in (2, 4)
+        # full batches of 4 as published, or all
+        assert result["num_test_examples"] == (8 if protocol == "published" else 11)
+        expected = np.bincount([i % TASKS[name].num_classes for i in range(11)]).max() / 11
+        assert result["majority_rate"] == pytest.approx(expected)
+        assert result["data"]["source"] == "made up"
+        assert (folder / "model.safetensors").is_file()
+        assert not (folder / "checkpoint.pt").exists()
+        kinds = [(entry["kind"], entry["step"]) for entry in entries(folder / "metrics.jsonl")]
+        assert kinds == [("train", 2), ("eval", 2), ("train", 4), ("eval", 4)]
 
 
 @pytest.mark.parametrize("protocol", ["published", "clean"])
-def test_a_model_learns_what_there_is_to_learn(tiny, monkeypatch, capsys, protocol):
+def test_a_model_learns_what_there_is_to_learn(tiny, capsys, protocol):
     flags = ["--task", "text", "--protocol", protocol, "--learning-rate", "1e-2", "--steps", "120"]
     flags += ["--batch-size", "8", "--eval-every", "20", "--eval-batches", "2"]
-    found = run(monkeypatch, capsys, *flags)
+    found = run(capsys, *flags)
     (result,) = found["runs"]
     assert result["test_accuracy"] == 1.0
     assert result["dev_accuracy"] == 1.0
@@ -124,50 +115,58 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("objective", [Classification, MaskedPrediction])
-def test_an_interrupted_run_continues_bit_for_bit(tiny, monkeypatch, capsys, objective):
-    flags = ["--task", "image", "--protocol", "clean", "--batch-size", "4", "--steps", "8"]
-    flags += ["--eval-every", "4", "--log-every", "1", "--pretrain-epochs", "3"]
-    whole = run(monkeypatch, capsys, *flags)["runs"][0]
-    folder = tiny / "runs" / "clean-pretrained" / "image-ponet-seed0"
+@pytest.mark.parametrize("stopped", ["training", "self-pretraining", "captured"])
+def test_an_interrupted_run_continues_bit_for_bit(tiny, monkeypatch, capsys, stopped):
+    flags = ["--task", "image", "--batch-size", "4", "--steps", "8", "--eval-every", "4"]
+    flags += ["--log-every", "1", "--eval-batches", "2"]
+    if stopped == "captured":
+        group, flags = "published", [*flags, "--capture", "on"]
+    else:
+        group, flags = "clean-pretrained", [*flags, "--protocol", "clean", "--pretrain-epochs", "3"]
+    owner, name = {
+        "training": (Classification, "loss"),
+        "self-pretraining": (MaskedPrediction, "loss"),
+        "captured": (CapturedStep, "_do"),
+    }[stopped]
+    whole = run(capsys, *flags)["runs"][0]
+    folder = tiny / "runs" / group / "image-ponet-seed0"
     kept = folder.rename(tiny / "kept")
+    original = getattr(owner, name)
 
-    original = objective.loss
-
-    def loss(self, step):
+    def killed(self, step):
         if step == 5:
             raise Killed
         return original(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(objective, "loss", loss)
+        patch.setattr(owner, name, killed)
         with pytest.raises(Killed):
-            start(patch, [*flags, "--checkpoint-minutes", "0"])
-    stage = folder if objective is Classification else folder / "pretrain"
+            start([*flags, "--checkpoint-minutes", "0"])
+    stage = folder / "pretrain" if stopped == "self-pretraining" else folder
     state = torch.load(stage / "checkpoint.pt", weights_only=True)
     assert state["progress"]["step"] == 5
     assert not (folder / "result.json").exists()
 
-    again = run(monkeypatch, capsys, *flags)["runs"][0]
+    again = run(capsys, *flags)["runs"][0]
     assert {k: v for k, v in again.items() if k not in TIMES} == {
         k: v for k, v in whole.items() if k not in TIMES
     }
     model = "model.safetensors"
     assert (folder / model).read_bytes() == (kept / model).read_bytes()
-    for name in ("metrics.jsonl", "pretrain/metrics.jsonl"):
-        assert entries(folder / name) == entries(kept / name)
+    for path in kept.rglob("metrics.jsonl"):
+        assert entries(folder / path.relative_to(kept)) == entries(path)
 
 
 @pytest.mark.parametrize("task", ["image", "retrieval"])
-def test_a_run_of_captured_steps_is_the_same_run(tiny, monkeypatch, capsys, task):
+def test_a_run_of_captured_steps_is_the_same_run(tiny, capsys, task):
     flags = ["--task", task, "--batch-size", "4", "--steps", "8", "--eval-every", "4"]
     flags += ["--eval-batches", "2", "--log-every", "1", "--learning-rate", "1e-3"]
     # what is dropped depends on the shape of the batch
     flags += ["--dropout", "0", "--attention-dropout", "0"]
-    plain = run(monkeypatch, capsys, *flags)
+    plain = run(capsys, *flags)
     folder = tiny / "runs" / "published" / f"{task}-ponet-seed0"
     kept = folder.rename(tiny / "kept")
-    captured = run(monkeypatch, capsys, *flags, "--capture", "on")
+    captured = run(capsys, *flags, "--capture", "on")
     assert [len(captured["runs"]), captured["failures"]] == [1, []]
     for name in ("test_accuracy", "dev_accuracy", "best_step", "num_test_examples"):
         assert captured["runs"][0][name] == plain["runs"][0][name]
@@ -178,35 +177,9 @@ def test_a_run_of_captured_steps_is_the_same_run(tiny, monkeypatch, capsys, task
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
 
 
-def test_an_interrupted_run_of_captured_steps_continues_bit_for_bit(tiny, monkeypatch, capsys):
-    flags = ["--task", "image", "--batch-size", "4", "--steps", "8", "--eval-every", "4"]
-    flags += ["--eval-batches", "2", "--log-every", "1", "--capture", "on"]
-    whole = run(monkeypatch, capsys, *flags)["runs"][0]
-    folder = tiny / "runs" / "published" / "image-ponet-seed0"
-    kept = folder.rename(tiny / "kept")
-    original = CapturedStep._do
-
-    def do(self, step):
-        if step == 5:
-            raise Killed
-        return original(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CapturedStep, "_do", do)
-        with pytest.raises(Killed):
-            start(patch, [*flags, "--checkpoint-minutes", "0"])
-    again = run(monkeypatch, capsys, *flags)["runs"][0]
-    assert {k: v for k, v in again.items() if k not in TIMES} == {
-        k: v for k, v in whole.items() if k not in TIMES
-    }
-    model = "model.safetensors"
-    assert (folder / model).read_bytes() == (kept / model).read_bytes()
-    assert entries(folder / "metrics.jsonl") == entries(kept / "metrics.jsonl")
-
-
-def test_a_run_that_cannot_be_captured_says_so(tiny, monkeypatch, capsys):
+def test_a_run_that_cannot_be_captured_says_so(tiny, capsys):
     flags = ["--task", "listops", "--model", "ponet_eager", *TINY, "--capture", "on"]
-    found = run(monkeypatch, capsys, *flags)
+    found = run(capsys, *flags)
     assert found["status"] == 0
     assert found["log"].count("steps are not captured: mixer ponet_eager reads") == 1
 
@@ -214,72 +187,80 @@ def test_a_run_that_cannot_be_captured_says_so(tiny, monkeypatch, capsys):
 def entries(path: Path) -> list[dict[str, Any]]:
     """Metrics without those that depend on the machine."""
     lines = map(json.loads, path.read_text().splitlines())
-    measured = {"steps_per_s", "peak_memory_mib"}
+    measured = {"step_ms", "peak_memory_mib"}
     return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 def test_finished_runs_are_skipped_and_others_refused(tiny, monkeypatch, capsys):
     flags = ["--task", "listops", *TINY]
-    first = run(monkeypatch, capsys, *flags)
+    first = run(capsys, *flags)
     with monkeypatch.context() as patch:
         patch.setattr(Classification, "loss", None)
-        again = run(patch, capsys, *flags)
+        again = run(capsys, *flags)
     assert again["runs"] == first["runs"]
     assert "1 of 1 runs are finished already" in again["log"]
-    more = run(monkeypatch, capsys, *flags, "--seeds", "2")
+    more = run(capsys, *flags, "--seeds", "2")
     assert [result["seed"] for result in more["runs"]] == [0, 1]
-    other = run(monkeypatch, capsys, *flags, "--learning-rate", "1e-3")
+    other = run(capsys, *flags, "--learning-rate", "1e-3")
     assert other["status"] == 2
     assert "learning_rate 0.0001, now 0.001" in other["log"]
     assert "give another --output-dir" in other["log"]
 
 
-def test_a_run_that_is_going_on_is_left_alone(tiny, monkeypatch, capsys):
+def test_a_run_that_is_going_on_is_left_alone(tiny, capsys):
     folder = tiny / "runs" / "published" / "listops-ponet-seed0"
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):
-        found = run(monkeypatch, capsys, "--task", "listops", *TINY)
+        found = run(capsys, "--task", "listops", *TINY)
     assert found["status"] == 1
     assert "another process is at this run" in found["failures"][0]
-    assert run(monkeypatch, capsys, "--task", "listops", *TINY)["status"] == 0
+    assert run(capsys, "--task", "listops", *TINY)["status"] == 0
 
 
-def test_a_run_in_bfloat16(tiny, monkeypatch, capsys):
-    found = run(monkeypatch, capsys, "--task", "listops", *TINY, "--precision", "bf16")
+def test_a_run_in_bfloat16(tiny, capsys):
+    found = run(capsys, "--task", "listops", *TINY, "--precision", "bf16")
     assert (found["status"], found["runs"][0]["precision"]) == (0, "bf16")
 
 
-def test_a_run_on_other_data_is_refused(tiny, monkeypatch, capsys):
+def test_a_run_on_other_data_is_refused(tiny, capsys):
     flags = ["--task", "listops", *TINY]
-    run(monkeypatch, capsys, *flags)
+    run(capsys, *flags)
     write_task(tiny / "other" / "listops", TASKS["listops"], examples("listops", 1), source="else")
-    found = run(monkeypatch, capsys, *flags, "--data-dir", "other")
+    found = run(capsys, *flags, "--data-dir", "other")
     assert found["status"] == 2
     assert "(data '" in found["log"]
 
 
-def test_a_damaged_checkpoint_is_named(tiny, monkeypatch, capsys):
+def checkpoint_of_another_model(path: Path) -> None:
+    state = {"progress": {}, "model": {"x": torch.zeros(1)}}
+    torch.save(state | {"optimizer": {}, "scaler": {}, "best": None}, path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(b"nothing"), checkpoint_of_another_model]
+)
+def test_a_damaged_checkpoint_is_named(tiny, capsys, damage):
     flags = ["--task", "listops", *TINY]
-    run(monkeypatch, capsys, *flags)
+    run(capsys, *flags)
     folder = tiny / "runs" / "published" / "listops-ponet-seed0"
     (folder / "result.json").unlink()
-    (folder / "checkpoint.pt").write_bytes(b"nothing")
-    found = run(monkeypatch, capsys, *flags, "--model", "ponet", "attention")
+    damage(folder / "checkpoint.pt")
+    found = run(capsys, *flags, "--model", "ponet", "attention")
     assert found["status"] == 1
     assert "checkpoint.pt: damaged or not a checkpoint" in found["failures"][0]
     # the others are done all the same
     assert [result["model"] for result in found["runs"]] == ["attention"]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tiny, monkeypatch, capsys):
-    found = run(monkeypatch, capsys, "--task", "listops", *TINY, "--learning-rate", "1e20")
+def test_a_loss_that_is_not_finite_ends_the_run(tiny, capsys):
+    found = run(capsys, "--task", "listops", *TINY, "--learning-rate", "1e20")
     assert found["status"] == 1
     assert "listops-ponet-seed0: the loss became nan" in found["failures"][0]
 
 
-def test_self_pretraining_lowers_the_masked_loss(tiny, monkeypatch, capsys):
+def test_self_pretraining_lowers_the_masked_loss(tiny, capsys):
     flags = ["--task", "text", *TINY, "--pretrain-epochs", "40", "--pretrain-learning-rate", "1e-2"]
-    run(monkeypatch, capsys, *flags, "--log-every", "20")
+    run(capsys, *flags, "--log-every", "20")
     folder = tiny / "runs" / "published-pretrained" / "text-ponet-seed0"
     losses = [entry["loss"] for entry in entries(folder / "pretrain" / "metrics.jsonl")]
     # half of the tokens of an example are the same id, the others uniform
@@ -287,51 +268,23 @@ def test_self_pretraining_lowers_the_masked_loss(tiny, monkeypatch, capsys):
     assert json.loads((folder / "result.json").read_text())["pretrain_epochs"] == 40
 
 
-def test_a_budget_lays_the_schedule_over_the_steps_that_fit(tiny, monkeypatch, capsys):
-    flags = ["--task", "listops", "--batch-size", "4", "--max-minutes", "0.05", "--seeds", "1"]
-    found = run(monkeypatch, capsys, *flags, "--eval-batches", "2")
-    (result,) = found["runs"]
-    assert 2 <= result["steps"] == result["planned_steps"] < 5000
-    assert result["complete"] is False
-    assert result["seconds"] < 2 * 3
-    assert f"{result['steps']} of 5000 steps fit into 0.05 minutes" in found["log"]
-    config = json.loads((tiny / "runs/published/listops-ponet-seed0/config.json").read_text())
-    assert config["plan"]["warmup_steps"] == round(result["steps"] / 5)
-
-
-def settings(**changes: Any) -> RunSettings:
-    (found,) = LRAConfig(**changes).runs("cpu")
+def settings(**changes: Any) -> ArenaSettings:
+    (found,) = ArenaConfig(**changes).runs("cpu")
     return found
-
-
-def test_steps_within_a_time():
-    speed = Speed(step=0.5, evaluation=20.0, test=30.0)
-    plan = plan_within(10, speed, settings(task=("text",)))
-    # 20 s an evaluation are a fifth of 200 steps of 0.5 s, fewer than the published 500
-    assert plan.eval_every == 500
-    assert plan.steps == int((570 - 30 - 20) / (0.5 + 20 / 500))
-    assert plan.warmup_steps == round(0.4 * plan.steps)
-    assert plan_within(10, speed, settings(task=("listops",))).eval_every == 200
-    fixed = plan_within(10, speed, settings(task=("listops",), eval_every=100))
-    assert fixed.eval_every == 100
-    most = plan_within(10_000, speed, settings(task=("listops",)))
-    assert (most.steps, most.warmup_steps) == (5000, 1000)
-    with pytest.raises(UsageError, match=r"--max-minutes 0\.8 is too short: a step takes 0\.50 s"):
-        plan_within(0.8, speed, settings())
 
 
 def test_defaults_are_the_published_settings():
     for name in NAMES:
         found = settings(task=(name,))
         task = TASKS[name]
-        assert found.departures() == []
+        assert found.differences() == []
         assert (found.steps, found.batch_size, found.learning_rate, found.eval_batches) == (
             (task.steps, task.batch_size, 1e-4, task.eval_batches)
         )
         assert settings(task=(name,), protocol="clean").eval_batches is None
-    assert settings(dropout=0.0, seeds=1, first_seed=3).departures() == ["dropout"]
-    assert [run.precision for run in LRAConfig(task=("all",)).runs("cuda")] == ["fp16"] * 5
-    (clean,) = LRAConfig(protocol="clean").runs("cuda")
+    assert settings(dropout=0.0, seeds=1, first_seed=3).differences() == ["dropout"]
+    assert [run.precision for run in ArenaConfig(task=("all",)).runs("cuda")] == ["fp16"] * 5
+    (clean,) = ArenaConfig(protocol="clean").runs("cuda")
     assert clean.precision == "bf16"
 
 
@@ -342,9 +295,7 @@ def test_defaults_are_the_published_settings():
         (["--model", "transformer"], "--model must be one of ponet"),
         (["--protocol", "own"], "--protocol: expected one of published, clean"),
         (["--steps", "0"], "--steps must be at least 1, found 0"),
-        (["--steps", "5", "--max-minutes", "1"], "--steps and --max-minutes both decide"),
-        (["--max-minutes", "1", "--compile"], "measures the speed without --compile"),
-        (["--max-minutes", "-1"], "--max-minutes must be above 0"),
+        (["--learning-rate", "0"], "--learning-rate must be above 0"),
         (["--dropout", "1"], "--dropout must be at least 0 and below 1"),
         (["--pretrain-epochs", "-1"], "--pretrain-epochs must be at least 0"),
         (["--warmup-steps", "5001"], "--warmup-steps must be 0 to 5000, the steps of listops"),
@@ -354,8 +305,8 @@ def test_defaults_are_the_published_settings():
         (["--batch-size", "25"], "--batch-size 25: a split has only 24 examples"),
     ],
 )
-def test_wrong_flags_are_named(tiny, monkeypatch, capsys, flags, message):
-    found = run(monkeypatch, capsys, *flags)
+def test_wrong_flags_are_named(tiny, capsys, flags, message):
+    found = run(capsys, *flags)
     assert found["status"] in (1, 2)
     assert message in found["log"]
     assert not list(tiny.glob("runs/*/*/result.json"))
@@ -366,22 +317,49 @@ def test_the_debug_preset_gives_way_to_flags():
     assert (config.steps, config.batch_size, config.data_dir) == (3, 4, "data/lra-debug")
 
 
+def test_a_mixer_of_the_user_runs_by_its_name(tiny, monkeypatch, capsys):
+    class OwnMixer(PoNetMixer):
+        pass
+
+    monkeypatch.setitem(MIXERS, "own", OwnMixer)
+    found = run(capsys, "--task", "text", "--model", "own", *TINY)
+    assert (found["status"], found["runs"][0]["model"]) == (0, "own")
+
+
+def test_generated_examples_are_counted_and_read_tasks_are_read_whole(tiny, capsys):
+    flags = ["--task", "listops", "text", "--num-examples", "50", *TINY, "--test-examples", "4"]
+    (tiny / "data" / "listops").rename(tiny / "kept")
+    found = run(capsys, *flags)
+    assert [result["data"]["train"] for result in found["runs"]] == [40, SIZES["train"]]
+    assert "text is read whole: --num-examples is for generated tasks" in found["log"]
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_the_command_prepares_generates_and_runs(tmp_path, jobs):
-    """As a user starts it, from any folder; the processes of two jobs share nothing but data."""
-    command = [sys.executable, str(ROOT / "lra" / "run.py"), "--config", "debug"]
-    command += ["--steps", "2", "--eval-every", "2", "--num-examples", "60", "--jobs", str(jobs)]
-    done = subprocess.run(
-        [*command, "--num-hidden-layers", "1", "--test-examples", "4"],
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def test_programs_of_a_checkout_run_from_any_folder(tmp_path, jobs):
+    """As a user starts them, uninstalled; the processes of two jobs share nothing but data."""
+
+    def start(program: str, *flags: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, str(ROOT / "lra" / program), *flags],
+            cwd=tmp_path,
+            env={"PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    flags = ["--steps", "2", "--eval-every", "2", "--num-examples", "60", "--jobs", str(jobs)]
+    flags += ["--num-hidden-layers", "1", "--test-examples", "4"]
+    done = start("run.py", "--config", "debug", *flags)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert sorted(result["model"] for result in found["runs"]) == ["attention", "ponet"]
     assert found["failures"] == []
     assert "listops-ponet-seed0 | step 2/2 | loss" in done.stderr
+    assert "for a table: python lra/report.py runs/lra-debug" in done.stderr
     assert "Traceback" not in done.stderr
+    report = start("report.py", "runs/lra-debug")
+    assert report.stdout == (tmp_path / "runs" / "lra-debug" / "report.md").read_text()
+    missing = start("report.py")
+    assert missing.returncode == 1
+    assert "runs/lra: holds no result.json" in missing.stderr

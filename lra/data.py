@@ -1,0 +1,275 @@
+"""Which examples a batch holds, and the task as loss and accuracy over batches, by protocol.
+
+What a batch holds is a function of seed, purpose and number alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lra.model import LongRangeClassifier, ModelInputs, model_inputs
+from lra.resident import BatchShape, ResidentExamples, resident_inputs, resident_stream
+from lra.settings import ArenaSettings
+from lra.steps import CapturedStep, PlainStep, Replay, TrainingStep, put_rows
+from lra.store import ArenaData, ArenaError, Split
+from lra.tasks import TASKS
+from ponet.run.trainer import autocast
+
+# batches that are sorted by length together
+_POOL = 32
+
+# what shuffles of one seed are for
+TRAIN, DEV, TEST, PRETRAIN = range(4)
+
+
+class BatchOrder:
+    """Endless full batches; every pass is another order, and leaves out what fills no batch."""
+
+    def __init__(
+        self, split: Split, settings: ArenaSettings, purpose: int, *, by_length: bool = False
+    ) -> None:
+        """Make the sequence of batches for a purpose: `TRAIN`, `DEV`, `TEST` or `PRETRAIN`.
+
+        `by_length` puts examples of similar length together, which saves padding where a mixer
+        works on rectangles.
+
+        Raises:
+            ArenaError: the split does not fill one batch.
+        """
+        batch_size = settings.batch_size
+        if len(split) < batch_size:
+            raise ArenaError(f"--batch-size {batch_size}: a split has only {len(split)} examples")
+        self.per_pass = len(split) // batch_size
+        self._split = split
+        self._batch_size = batch_size
+        self._key = (settings.seed, purpose)
+        self._by_length = by_length
+        self._pass = -1
+        self._batches = np.empty((0, batch_size), dtype=np.int64)
+
+    def indices(self, number: int) -> np.ndarray:
+        """Examples of a batch, counted from 0: `[batch_size]`."""
+        turn, index = divmod(number, self.per_pass)
+        if turn != self._pass:
+            self._pass, self._batches = turn, self._arrange(turn)
+        return self._batches[index]
+
+    def _arrange(self, turn: int) -> np.ndarray:
+        rng = np.random.default_rng((*self._key, turn))
+        order = rng.permutation(len(self._split))[: self.per_pass * self._batch_size]
+        if not self._by_length:
+            return order.reshape(-1, self._batch_size)
+        lengths, size = self._split.lengths.sum(axis=1), _POOL * self._batch_size
+        pools = np.split(order, range(size, len(order), size))
+        ordered = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
+        return rng.permutation(np.concatenate(ordered).reshape(-1, self._batch_size))
+
+
+def whole_set_batches(
+    split: Split, settings: ArenaSettings, purpose: int, *, limit: int | None
+) -> list[np.ndarray]:
+    """Batches that hold every example once, sorted by length; the last may be smaller.
+
+    With a limit, that many examples are drawn by seed and purpose, `DEV` or `TEST`.
+    """
+    chosen = np.arange(len(split))
+    if limit is not None and limit < len(split):
+        chosen = np.random.default_rng((settings.seed, purpose)).permutation(len(split))[:limit]
+    lengths = split.lengths.sum(axis=1)[chosen]
+    ordered = chosen[np.argsort(lengths, kind="stable")]
+    return np.split(ordered, range(settings.batch_size, len(ordered), settings.batch_size))
+
+
+def gather_examples(split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Read examples `[B]` without padding, on the host.
+
+    Returns:
+        `[T]` ids, sequences end to end, all first inputs before all second ones;
+        `[num_inputs * B]` tokens of each sequence; `[B]` labels. All int64.
+    """
+    examples = [split.ids(index) for index in indices.tolist()]
+    sequences = [sequence for inputs in zip(*examples, strict=True) for sequence in inputs]
+    ids = np.concatenate(sequences).astype(np.int64)
+    lengths, labels = split.lengths[indices].T.ravel(), split.labels[indices]
+    return torch.from_numpy(ids), torch.from_numpy(lengths), torch.from_numpy(labels)
+
+
+def read_batch(
+    split: Split, indices: np.ndarray, settings: ArenaSettings
+) -> tuple[ModelInputs, Tensor]:
+    """Examples in the form of the run's protocol, and their labels, all on the host."""
+    ids, lengths, labels = gather_examples(split, indices)
+    inputs = model_inputs(
+        ids,
+        lengths,
+        protocol=settings.protocol,
+        task=TASKS[settings.task],
+        mixer=settings.model,
+        num_segments=settings.num_segments,
+    )
+    return inputs, labels
+
+
+class Classification:
+    """Loss and accuracies of a classifier on a task.
+
+    published   The development set is an endless shuffled stream of full batches, of which an
+                evaluation takes the next `eval_batches`; the test leaves out what fills no batch.
+                All batches being equal, the published mean of batch means is the share of right
+                answers.
+    clean       Evaluations take all examples, or the same drawn ones when told to take fewer.
+    """
+
+    def __init__(
+        self,
+        model: LongRangeClassifier,
+        data: ArenaData,
+        settings: ArenaSettings,
+        device: torch.device,
+        *,
+        resident: bool = False,
+    ) -> None:
+        """Arrange the batches for a model on the device, of data in the variant of the protocol.
+
+        `resident` puts the data on the device, makes batches there, in fixed shapes, and captures
+        steps and evaluations; `lra.resident.obstacle` must have found none.
+
+        Raises:
+            ArenaError: a split does not fill one batch.
+        """
+        self.model = model
+        self._data = data
+        self._settings = settings
+        self._device = device
+        clean = settings.protocol == "clean"
+        self._train = BatchOrder(data.train, settings, TRAIN, by_length=clean)
+        self._dev = None if clean else BatchOrder(data.dev, settings, DEV)
+        self._test = None if clean else BatchOrder(data.test, settings, TEST)
+        self._resident: dict[Split, ResidentExamples] | None = None
+        if resident:
+            stream = resident_stream(data.train, device)
+            self._resident = {
+                split: ResidentExamples(split, data.task, settings.model, stream)
+                for split in (data.train, data.dev, data.test)
+            }
+        self._shapes: dict[Split, BatchShape] = {}
+        self._replays: dict[Split, tuple[Tensor, Replay]] = {}
+
+    def training_step(self, stage: int) -> TrainingStep:
+        """What trains the model by the settings, as a stage of the run."""
+        settings = self._settings
+        shared = {
+            "precision": settings.precision,
+            "seeds": (settings.seed, stage),
+            "device": self._device,
+        }
+        if self._resident is None:
+            return PlainStep(self.model, settings.schedule, loss=self.loss, **shared)
+        data, evaluations = self._data, -(-settings.steps // settings.eval_every)
+        batches = {
+            data.train: map(self._train.indices, range(settings.steps)),
+            data.dev: (b for number in range(evaluations) for b in self.dev_batches(number)),
+            data.test: self.test_batches(),
+        }
+        self._shapes = {split: self._resident[split].shape(b) for split, b in batches.items()}
+        return CapturedStep(
+            self.model,
+            settings.schedule,
+            loss=self.loss_of,
+            indices=self._train.indices,
+            **shared,
+        )
+
+    def loss(self, step: int) -> Tensor:
+        """Mean cross-entropy on the batch of a training step."""
+        inputs, labels = self._read(self._data.train, self._train.indices(step))
+        return F.cross_entropy(self.model(inputs).float(), labels)
+
+    def loss_of(self, indices: Tensor) -> Tensor:
+        """The same of training examples `[B]` on the device, where the data are."""
+        inputs, labels = self._take(self._data.train, indices)
+        return F.cross_entropy(self.model(inputs).float(), labels)
+
+    def _read(self, split: Split, indices: np.ndarray) -> tuple[ModelInputs, Tensor]:
+        inputs, labels = read_batch(split, indices, self._settings)
+        inputs, others = inputs.to(self._device, {"labels": labels})
+        return inputs, others["labels"]
+
+    def _take(self, split: Split, indices: Tensor) -> tuple[ModelInputs, Tensor]:
+        assert self._resident is not None
+        examples, settings = self._resident[split], self._settings
+        inputs = resident_inputs(
+            examples.rows(indices),
+            self._shapes[split],
+            task=self._data.task,
+            mixer=settings.model,
+            num_segments=settings.num_segments,
+        )
+        return inputs, examples.labels.index_select(0, indices)
+
+    def dev_batches(self, evaluation: int) -> list[np.ndarray]:
+        """Examples of an evaluation on the development set, counted from 0."""
+        settings = self._settings
+        count = settings.eval_batches
+        if self._dev is None:
+            limit = None if count is None else count * settings.batch_size
+            return whole_set_batches(self._data.dev, settings, DEV, limit=limit)
+        assert count is not None
+        return [self._dev.indices(evaluation * count + i) for i in range(count)]
+
+    def test_batches(self) -> list[np.ndarray]:
+        """Examples of the test."""
+        limit = self._settings.test_examples
+        if self._test is None:
+            return whole_set_batches(self._data.test, self._settings, TEST, limit=limit)
+        count = self._test.per_pass
+        if limit is not None:
+            count = min(count, max(1, limit // self._settings.batch_size))
+        return [self._test.indices(i) for i in range(count)]
+
+    def dev_accuracy(self, evaluation: int) -> dict[str, float]:
+        """Share of right answers in an evaluation, counted from 0."""
+        return {"accuracy": self._accuracy(self._data.dev, self.dev_batches(evaluation))}
+
+    def test_accuracy(self) -> float:
+        """Share of right answers in the test."""
+        return self._accuracy(self._data.test, self.test_batches())
+
+    def _accuracy(self, split: Split, batches: Sequence[np.ndarray]) -> float:
+        correct, total = torch.zeros((), dtype=torch.long, device=self._device), 0
+        for right in self.answers(split, batches):
+            correct += right.sum()
+            total += len(right)
+        return int(correct) / total
+
+    @torch.no_grad()
+    def answers(self, split: Split, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """Whether the model is right about each example of each batch: `[B]` bool.
+
+        An answer is good until the next one is asked for.
+        """
+        self.model.eval()
+        if self._resident is None:
+            for indices in batches:
+                yield self._right(*self._read(split, indices))
+            return
+        if split not in self._replays:
+            chosen = torch.zeros(len(batches[0]), dtype=torch.long, device=self._device)
+            work = partial(self._right_of, split, chosen)
+            self._replays[split] = chosen, Replay(work, self._device)
+        chosen, replay = self._replays[split]
+        for indices in put_rows(batches, self._device):
+            chosen.copy_(indices)
+            yield replay()
+
+    def _right(self, inputs: ModelInputs, labels: Tensor) -> Tensor:
+        with autocast(self._settings.precision, self._device):
+            logits = self.model(inputs)
+        return logits.argmax(dim=1) == labels
+
+    def _right_of(self, split: Split, indices: Tensor) -> Tensor:
+        return self._right(*self._take(split, indices))
