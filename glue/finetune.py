@@ -284,7 +284,9 @@ class FineTuningRun:
         seconds = trainer.progress.seconds + time.perf_counter() - began
         result = folder.finish(
             {
-                **_described(settings, checkpoint),
+                **asdict(settings),
+                "checkpoint": checkpoint.name,
+                "mixer": checkpoint.config.mixer,
                 **_compared(metrics, data, encoded),
                 "steps": step.steps,
                 "seconds": seconds,
@@ -368,16 +370,6 @@ def _scores(data: TaskExamples, predictions: Mapping[str, np.ndarray]) -> dict[s
         prefix = f"{name}_" if len(data.task.evaluation) > 1 or owner is not data.task else ""
         scores |= score(owner.metrics, predicted, labels, prefix=prefix)
     return scores
-
-
-def _described(settings: FineTuningSettings, checkpoint: EncoderCheckpoint) -> dict[str, Any]:
-    """What the run was, for reports."""
-    return asdict(settings) | {
-        "checkpoint": checkpoint.name,
-        "mixer": checkpoint.config.mixer,
-        "pooler": settings.pooler.name,
-        "pooler_settings": asdict(settings.pooler),
-    }
 
 
 def _compared(

@@ -7,7 +7,7 @@ into it.
 import logging
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from pydantic import FiniteFloat
 
 from glue.metrics import mean_of
+from glue.settings import FineTuningSettings, pooler_label
 from glue.tasks import NINE_COLUMNS, TASKS
 from ponet import PoolerConfig
 from ponet.poolers import POOLERS
@@ -42,8 +43,8 @@ _NOTES = (
     "chosen on the development set that is reported, as published. MNLI, QNLI, SST-2, RTE, WNLI: "
     "accuracy; QQP, MRPC: mean of accuracy and F1; CoLA: Matthews correlation; STS-B: Spearman "
     "correlation; HND, IMDb: F1 of class 1; Yelp-5, Arxiv-11: accuracy. The average is over the "
-    "nine columns MNLI-m to RTE. Rows in italics are published figures, for BERT with the pooler "
-    "named or for the model named. "
+    "nine columns MNLI-m to RTE. The majority baseline says the same of all examples. Rows in "
+    "italics are published figures, for BERT with the pooler named or for the model named. "
     f"{_DAGGER}: on other data than the published, see below; not to be compared with them."
 )
 _BATCH_SIZE_NOTE = (
@@ -51,18 +52,11 @@ _BATCH_SIZE_NOTE = (
     "three seeds; CS475, one run each; both, in this order, where there are two figures."
 )
 _MAXPOOL_BATCH_SIZE = 32
-# fields in which two results of the same run agree
-_IDENTITY = (
-    *("checkpoint", "mixer", "from_scratch", "segments", "pooler_settings", "task", "seed"),
-    *("batch_size", "learning_rate", "epochs", "warmup_fraction", "weight_decay", "dropout"),
-    *("precision", "max_length", "num_train", "num_eval"),
-)
 # figures on other data do not compare; better data are greater
 _DATA = ["complete", "num_eval", "num_train", "max_length"]
-_POINT = [
-    *("batch_size", "learning_rate", "epochs", "warmup_fraction", "weight_decay", "dropout"),
-    "precision",
-]
+_POINT = "batch_size learning_rate epochs warmup_fraction weight_decay dropout precision".split()
+# a run's name holds its settings
+_IDENTITY = ["name", "checkpoint", "mixer", "from_scratch", "num_train", "num_eval"]
 # Okabe and Ito's palette, told apart by colour-blind readers too; the marks differ as well
 _STYLES = (("#0072B2", "o"), ("#009E73", "s"), ("#CC79A7", "^"), ("#E69F00", "v"))
 _PUBLISHED_STYLE: dict[str, Any] = {"color": "#D55E00", "marker": "D", "linestyle": "none"}
@@ -74,25 +68,11 @@ Table = Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuningResult:
+class FineTuningResult(FineTuningSettings):
     """What a report takes from one `result.json`."""
 
-    task: str
     checkpoint: str
     mixer: str
-    from_scratch: bool
-    segments: str
-    pooler_settings: dict[str, Any]
-    """Fields of `PoolerConfig`."""
-    seed: int
-    batch_size: int
-    learning_rate: float
-    epochs: int
-    warmup_fraction: float
-    weight_decay: float
-    dropout: float
-    max_length: int
-    precision: str
     num_train: int
     num_eval: int
     metrics: dict[str, FiniteFloat | None]
@@ -115,7 +95,7 @@ class PublishedScores:
     name: str
     mixer: str
     pooler: str
-    """Title of the pooler that it is compared with."""
+    """Label of the pooler that it is compared with."""
     figures: dict[str, float]
     spreads: dict[str, float] = field(default_factory=dict)
     """Standard deviation over seeds, where it is known."""
@@ -132,24 +112,13 @@ def published_scores() -> list[PublishedScores]:
         PublishedScores(
             **row
             | {
-                "pooler": pooler_title(row["pooler"]),
+                "pooler": pooler_label(PoolerConfig(**row["pooler"])),
                 # two figures are accuracy and F1
                 "figures": {title: float(np.mean(x)) for title, x in row["figures"].items()},
             }
         )
         for row in rows
     ]
-
-
-def pooler_title(settings: dict[str, Any]) -> str:
-    """A pooler's name, and those of its settings that are not the published ones."""
-    usual = asdict(PoolerConfig())
-    changed = [
-        f"{name} {value}"
-        for name, value in settings.items()
-        if name != "name" and value != usual.get(name)
-    ]
-    return ", ".join([settings["name"], *changed]).replace("reading literal", "literal")
 
 
 def _encoder_title(run: FineTuningResult) -> str:
@@ -177,8 +146,8 @@ def read_scores(folder: Path) -> Table:
     for row in runs.to_dict("records"):
         path = row.pop("path")
         run = FineTuningResult(**row)
-        encoder, pooler = _encoder_title(run), pooler_title(run.pooler_settings)
-        number = poolers.get(run.pooler_settings["name"], len(poolers))
+        encoder, pooler = _encoder_title(run), pooler_label(run.pooler)
+        number = poolers.get(run.pooler.name, len(poolers))
         shared = vars(run) | {
             "path": path,
             "model": f"{encoder}, {pooler}",
@@ -292,8 +261,12 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
             point = seeds.iloc[0]
             logger.info(
                 "%s, %s: %s, %d seeds at batch size %d, learning rate %g",
-                *(title, model.pooler, _percent_text(means[title]), len(seeds)),
-                *(point.batch_size, point.learning_rate),
+                title,
+                model.pooler,
+                _percent_text(means[title]),
+                len(seeds),
+                point.batch_size,
+                point.learning_rate,
             )
         average = _average(means)
         if means.keys() >= NINE_COLUMNS.keys():
@@ -319,11 +292,11 @@ def _italic(texts: list[str]) -> list[str]:
 def _main_table(scores: Table) -> str:
     titles, best = _titles(scores), best_points(scores)
     cells = _cells(best, "model", "column")
-    # of a constant prediction, on the best data that there are runs on
+    # on the best data that there are runs on
     best_first = scores.sort_values(_DATA, ascending=False, kind="stable")
     majority = dict(best_first.drop_duplicates("column")[["column", "majority"]].to_numpy())
     constant = ["undefined" if pd.isna(majority[t]) else figure_text(majority[t]) for t in titles]
-    rows = [["constant prediction", *constant, ""]]
+    rows = [["majority baseline", *constant, ""]]
     for model, of_model in best.groupby("model", sort=False):
         average = figure_text(_average(_means(of_model)))
         nine = of_model[of_model["column"].isin(list(NINE_COLUMNS))]
@@ -400,7 +373,7 @@ def draw(scores: Table) -> Figure:
                 height = names.index(row.name)
                 axes.plot(row.figures[title], height, label="published", **_PUBLISHED_STYLE)
         axes.axvline(
-            of_column["majority"].iloc[0], color="black", linestyle=":", label="constant prediction"
+            of_column["majority"].iloc[0], color="black", linestyle=":", label="majority baseline"
         )
         axes.set_title(title)
         axes.set_yticks(range(len(names)), names)
@@ -412,6 +385,7 @@ def draw(scores: Table) -> Figure:
     for axes in panels.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles[label] = handle
+    figure.supxlabel(f"%, {PLUS_MINUS} standard deviation over seeds; hollow: on other data")
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
     return figure
 

@@ -229,7 +229,7 @@ class GlueConfig:
         return [
             FineTuningSettings(
                 **chosen,
-                name=f"{task.name}-{_label(pooler)}-b{size}-lr{rate:g}{''.join(changes)}-seed{seed}",
+                name=f"{task.name}-{pooler_label(pooler)}-b{size}-lr{rate:g}{''.join(changes)}-seed{seed}",
                 task=task.name,
                 from_scratch=self.from_scratch,
                 pooler=pooler,
@@ -268,7 +268,7 @@ class FineTuningSettings:
     precision: Literal["fp32", "bf16"]
 
 
-def _label(pooler: PoolerConfig) -> str:
+def pooler_label(pooler: PoolerConfig) -> str:
     """A pooler's name and what distinguishes it from its published form."""
     usual, parts = PoolerConfig(name=pooler.name), [pooler.name]
     for name, mark in (("reading", ""), ("num_layers", "k"), ("num_heads", "h")):

@@ -117,6 +117,25 @@ _NLI = ("entailment", "neutral", "contradiction")
 _PAIR = ("sentence1", "sentence2")
 
 
+def _labelled(
+    texts: tuple[ColumnKey, ...], label: ColumnKey, *, skips_incomplete: bool = False, **files: str
+) -> dict[str, FileColumns]:
+    """Files to learn from and to score, by split."""
+    return {
+        split: FileColumns(file=file, texts=texts, label=label, skips_incomplete=skips_incomplete)
+        for split, file in files.items()
+    }
+
+
+def _unlabelled(
+    texts: tuple[ColumnKey, ...], index: ColumnKey | None, **files: str
+) -> dict[str, FileColumns]:
+    """Files to predict, by split."""
+    return {
+        split: FileColumns(file=file, texts=texts, index=index) for split, file in files.items()
+    }
+
+
 def _glue_task(
     name: str,
     title: str,
@@ -134,14 +153,11 @@ def _glue_task(
     bounds: tuple[float, float] | None = None,
 ) -> TextTask:
     """A task in the official layout of most: `train.tsv`, `dev.tsv`, `test.tsv` with headers."""
-    labelled = {
-        split: FileColumns(
-            file=f"{split}.tsv", texts=texts, label=label, skips_incomplete=skips_incomplete
-        )
-        for split in ("train", "dev")
-    }
     official = TaskFiles(
-        splits=labelled | {"test": FileColumns(file="test.tsv", texts=texts, index=0)}
+        splits=_labelled(
+            texts, label, skips_incomplete=skips_incomplete, train="train.tsv", dev="dev.tsv"
+        )
+        | _unlabelled(texts, 0, test="test.tsv")
     )
     return TextTask(
         name=name,
@@ -172,11 +188,8 @@ _COLA = _glue_task(
     texts=("sentence",),
     files=(
         TaskFiles(
-            splits={
-                "train": FileColumns(file="train.tsv", texts=(3,), label=1),
-                "dev": FileColumns(file="dev.tsv", texts=(3,), label=1),
-                "test": FileColumns(file="test.tsv", texts=("sentence",), index="index"),
-            }
+            splits=_labelled((3,), 1, train="train.tsv", dev="dev.tsv")
+            | _unlabelled(("sentence",), "index", test="test.tsv")
         ),
     ),
 )
@@ -196,12 +209,8 @@ _MRPC = _glue_task(
     more_files=(
         # the corpus as its authors distribute it
         TaskFiles(
-            splits={
-                "train": FileColumns(
-                    file="msr_paraphrase_train.txt", texts=_MRPC_TEXTS, label="Quality"
-                ),
-                "test": FileColumns(file="msr_paraphrase_test.txt", texts=_MRPC_TEXTS),
-            },
+            splits=_labelled(_MRPC_TEXTS, "Quality", train="msr_paraphrase_train.txt")
+            | _unlabelled(_MRPC_TEXTS, None, test="msr_paraphrase_test.txt"),
             difference="the paraphrase corpus is cut here, not as by GLUE",
             rows={"train": 4076, "test": 1725},
         ),
@@ -221,11 +230,8 @@ _STSB = _glue_task(
     more_files=(
         # the benchmark as its authors distribute it
         TaskFiles(
-            splits={
-                "train": FileColumns(file="sts-train.tsv", texts=(5, 6), label=4),
-                "dev": FileColumns(file="sts-dev.tsv", texts=(5, 6), label=4),
-                "test": FileColumns(file="sts-test.tsv", texts=(5, 6)),
-            }
+            splits=_labelled((5, 6), 4, train="sts-train.tsv", dev="sts-dev.tsv")
+            | _unlabelled((5, 6), None, test="sts-test.tsv")
         ),
     ),
 )
@@ -258,17 +264,19 @@ _MNLI = TextTask(
     evaluation=("matched", "mismatched"),
     files=(
         TaskFiles(
-            splits={
-                "train": FileColumns(file="train.tsv", texts=_PAIR, label="gold_label"),
-                "matched": FileColumns(file="dev_matched.tsv", texts=_PAIR, label="gold_label"),
-                "mismatched": FileColumns(
-                    file="dev_mismatched.tsv", texts=_PAIR, label="gold_label"
-                ),
-                "test_matched": FileColumns(file="test_matched.tsv", texts=_PAIR, index="index"),
-                "test_mismatched": FileColumns(
-                    file="test_mismatched.tsv", texts=_PAIR, index="index"
-                ),
-            }
+            splits=_labelled(
+                _PAIR,
+                "gold_label",
+                train="train.tsv",
+                matched="dev_matched.tsv",
+                mismatched="dev_mismatched.tsv",
+            )
+            | _unlabelled(
+                _PAIR,
+                "index",
+                test_matched="test_matched.tsv",
+                test_mismatched="test_mismatched.tsv",
+            )
         ),
     ),
     hub=HubData(
@@ -290,12 +298,8 @@ _AX = TextTask(
     evaluation=("ax",),
     files=(
         TaskFiles(
-            splits={
-                "ax": FileColumns(
-                    file="diagnostic-full.tsv", texts=("Premise", "Hypothesis"), label="Label"
-                ),
-                "test": FileColumns(file="diagnostic.tsv", texts=_PAIR, index="index"),
-            }
+            splits=_labelled(("Premise", "Hypothesis"), "Label", ax="diagnostic-full.tsv")
+            | _unlabelled(_PAIR, "index", test="diagnostic.tsv")
         ),
     ),
     hub=HubData(
@@ -318,17 +322,6 @@ _RTE = _glue_task("rte", "RTE", _ENTAILMENT, ("accuracy",), (2490, 277, 3000), t
 _WNLI = _glue_task("wnli", "WNLI", _BINARY, ("accuracy",), (635, 71, 146), texts=_PAIR)
 
 
-def _json_files(train: str, dev: str) -> tuple[TaskFiles, ...]:
-    return (
-        TaskFiles(
-            splits={
-                "train": FileColumns(file=train, texts=("text",), label="label"),
-                "dev": FileColumns(file=dev, texts=("text",), label="label"),
-            }
-        ),
-    )
-
-
 _LONG = 4096
 _HND = TextTask(
     name="hnd",
@@ -337,7 +330,7 @@ _HND = TextTask(
     metrics=("accuracy", "f1"),
     headline=("f1",),
     folders=("hyperpartisan", "hyperpartisan_news_detection"),
-    files=_json_files("train.jsonl", "dev.jsonl"),
+    files=(TaskFiles(splits=_labelled(("text",), "label", train="train.jsonl", dev="dev.jsonl")),),
     rows={"train": 516, "dev": 64},
     max_length=_LONG,
     segments="sentences",
@@ -352,7 +345,9 @@ _IMDB = TextTask(
     headline=("f1",),
     folders=("imdb",),
     # as published, the test set is what is scored
-    files=_json_files("train.jsonl*", "test*.jsonl*"),
+    files=(
+        TaskFiles(splits=_labelled(("text",), "label", train="train.jsonl*", dev="test*.jsonl*")),
+    ),
     hub=HubData(name="stanfordnlp/imdb", splits={"train": "train", "dev": "test"}, texts=("text",)),
     rows={"train": 25000, "dev": 25000},
     max_length=_LONG,
@@ -369,10 +364,7 @@ _YELP5 = TextTask(
     folders=("yelp5", "yelp_review_full_csv"),
     files=(
         TaskFiles(
-            splits={
-                "train": FileColumns(file="train.csv*", texts=(1,), label=0),
-                "dev": FileColumns(file="test.csv*", texts=(1,), label=0),
-            },
+            splits=_labelled((1,), 0, train="train.csv*", dev="test.csv*"),
             difference="scored on the test set, published on a part of the training set",
             rows={"train": 650000, "dev": 50000},
         ),
@@ -396,7 +388,9 @@ _ARXIV11 = TextTask(
     metrics=("accuracy",),
     headline=("accuracy",),
     folders=("arxiv11",),
-    files=_json_files("train.jsonl*", "dev.jsonl*"),
+    files=(
+        TaskFiles(splits=_labelled(("text",), "label", train="train.jsonl*", dev="dev.jsonl*")),
+    ),
     hub=HubData(
         name="ccdv/arxiv-classification",
         splits={"train": "train", "dev": "validation"},

@@ -32,6 +32,7 @@ BASE = {
     "warmup_fraction": 0.1,
     "weight_decay": 0.01,
     "dropout": 0.1,
+    "max_train_examples": None,
     "device": "cpu, 2 threads",
     "commit": "abc",
     "differences": [],
@@ -42,7 +43,8 @@ def save(root: Path, *, pooler: dict[str, Any] | str = "cls", **changes: Any) ->
     """Write one result as a run does; `value` fills all metrics."""
     settings = {"name": pooler} if isinstance(pooler, str) else pooler
     value, majority = changes.pop("value", 0.8), changes.pop("majority", 0.5)
-    result = BASE | {"pooler_settings": settings} | changes
+    folder = root / f"{len(list(root.glob('*')))}"
+    result = BASE | {"name": str(settings) + str(changes), "pooler": settings} | changes
     task = TASKS.get(result["task"])
     names = task.metrics if task else ("accuracy",)
     if task and len(task.evaluation) > 1:
@@ -53,7 +55,6 @@ def save(root: Path, *, pooler: dict[str, Any] | str = "cls", **changes: Any) ->
         "score": value,
         "majority": majority,
     } | result
-    folder = root / f"{len(list(root.glob('*')))}"
     folder.mkdir(parents=True)
     path = folder / "result.json"
     path.write_text(json.dumps(result))
@@ -83,7 +84,7 @@ def test_mean_and_spread_over_seeds(tmp_path: Path):
     # standard deviation of 69, 70, 74 with two degrees of freedom
     assert row(scores, "small (ponet), cls") == ["small (ponet), cls", "71.00 ± 2.65 (3)", ""]
     assert row(scores, "fnet-small, cls")[1] == "65.00 (1)"
-    assert row(scores, "constant prediction")[1] == "50.00"
+    assert row(scores, "majority baseline")[1] == "50.00"
     assert row(scores, "*PoNet-Base (PoNet paper)*")[1:] == ["*89.22*", "*76.80*"]
     assert row(scores, "*FNet-Base (its card)*")[1:] == ["*95.00*", ""]
     assert row(scores, "*BERT, cls (MaxPoolBERT)*")[1:] == ["*92.55 ± 0.20*", ""]
@@ -106,7 +107,7 @@ def test_undefined_scores_are_no_numbers(tmp_path: Path):
     save(tmp_path, task="cola", seed=1, value=0.3, majority=None)
     text = report(tmp_path)
     assert row(text, "small (ponet), cls")[1] == "undefined in 1 of 2"
-    assert row(text, "constant prediction")[1] == "undefined"
+    assert row(text, "majority baseline")[1] == "undefined"
     (summary,) = summarise(tmp_path)
     assert (summary["columns"], summary["average"]) == ({"CoLA": None}, None)
 
@@ -146,7 +147,7 @@ def test_poolers_by_batch_size_beside_both_studies(tmp_path: Path):
             save(tmp_path, pooler=pooler, batch_size=size, value=value)
     save(tmp_path, pooler={"name": "mha", "num_heads": 2}, batch_size=16, value=0.6)
     section = tables(report(tmp_path))["Poolers by batch size"]
-    assert row(section, "task")[2:] == ["cls", "mswap", "mha, num_heads 2"]
+    assert row(section, "task")[2:] == ["cls", "mswap", "mha-h2"]
     assert row(section, "SST-2", "16")[2:] == ["80.00 (1)", "70.00 (1)", "60.00 (1)"]
     assert row(section, "*SST-2, BERT*", "*16*")[2:] == ["*93.30*", "*93.60*", ""]
     assert row(section, "*SST-2, BERT*", "*32*")[2:] == ["*92.55 / 92.80*", "*93.10*", ""]
@@ -159,8 +160,8 @@ def test_depths_and_readings_are_rows_of_their_own(tmp_path: Path):
     save(tmp_path, task="cola", pooler="meanmax", value=0.3)
     save(tmp_path, task="cola", segments="sentences", value=0.2)
     text = tables(report(tmp_path))["Scores"]
-    assert row(text, "small (ponet), maxseq_mha, num_layers 2")[1] == "50.00 (1)"
-    assert row(text, "small (ponet), meanmax, literal")[1] == "40.00 (1)"
+    assert row(text, "small (ponet), maxseq_mha-k2")[1] == "50.00 (1)"
+    assert row(text, "small (ponet), meanmax-literal")[1] == "40.00 (1)"
     assert row(text, "small (ponet), meanmax")[1] == "30.00 (1)"
     assert row(text, "small (ponet), segments sentences, cls")[1] == "20.00 (1)"
     assert row(text, "*BERT, maxseq_mha k=2 (MaxPoolBERT)*")[1] == "*55.76*"
@@ -219,6 +220,7 @@ def test_figure_is_a_picture_of_all_columns(tmp_path: Path):
         ({"metrics": {"accuracy": "x"}}, r"metrics\.accuracy: .*'x'"),
         ({"differences": "none"}, "differences: .*'none'"),
         ({"epochs": None}, "epochs: .*None"),
+        ({"pooler": {"name": "cls", "num_layers": 0}}, "pooler: .*num_layers must be at least 1"),
     ],
 )
 def test_bad_results_are_refused(tmp_path: Path, changes: dict[str, Any], message: str):

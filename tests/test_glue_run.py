@@ -160,7 +160,8 @@ def test_all_tasks_from_data_to_submission(command, workplace):
         folder = workplace / "runs" / "glue" / "tiny" / f"{name}-cls-b8-lr0.001-e2-seed0"
         assert json.loads((folder / "result.json").read_text()) == result
         assert not (folder / "checkpoint.pt").exists()
-        assert (result["checkpoint"], result["mixer"], result["pooler"]) == ("tiny", "ponet", "cls")
+        assert (result["checkpoint"], result["mixer"]) == ("tiny", "ponet")
+        assert result["pooler"]["name"] == "cls"
         assert result["from_scratch"] is False
         assert result["differences"]
         size = 18 if name == "mnli" else 16
@@ -489,8 +490,7 @@ def test_settings_reach_the_run(command):
     assert result["segments"] == "sentences"
     assert result["num_train"] == 9
     assert "trained on 9 of 16 rows" in result["differences"]
-    settings = result["pooler_settings"]
-    assert (settings["reading"], settings["num_layers"]) == ("literal", 2)
+    assert (result["pooler"]["reading"], result["pooler"]["num_layers"]) == ("literal", 2)
     assert result["metrics"]["accuracy"] is not None
 
 
