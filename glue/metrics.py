@@ -20,35 +20,26 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float | None:
     return float(f1_score(labels, predictions))
 
 
-def matthews(predictions: np.ndarray, labels: np.ndarray) -> float | None:
-    """Correlation of classes; undefined where the predictions or the labels are all the same."""
-    if _is_constant(predictions) or _is_constant(labels):
-        return None
-    return float(matthews_corrcoef(labels, predictions))
+def _correlation(
+    measure: Callable[[np.ndarray, np.ndarray], Any],
+) -> Callable[[np.ndarray, np.ndarray], float | None]:
+    """A measure that is undefined where the predictions or the labels are all the same."""
 
+    def defined(predictions: np.ndarray, labels: np.ndarray) -> float | None:
+        if _is_constant(predictions) or _is_constant(labels):
+            return None
+        return float(measure(predictions, labels))
 
-def pearson(predictions: np.ndarray, labels: np.ndarray) -> float | None:
-    """Correlation of numbers; undefined where the predictions or the labels are all the same."""
-    if _is_constant(predictions) or _is_constant(labels):
-        return None
-    correlation: Any = pearsonr(predictions, labels)[0]
-    return float(correlation)
-
-
-def spearman(predictions: np.ndarray, labels: np.ndarray) -> float | None:
-    """Correlation of ranks, the mean rank among ties; undefined as for `pearson`."""
-    if _is_constant(predictions) or _is_constant(labels):
-        return None
-    correlation: Any = spearmanr(predictions, labels)[0]
-    return float(correlation)
+    return defined
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float | None]] = {
     "accuracy": accuracy,
     "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
+    "matthews": _correlation(matthews_corrcoef),
+    "pearson": _correlation(lambda *both: pearsonr(*both)[0]),
+    # the mean rank among ties
+    "spearman": _correlation(lambda *both: spearmanr(*both)[0]),
 }
 """By name: (predictions `[N]`, labels `[N]`) -> value, classes as int64 or numbers as float64."""
 

@@ -1,195 +1,139 @@
-"""Label lines with a fine-tuned model: `python glue/predict.py --model DIR [FILE]`.
+"""Label texts with a fine-tuned model: `python glue/predict.py --model DIR new.csv > labels.csv`.
 
-A line holds a text, or the two texts of a pair with a tab between them; without FILE, or for "-",
-lines come from standard input. For each line there is one on standard output: the label and the
-probability of each class, or the number that a regression predicts.
+FILE is a .csv, .tsv or .jsonl with the text columns of the training file; without it, each line of
+standard input is a text, or the two texts of a pair with a tab between them. Standard output is a
+CSV file with one row per example: the label and the probability of each class, or the number that
+a regression predicts.
 """
 
 import argparse
+import csv
 import io
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# threads that wait for work without a core of their own are ten times slower when they spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from glue.encoding import RowEncoder
-from glue.inference import outputs_of
-from glue.model_folder import Meaning, read_meaning
-from glue.rows import DataError, Rows
-from ponet import CheckpointError, PoNetForSequenceClassification
+from glue.data import DataError, TextExamples, read_table
+from glue.encoding import ExampleEncoder
+from glue.model import LabelSpec, load_classifier, outputs_of
+from glue.tasks import ColumnKey, FileColumns
+from ponet import PoNetForSequenceClassification
+from ponet.run.cli import UsageError
 from ponet.run.log import set_up_logging
-from ponet.run.runs import choose_device, complain
-from ponet.tokenizer import load_tokenizer
+from ponet.run.runs import USER_ERRORS, choose_device, exit_with_error
 
-# lines that are encoded, predicted and written together
+# examples that are encoded, predicted and written together
 _CHUNK = 4096
-
-Prediction = dict[str, Any]
-"""{"label", "probabilities": {label: share}}, or {"value"} of a regression."""
 
 
 class Predictor:
     """A fine-tuned model with all that its input and output mean."""
 
     def __init__(
-        self, model: PoNetForSequenceClassification, tokenizer: Tokenizer, meaning: Meaning
+        self, model: PoNetForSequenceClassification, tokenizer: Tokenizer, spec: LabelSpec
     ) -> None:
-        self.meaning = meaning
+        self.spec = spec
         self._model = model
-        self._encoder = RowEncoder(
-            tokenizer, max_length=meaning.max_length, segments=meaning.segments
+        self._encoder = ExampleEncoder(
+            tokenizer, max_length=spec.max_length, segments=spec.segments
         )
 
-    @classmethod
-    def from_folder(cls, folder: Path, device: torch.device) -> "Predictor":
-        """Load the model folder of a run.
+    def outputs(self, examples: TextExamples) -> np.ndarray:
+        """Probabilities of the classes `[N, num_labels]`, or numbers `[N, 1]`."""
+        outputs = torch.from_numpy(outputs_of(self._model, self._encoder.encode(examples)))
+        return (outputs.softmax(dim=1) if self.spec.labels else outputs).numpy()
 
-        Raises:
-            CheckpointError: a file is missing or damaged, or they contradict each other.
-            ConfigError: `config.json` is missing or describes another architecture.
-            ValueError: the tokenizer is missing or damaged.
-        """
-        meaning = read_meaning(folder)
-        model = PoNetForSequenceClassification.from_pretrained(folder).to(device)
-        if model.config.num_labels != (len(meaning.labels) or 1):
-            raise CheckpointError(
-                f"{folder}: the model has {model.config.num_labels} outputs, expected "
-                f"{len(meaning.labels) or 1} for the labels {list(meaning.labels)}"
-            )
-        return cls(model, load_tokenizer(folder), meaning)
-
-    def predict(self, texts: tuple[list[str], ...]) -> list[Prediction]:
-        """Predict N examples.
-
-        Args:
-            texts: one list of N texts, or two for pairs; N is at least 1.
-        """
-        indices = [str(number) for number in range(len(texts[0]))]
-        rows = Rows(texts=texts, labels=None, indices=indices, origin="input")
-        outputs = torch.from_numpy(outputs_of(self._model, self._encoder.encode(rows)))
-        labels = self.meaning.labels
-        if not labels:
-            return [{"value": value} for value in outputs.squeeze(1).tolist()]
-        return [
-            {"label": labels[best], "probabilities": dict(zip(labels, shares, strict=True))}
-            for best, shares in zip(
-                outputs.argmax(dim=1).tolist(), outputs.softmax(dim=1).tolist(), strict=True
-            )
-        ]
+    def table(self, examples: TextExamples) -> Iterator[list[str]]:
+        """A header, then the cells of one row per example."""
+        labels = self.spec.labels
+        yield ["label", *(f"p({label})" for label in labels)] if labels else ["value"]
+        for begin in range(0, len(examples), _CHUNK):
+            chunk = examples.take(range(begin, min(begin + _CHUNK, len(examples))))
+            for outputs in self.outputs(chunk):
+                figures = [f"{output:.4f}" for output in outputs]
+                yield [labels[outputs.argmax()], *figures] if labels else figures
 
 
-def read_texts(lines: Iterable[str], num_texts: int, origin: str) -> tuple[list[str], ...]:
-    """Split lines into texts.
+def read_lines(lines: Iterable[str], num_texts: int) -> TextExamples:
+    """Take each line as an example.
 
     Args:
         lines: with or without their ends.
-        num_texts: 1, or 2 for pairs.
-        origin: what to name in errors.
-
-    Returns:
-        One list a column.
+        num_texts: 1, or 2 for pairs with a tab between them.
 
     Raises:
-        DataError: a line has another number of texts, or an empty one.
+        DataError: there is no line, or one has another number of texts, or an empty one.
     """
-    columns: tuple[list[str], ...] = tuple([] for _ in range(num_texts))
+    origin = "standard input"
+    rows = [line.rstrip("\r\n").split("\t") for line in lines]
     expected = "one text" if num_texts == 1 else "two texts with a tab between them"
-    for number, line in enumerate(lines, start=1):
-        texts = line.rstrip("\r\n").split("\t")
-        if len(texts) != num_texts:
-            raise DataError(f"{origin}, line {number}: expected {expected}, found {len(texts)}")
-        if not all(text.strip() for text in texts):
-            raise DataError(f"{origin}, line {number}: expected {expected}, found an empty text")
-        for column, text in zip(columns, texts, strict=True):
-            column.append(text)
-    return columns
+    for number, row in enumerate(rows, start=1):
+        if len(row) != num_texts or not all(text.strip() for text in row):
+            found = len(row) if len(row) != num_texts else "an empty text"
+            raise DataError(f"{origin}, line {number}: expected {expected}, found {found}")
+    if not rows:
+        raise DataError(f"{origin}: holds no lines")
+    return TextExamples(
+        texts=tuple(list(column) for column in zip(*rows, strict=True)),
+        labels=None,
+        indices=[str(number) for number in range(len(rows))],
+        columns=tuple(range(num_texts)),
+        origin=origin,
+    )
 
 
-def _read_input(name: str, num_texts: int) -> tuple[list[str], ...]:
-    """Texts of a file, or of standard input for "-".
+def read_input(file: str, columns: Sequence[ColumnKey]) -> TextExamples:
+    """Examples of a file, or of standard input for "-".
 
     Raises:
-        DataError: the input is a folder, not UTF-8 or has no lines, or as for `read_texts`.
-        OSError: the file cannot be read.
+        DataError: the input cannot be read, is empty, or lacks a column or a text.
     """
-    if name != "-" and Path(name).is_dir():
-        raise DataError(f"{name}: is a folder, expected a file with a text on each line")
-    origin = "standard input" if name == "-" else name
-    raw = sys.stdin.buffer if name == "-" else Path(name).open("rb")  # noqa: SIM115
+    if file != "-":
+        return read_table(Path(file), FileColumns(file=file, texts=tuple(columns)), ())
     try:
         # texts may hold characters other than "\n" that Python would break lines at
-        with io.TextIOWrapper(raw, "utf-8-sig", newline="\n") as lines:
-            texts = read_texts(lines, num_texts, origin)
+        with io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline="\n") as lines:
+            return read_lines(lines, len(columns))
     except UnicodeDecodeError as error:
-        raise DataError(f"{origin}: expected UTF-8 ({error})") from error
-    if not texts[0]:
-        raise DataError(f"{origin}: holds no lines")
-    return texts
+        raise DataError(f"standard input: expected UTF-8 ({error})") from error
 
 
-def _format(prediction: Prediction, output_format: str) -> str:
-    if output_format == "jsonl":
-        return json.dumps(prediction, ensure_ascii=False)
-    if "value" in prediction:
-        return f"{prediction['value']:.4f}"
-    shares = [f"{share:.4f}" for share in prediction["probabilities"].values()]
-    return "\t".join([prediction["label"], *shares])
-
-
-def _header(meaning: Meaning) -> str:
-    columns = [f"p({label})" for label in meaning.labels]
-    return "\t".join(["label", *columns]) if columns else "value"
-
-
-def output_lines(
-    predictor: Predictor, texts: tuple[list[str], ...], output_format: str
-) -> Iterator[str]:
-    """Lines of output: for TSV a header first, then one for each example.
-
-    Args:
-        predictor: the model.
-        texts: as for `Predictor.predict`.
-        output_format: "tsv" or "jsonl".
-    """
-    if output_format == "tsv":
-        yield _header(predictor.meaning)
-    for begin in range(0, len(texts[0]), _CHUNK):
-        chunk = tuple(column[begin : begin + _CHUNK] for column in texts)
-        for prediction in predictor.predict(chunk):
-            yield _format(prediction, output_format)
-
-
-def _parse() -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program."""
     parser = argparse.ArgumentParser(
-        description="label lines with a fine-tuned model", allow_abbrev=False
+        description="label texts with a fine-tuned model", allow_abbrev=False
     )
     parser.add_argument("--model", type=Path, required=True, help="model folder of a glue run")
-    parser.add_argument("file", nargs="?", default="-", help="lines to label [standard input]")
-    parser.add_argument("--format", choices=("tsv", "jsonl"), default="tsv", help="[tsv]")
+    parser.add_argument(
+        "file", nargs="?", default="-", help=".csv, .tsv or .jsonl to label [lines of stdin]"
+    )
+    parser.add_argument(
+        "--text-column", nargs="+", help="column of the text, or of the two [as in training]"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Run the program."""
+    arguments = parser.parse_args(argv)
     set_up_logging(0)
-    arguments = _parse()
     try:
-        predictor = Predictor.from_folder(arguments.model, choose_device(arguments.device))
-        texts = _read_input(arguments.file, predictor.meaning.num_texts)
-        for line in output_lines(predictor, texts, arguments.format):
-            print(line)
+        predictor = Predictor(*load_classifier(arguments.model, choose_device(arguments.device)))
+        trained_on = predictor.spec.text_columns
+        columns = arguments.text_column or trained_on
+        if len(columns) != len(trained_on):
+            raise UsageError(f"--text-column: expected {len(trained_on)}, found {len(columns)}")
+        examples = read_input(arguments.file, columns)
+        csv.writer(sys.stdout, lineterminator="\n").writerows(predictor.table(examples))
         sys.stdout.flush()
-    except BrokenPipeError:
-        # the reader has had enough; Python would complain when it closes the stream
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.exit(complain("glue/predict.py", error))
+    except USER_ERRORS as error:
+        exit_with_error("glue/predict.py", error)
 
 
 if __name__ == "__main__":

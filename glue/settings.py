@@ -4,10 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from glue.sources import OwnFiles
-from glue.tasks import NINE_COLUMNS, TASKS, Segments, Task
+import pydantic
+from pydantic import Field, ValidationError
+
+from glue.data import OwnFiles
+from glue.tasks import NINE_COLUMNS, TASKS, Segments, TextTask
 from ponet import PoolerConfig
 from ponet.poolers import POOLERS
 from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml
@@ -17,66 +20,56 @@ PRESETS = Path(__file__).with_name("configs")
 NINE_TASKS = tuple(dict.fromkeys(name for name, _ in NINE_COLUMNS.values()))
 """The tasks of the published average, which `all` stands for."""
 
-_DEFAULT_POOLER = PoolerConfig()
+Count = Annotated[int, Field(ge=1)]
+OptionalCount = Annotated[int | None, Field(ge=1)]
+OptionalShare = Annotated[float | None, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Values that a run takes where no flag says otherwise; each batch size meets each rate."""
 
-    batch_sizes: tuple[int, ...]
-    """Examples in a step."""
-    learning_rates: tuple[float, ...]
-    """Peaks."""
-    epochs: int | None
-    """Passes over the training set; None: the task's."""
-    warmup_fraction: float
-    """Share of the steps in which the rate rises."""
-    weight_decay: float
-    """Of AdamW, for matrices."""
+    batch_sizes: tuple[int, ...] = (32,)
+    learning_rates: tuple[float, ...] = (5e-5,)
+    epochs: int | None = None
+    """None: the task's."""
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
 
 
 RECIPES = {
-    "single": Recipe(
-        batch_sizes=(32,),
-        learning_rates=(5e-5,),
-        epochs=None,
-        warmup_fraction=0.1,
-        weight_decay=0.01,
-    ),
+    "single": Recipe(),
     "published": Recipe(
         batch_sizes=(8, 16, 32, 64, 128),
         learning_rates=(3e-5, 5e-5, 1e-4, 3e-4),
-        epochs=None,
         warmup_fraction=0.0,
         weight_decay=0.0,
     ),
-    "poolers": Recipe(
-        batch_sizes=(16, 32, 64),
-        learning_rates=(2e-5,),
-        epochs=3,
-        warmup_fraction=0.1,
-        weight_decay=0.01,
-    ),
+    "poolers": Recipe(batch_sizes=(16, 32, 64), learning_rates=(2e-5,), epochs=3),
 }
 """By the name of the grid."""
 
-_LONG_PUBLISHED = Recipe(
-    batch_sizes=(32,),
-    learning_rates=(3e-5, 5e-5),
-    epochs=None,
-    warmup_fraction=0.0,
-    weight_decay=0.0,
+# settings that a recipe has an opinion on
+_OF_RECIPE = ("epochs", "warmup_fraction", "weight_decay")
+# what departs from the usual is part of the name of a run
+_MARKS = {
+    "epochs": "e",
+    "warmup_fraction": "w",
+    "weight_decay": "wd",
+    "dropout": "d",
+    "max_length": "n",
+    "segments": "",
+    "max_train_examples": "t",
+    "precision": "",
+}
+_LONG_PUBLISHED = dataclasses.replace(
+    RECIPES["published"], batch_sizes=(32,), learning_rates=(3e-5, 5e-5)
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class GlueConfig:
-    """Settings of a command; where the default is None, the grid or the task decides.
-
-    Raises:
-        UsageError: values contradict each other.
-    """
+    """Settings of a command; where the default is None, the grid or the task decides."""
 
     task: tuple[str, ...] = ("mrpc",)
     """Tasks: cola, sst2, mrpc, stsb, qqp, mnli (which scores ax, too), qnli, rte, wnli, hnd, imdb,
@@ -92,41 +85,35 @@ class GlueConfig:
     mean, max."""
     reading: Literal["literal", "sound"] = "sound"
     """Poolers as their source has them, or untouched by padding and scale."""
-    pooler_layers: int = 3
+    pooler_layers: Count = 3
     """Last layers that poolers of several layers read."""
-    pooler_heads: int = 4
+    pooler_heads: Count = 4
     """Heads of poolers with attention."""
-    pooler_window: int = 2
-    """Neighbouring features in a softmax of mswap."""
-    pooler_draws: int = 1
-    """Tokens that stochastic draws for a feature."""
-    layer_choice: Literal["own", "norm"] = "own"
-    """norm: for each token the layer with the longest vector, in place of the pooler's own rule."""
     grid: Literal["single", "published", "poolers"] = "single"
-    """single: one batch size and learning rate; published: PoNet's 20 runs a task; poolers: the
+    """single: one batch size and learning rate; published: PoNet's 20 runs per task; poolers: the
     three batch sizes of the pooler study. A flag for either takes the place of its values, each
     batch size meets each rate."""
-    seeds: int = 1
-    """Runs of each point of the grid, with consecutive seeds."""
-    first_seed: int = 0
-    """Seed of the first run: of new weights, order of examples and dropout."""
-    batch_size: tuple[int, ...] | None = None
-    """Examples in a step, one size or several."""
-    learning_rate: tuple[float, ...] | None = None
+    seeds: Count = 1
+    """Runs per point of the grid, with seeds from 0: of new weights, order of examples, dropout."""
+    batch_size: tuple[Count, ...] | None = None
+    """Examples per step, one size or several."""
+    learning_rate: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Peak learning rates, one or several."""
-    epochs: int | None = None
+    epochs: OptionalCount = None
     """Passes over the training set."""
-    warmup_fraction: float | None = None
+    warmup_fraction: OptionalShare = None
     """Share of the steps in which the learning rate rises, before it falls to zero."""
-    weight_decay: float | None = None
+    weight_decay: Annotated[float | None, Field(ge=0)] = None
     """AdamW's decay of weight matrices."""
-    dropout: float = 0.1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout, whatever pre-training used."""
-    max_length: int | None = None
-    """Tokens of an example; position tables that are shorter are repeated."""
+    # room for the special tokens of a pair and a token of each text
+    max_length: Annotated[int | None, Field(ge=5)] = None
+    """Tokens per example, longer ones are cut; beyond the checkpoint's positions its position
+    table is repeated, beyond 512 tokens layers are computed again in the backward pass."""
     segments: Literal["published", "texts", "sentences", "paragraphs"] = "published"
     """What PoNet pools by segment: texts whole, their sentences, or their paragraphs."""
-    max_train_examples: int | None = None
+    max_train_examples: OptionalCount = None
     """Examples to learn from at most, the same for every seed."""
     train_file: str | None = None
     """A task of your own: .tsv (unquoted), .csv or .jsonl to learn from."""
@@ -144,12 +131,10 @@ class GlueConfig:
     """Arithmetic; auto: bf16 on a GPU, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: a GPU if there is one."""
-    jobs: int = 1
+    jobs: Count = 1
     """Runs at a time, each in a process of its own."""
-    threads: int | None = None
-    """CPU threads of a run; None: all cores, divided among the jobs."""
-    gradient_checkpointing: bool | None = None
-    """Compute layers again in the backward pass to save memory; None: beyond 512 tokens."""
+    threads: OptionalCount = None
+    """CPU threads per run; None: all cores, divided among the jobs."""
     save_models: bool = True
     """Keep the model of every run."""
     data_dir: str = "data"
@@ -157,43 +142,18 @@ class GlueConfig:
     there."""
     output_dir: str = "runs/glue"
     """Folder of all runs."""
-    log_every: int = 50
+    log_every: Count = 50
     """Steps between lines of the log."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
     """Minutes between the checkpoints that an interrupted run continues from."""
 
     def __post_init__(self) -> None:
-        for name in self.pooler:
-            _require(name in POOLERS, "pooler", name, f"one of {', '.join(POOLERS)}")
-        counts = ("seeds", "pooler_layers", "pooler_heads", "pooler_window", "pooler_draws")
-        for name in (*counts, "jobs", "log_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for size in self.batch_size or ():
-            _require(size >= 1, "batch_size", size, "at least 1")
-        for rate in self.learning_rate or ():
-            _require(rate > 0, "learning_rate", rate, "above 0")
-        for name in ("epochs", "max_train_examples", "threads"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        # room for the special tokens of a pair and a token of each text
-        length = self.max_length
-        _require(length is None or length >= 5, "max_length", length, "at least 5")
-        warmup, decay = self.warmup_fraction, self.weight_decay
-        _require(warmup is None or 0 <= warmup <= 1, "warmup_fraction", warmup, "from 0 to 1")
-        _require(decay is None or decay >= 0, "weight_decay", decay, "at least 0")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
-        for name in ("first_seed", "checkpoint_minutes"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.checkpoint is None:
             raise UsageError("--checkpoint is missing: the folder of a pre-trained model")
-        self._check_task()
-
-    def _check_task(self) -> None:
+        _require_known("pooler", self.pooler, tuple(POOLERS))
         if self.train_file is None:
-            known = (*TASKS, "all")
-            for name in self.task:
-                expected = f"one of {', '.join(known)}; or give --train-file for one of your own"
-                _require(name in known, "task", name, expected)
+            advice = "; or give --train-file for one of your own"
+            _require_known("task", self.task, (*TASKS, "all"), advice)
             if self.dev_file is not None or self.test_file is not None:
                 raise UsageError("--dev-file and --test-file belong to a --train-file")
             return
@@ -201,11 +161,12 @@ class GlueConfig:
             raise UsageError(
                 f"--train-file: give your task one new name by --task, found {' '.join(self.task)}"
             )
-        count = len(self.text_column)
-        _require(count in (1, 2), "text_column", " ".join(self.text_column), "one or two columns")
+        if len(self.text_column) not in (1, 2):
+            found = " ".join(self.text_column)
+            raise UsageError(f"--text-column: expected one or two columns, found {found}")
 
     @property
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[TextTask]:
         """Those of `TASKS`, each once; the diagnostic set is scored with the task it needs."""
         names = [n for name in self.task for n in (NINE_TASKS if name == "all" else (name,))]
         return [TASKS[n] for n in dict.fromkeys(TASKS[name].trained_on or name for name in names)]
@@ -232,14 +193,11 @@ class GlueConfig:
                 reading=self.reading,
                 num_layers=self.pooler_layers,
                 num_heads=self.pooler_heads,
-                layer_choice=self.layer_choice,
-                window=self.pooler_window,
-                num_draws=self.pooler_draws,
             )
             for name in dict.fromkeys(self.pooler)
         ]
 
-    def runs_of(self, task: Task, device: str) -> "list[RunSettings]":
+    def runs_of(self, task: TextTask, device: str) -> "list[FineTuningSettings]":
         """All runs of a task, seeds innermost.
 
         Args:
@@ -249,96 +207,82 @@ class GlueConfig:
         recipe = RECIPES[self.grid]
         if self.grid == "published" and task.is_long:
             recipe = _LONG_PUBLISHED
-        names = {field.name for field in dataclasses.fields(RunSettings)}
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        shared = {name: value for name, value in fields.items() if name in names}
-        shared |= {
-            "task": task.name,
-            "epochs": self.epochs or recipe.epochs or task.epochs,
-            "max_length": self.max_length or task.max_length,
-            "segments": task.segments if self.segments == "published" else self.segments,
+        usual: dict[str, Any] = {
+            "epochs": task.epochs,
+            "warmup_fraction": Recipe.warmup_fraction,
+            "weight_decay": Recipe.weight_decay,
+            "dropout": GlueConfig.dropout,
+            "max_length": task.max_length,
+            "segments": task.segments,
+            "max_train_examples": None,
+            "precision": "bf16" if device == "cuda" else "fp32",
         }
-        for name in ("warmup_fraction", "weight_decay"):
-            if shared[name] is None:
-                shared[name] = getattr(recipe, name)
-        if self.precision == "auto":
-            shared["precision"] = "bf16" if device == "cuda" else "fp32"
-        sizes = dict.fromkeys(self.batch_size or recipe.batch_sizes)
-        rates = dict.fromkeys(self.learning_rate or recipe.learning_rates)
+        chosen = dict(usual)
+        for source, names in ((recipe, _OF_RECIPE), (self, usual)):
+            values = {name: getattr(source, name) for name in names}
+            chosen |= {n: x for n, x in values.items() if x not in (None, "published", "auto")}
+        changes = [
+            f"-{mark}{chosen[name]}".removesuffix(".0")
+            for name, mark in _MARKS.items()
+            if chosen[name] != usual[name]
+        ]
         return [
-            RunSettings(
-                **shared
-                | {"pooler": pooler, "batch_size": size, "learning_rate": rate, "seed": seed}
+            FineTuningSettings(
+                **chosen,
+                name=f"{task.name}-{pooler_label(pooler)}-b{size}-lr{rate:g}{''.join(changes)}-seed{seed}",
+                task=task.name,
+                from_scratch=self.from_scratch,
+                pooler=pooler,
+                batch_size=size,
+                learning_rate=rate,
+                seed=seed,
             )
             for pooler in self.poolers()
-            for size in sizes
-            for rate in rates
-            for seed in range(self.first_seed, self.first_seed + self.seeds)
+            for size in dict.fromkeys(self.batch_size or recipe.batch_sizes)
+            for rate in dict.fromkeys(self.learning_rate or recipe.learning_rates)
+            for seed in range(self.seeds)
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class FineTuningSettings:
     """All that decides the figures of one run, besides its data and checkpoint."""
 
+    name: str
+    """Of its folder: task, pooler, point of the grid, what departs from the usual, seed."""
     task: str
-    """Name."""
     pooler: PoolerConfig
-    """What the classifier reads."""
     from_scratch: bool
-    """The encoder is randomly initialised."""
     seed: int
-    """Of the run."""
     batch_size: int
-    """Examples in a step."""
     learning_rate: float
-    """Peak."""
+    """At its peak."""
     epochs: int
-    """Passes over the training set."""
     warmup_fraction: float
-    """Share of the steps."""
     weight_decay: float
-    """Of matrices."""
     dropout: float
-    """Probability."""
     max_length: int
-    """Tokens of an example."""
     segments: Segments
-    """What is pooled together."""
     max_train_examples: int | None
-    """At most so many; None: all."""
+    """None: all."""
     precision: Literal["fp32", "bf16"]
-    """Arithmetic."""
-
-    @property
-    def pooler_label(self) -> str:
-        """The pooler's name and what distinguishes it from its published form."""
-        pooler, parts = self.pooler, [self.pooler.name]
-        for name, prefix in (
-            ("reading", ""),
-            ("num_layers", "k"),
-            ("num_heads", "h"),
-            ("layer_choice", ""),
-            ("window", "w"),
-            ("num_draws", "n"),
-        ):
-            value = getattr(pooler, name)
-            if value != getattr(_DEFAULT_POOLER, name):
-                parts.append(f"{prefix}{value}")
-        return "-".join(parts)
-
-    @property
-    def name(self) -> str:
-        """Folder of the run."""
-        return (
-            f"{self.task}-{self.pooler_label}-b{self.batch_size}-lr{self.learning_rate:g}-"
-            f"seed{self.seed}"
-        )
 
 
-def _require(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise UsageError(f"--{name.replace('_', '-')} must be {expected}, found {value}")
+def pooler_label(pooler: PoolerConfig) -> str:
+    """A pooler's name and what distinguishes it from its published form."""
+    usual, parts = PoolerConfig(name=pooler.name), [pooler.name]
+    for name, mark in (("reading", ""), ("num_layers", "k"), ("num_heads", "h")):
+        if getattr(pooler, name) != getattr(usual, name):
+            parts.append(f"{mark}{getattr(pooler, name)}")
+    return "-".join(parts)
+
+
+def _require_known(
+    name: str, values: Sequence[str], known: Sequence[str], advice: str = ""
+) -> None:
+    for value in values:
+        if value not in known:
+            raise UsageError(f"--{name}: expected one of {', '.join(known)}{advice}, found {value}")
 
 
 def parse(argv: Sequence[str] | None = None) -> GlueConfig:
@@ -353,4 +297,19 @@ def parse(argv: Sequence[str] | None = None) -> GlueConfig:
         description="Fine-tune a checkpoint on GLUE, long texts or your own examples.",
         default_preset="default",
     )
-    return GlueConfig(**read_yaml(preset_path(preset, PRESETS), GlueConfig) | flags)
+    values = read_yaml(preset_path(preset, PRESETS), GlueConfig) | flags
+    try:
+        return GlueConfig(**values)
+    except ValidationError as error:
+        raise _as_usage_error(error) from error
+
+
+def _as_usage_error(error: ValidationError) -> UsageError:
+    """The first of the errors in words for whoever wrote the command."""
+    first = error.errors()[0]
+    if not first["loc"]:
+        # a contradiction between fields, in our words already
+        return UsageError(str(first.get("ctx", {}).get("error", first["msg"])))
+    flag = str(first["loc"][0]).replace("_", "-")
+    expected = first["msg"].removeprefix("Input should be ")
+    return UsageError(f"--{flag}: expected a value {expected}, found {first['input']!r}")

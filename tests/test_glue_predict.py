@@ -1,25 +1,25 @@
-"""Labels from a saved model: as the model says, line by line, from files and standard input."""
+"""Labels from a saved model: as the model says, row by row, from files and standard input."""
 
+import csv
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from glue.model_folder import Meaning, save_model
-from glue.predict import Predictor, main, output_lines, read_texts
-from glue.rows import DataError
+from glue.data import DataError, TextExamples
+from glue.model import LabelSpec, load_classifier, save_classifier
+from glue.predict import Predictor, main, read_lines
 from ponet import CheckpointError, PoNetConfig, PoNetForSequenceClassification, PoolerConfig
 from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-PREDICT = str(ROOT / "glue" / "predict.py")
 WORDS = (*SPECIAL_TOKENS, "one", "two", "three", "four", ".")
 IDS = {word: number for number, word in enumerate(WORDS)}
 CPU = torch.device("cpu")
+TWO = ("--text-column", "a", "b")
 NLI = ("entailment", "neutral", "contradiction")
 
 
@@ -39,37 +39,40 @@ def saved(folder: Path, labels: tuple[str, ...], num_texts: int, pooler: str = "
         num_labels=len(labels) or 1,
         pooler=PoolerConfig(name=pooler, num_layers=2),
     )
-    meaning = Meaning(
-        task="a test", labels=labels, num_texts=num_texts, max_length=12, segments="texts"
+    columns = ("a", "b")[:num_texts]
+    spec = LabelSpec(
+        task="a test", labels=labels, text_columns=columns, max_length=12, segments="texts"
     )
-    model = PoNetForSequenceClassification(config)
-    save_model(folder, model, bert_tokenizer(IDS), meaning)
+    save_classifier(folder, PoNetForSequenceClassification(config), bert_tokenizer(IDS), spec)
     return folder
 
 
-class Program:
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """The program in this process: what it leaves on its streams, and its exit status."""
+    # handlers of the test run stay
+    monkeypatch.setattr("glue.predict.set_up_logging", lambda rank: None)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-        # handlers of the test run stay
-        monkeypatch.setattr("glue.predict.set_up_logging", lambda rank: None)
-
-    def __call__(self, *arguments: str, stdin: bytes = b"") -> tuple[str, str, int]:
-        self._monkeypatch.setattr(sys, "argv", ["predict.py", "--device", "cpu", *arguments])
-        self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    def program(*arguments: Any, stdin: bytes = b"") -> tuple[str, str, int]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         status = 0
         try:
-            main()
+            main(["--device", "cpu", *map(str, arguments)])
         except SystemExit as stop:
             status = int(stop.code or 0)
-        out, err = self._capsys.readouterr()
+        out, err = capsys.readouterr()
         return out, err, status
 
+    return program
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Program:
-    return Program(monkeypatch, capsys)
+
+def predictor(folder: Path) -> Predictor:
+    return Predictor(*load_classifier(folder, CPU))
+
+
+def examples(*texts: list[str]) -> TextExamples:
+    lines = ["\t".join(row) for row in zip(*texts, strict=True)]
+    return read_lines(lines, len(texts))
 
 
 @torch.inference_mode()
@@ -88,121 +91,106 @@ def expected(folder: Path, *texts: str) -> list[float]:
 def test_pairs_are_labelled_as_the_model_says(tmp_path: Path):
     folder = saved(tmp_path, NLI, 2)
     pairs = (["one two", "three"], ["four", "two two one"])
-    predictions = Predictor.from_folder(folder, CPU).predict(pairs)
-    for number, prediction in enumerate(predictions):
-        logits = torch.tensor(expected(folder, pairs[0][number], pairs[1][number]))
-        assert prediction["label"] == NLI[int(logits.argmax())]
-        found = [prediction["probabilities"][label] for label in NLI]
-        assert found == pytest.approx(logits.softmax(0).tolist(), abs=1e-6)
+    header, *rows = predictor(folder).table(examples(*pairs))
+    assert header == ["label", *(f"p({label})" for label in NLI)]
+    for first, second, (label, *shares) in zip(*pairs, rows, strict=True):
+        logits = torch.tensor(expected(folder, first, second))
+        assert label == NLI[int(logits.argmax())]
+        assert [float(x) for x in shares] == pytest.approx(logits.softmax(0).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("pooler", ["cls", "maxseq_mha", "stochastic"])
-def test_predictions_do_not_depend_on_other_lines(tmp_path: Path, pooler: str):
-    folder = saved(tmp_path, ("no", "yes"), 1, pooler)
-    predictor = Predictor.from_folder(folder, CPU)
+def test_predictions_do_not_depend_on_other_rows(tmp_path: Path, pooler: str):
+    model = predictor(saved(tmp_path, ("no", "yes"), 1, pooler))
     texts = ["one", "two three four one two three", "four ."] * 3
-    together = predictor.predict((texts,))
-    for text, prediction in zip(texts, together, strict=True):
-        (alone,) = predictor.predict(([text],))
-        assert alone["label"] == prediction["label"]
-        assert alone["probabilities"] == pytest.approx(prediction["probabilities"], abs=1e-5)
+    together = model.outputs(examples(texts))
+    for text, shares in zip(texts, together, strict=True):
+        assert model.outputs(examples([text]))[0] == pytest.approx(shares, abs=1e-5)
 
 
-def test_file_and_standard_input_give_the_same(tmp_path: Path, run: Program):
-    folder = saved(tmp_path / "model", ("no", "yes"), 1)
-    lines = "one two\nthr\u00e9e \u2028 four\r\ntwo".encode()
-    (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbf" + lines)
-    done = subprocess.run(
-        [sys.executable, PREDICT, "--model", str(folder), str(tmp_path / "lines.txt")],
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert run("--model", str(folder), stdin=lines)[0] == done.stdout
-    head, *rows = [line.split("\t") for line in done.stdout.splitlines()]
-    assert head == ["label", "p(no)", "p(yes)"]
+def test_files_by_column_and_lines_give_the_same(tmp_path: Path, run: Any):
+    """A text with a line break is one text in CSV and JSON; other columns are passed over."""
+    folder = saved(tmp_path / "model", ("no", "y,es"), 2)
+    pairs = [("one two", "thr\u00e9e \u2028 four"), ('two "one"', "four"), ("two\nthree", "one")]
+    with (tmp_path / "new.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([("a", "id", "b"), *((a, 7, b) for a, b in pairs)])
+    lines = [json.dumps({"a": a, "b": b, "label": "no"}) for a, b in pairs]
+    (tmp_path / "new.jsonl").write_text("\n".join(lines))
+    out, err, status = run("--model", folder, tmp_path / "new.csv")
+    assert (err, status) == ("", 0)
+    assert run("--model", folder, tmp_path / "new.jsonl")[0] == out
+    header, *rows = csv.reader(io.StringIO(out))
+    assert header == ["label", "p(no)", "p(y,es)"]
     assert len(rows) == 3
     for label, no, yes in rows:
         assert float(no) + float(yes) == pytest.approx(1, abs=1e-3)
-        assert label == ("yes" if float(yes) > float(no) else "no")
-
-
-def test_json_lines(tmp_path: Path, run: Program):
-    folder = saved(tmp_path, ("no", "yes"), 1)
-    out, _, status = run("--model", str(folder), "--format", "jsonl", "-", stdin=b"one\ntwo\n")
-    assert status == 0
-    documents = [json.loads(line) for line in out.splitlines()]
-    assert len(documents) == 2
-    for document in documents:
-        assert set(document["probabilities"]) == {"no", "yes"}
-        assert document["label"] in ("no", "yes")
+        assert label == ("y,es" if float(yes) > float(no) else "no")
+    tabbed = "\r\n".join("\t".join(pair) for pair in pairs[:2])
+    assert run("--model", folder, stdin=tabbed.encode())[0].splitlines() == out.splitlines()[:3]
+    (tmp_path / "new.tsv").write_text("x\ty\n" + tabbed, encoding="utf-8")
+    out = run("--model", folder, tmp_path / "new.tsv", "--text-column", "x", "y")[0]
+    assert list(csv.reader(io.StringIO(out))) == [header, *rows[:2]]
 
 
 def test_regression_gives_numbers(tmp_path: Path):
     folder = saved(tmp_path, (), 2)
-    predictor = Predictor.from_folder(folder, CPU)
-    texts = (["one"], ["two three"])
-    head, line = output_lines(predictor, texts, "tsv")
-    assert head == "value"
-    assert float(line) == pytest.approx(expected(folder, "one", "two three")[0], abs=1e-4)
-    (document,) = output_lines(predictor, texts, "jsonl")
-    assert json.loads(document)["value"] == pytest.approx(float(line), abs=1e-4)
+    header, (value,) = predictor(folder).table(examples(["one"], ["two three"]))
+    assert header == ["value"]
+    assert float(value) == pytest.approx(expected(folder, "one", "two three")[0], abs=1e-4)
 
 
-def test_many_lines_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_many_rows_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("glue.predict._CHUNK", 4)
-    predictor = Predictor.from_folder(saved(tmp_path, ("no", "yes"), 1), CPU)
     texts = [" ".join(["one", "two", "three"][: 1 + n % 3]) for n in range(11)]
-    head, *lines = output_lines(predictor, (texts,), "tsv")
-    assert head.startswith("label")
-    assert len(lines) == 11
-    assert lines[:8] == lines[3:]
+    _, *rows = predictor(saved(tmp_path, ("no", "yes"), 1)).table(examples(texts))
+    assert len(rows) == 11
+    assert rows[:8] == rows[3:]
 
 
 def test_bad_lines_are_named():
     for lines, num_texts, message in (
-        (["a\tb\n", "c\n"], 2, "x, line 2: expected two texts with a tab between them, found 1"),
-        (["a\n", "b\tc\n"], 1, "x, line 2: expected one text, found 2"),
-        (["a\n", "\n"], 1, "x, line 2: expected one text, found an empty text"),
-        (["a\t \n"], 2, "x, line 1: .*found an empty text"),
+        (["a\tb\n", "c\n"], 2, "line 2: expected two texts with a tab between them, found 1"),
+        (["a\n", "b\tc\n"], 1, "line 2: expected one text, found 2"),
+        (["a\n", "\n"], 1, "line 2: expected one text, found an empty text"),
+        (["a\t \n"], 2, "line 1: .*found an empty text"),
     ):
-        with pytest.raises(DataError, match=message):
-            read_texts(lines, num_texts, "x")
+        with pytest.raises(DataError, match=f"standard input, {message}"):
+            read_lines(lines, num_texts)
 
 
-def test_bad_input_leaves_nothing_on_standard_output(tmp_path: Path, run: Program):
+def test_bad_input_leaves_nothing_on_standard_output(tmp_path: Path, run: Any):
     folder = saved(tmp_path / "model", ("no", "yes"), 1)
-    for stdin, message in (
-        (b"one\n\ntwo\n", "standard input, line 2"),
-        (b"", "standard input: holds no lines"),
-        (b"\xff\xfe", "expected UTF-8"),
+    (tmp_path / "x.csv").write_text('a\none\n" "\n')
+    for arguments, stdin, message in (
+        ([], b"one\n\ntwo\n", "standard input, line 2"),
+        ([], b"", "standard input: holds no lines"),
+        ([], b"\xff\xfe", "expected UTF-8"),
+        ([tmp_path / "absent.csv"], b"", "absent.csv: cannot be read"),
+        ([tmp_path], b"", f"{tmp_path}: expected a name that ends in .tsv"),
+        ([tmp_path / "x.csv"], b"", "x.csv, line 3: the text in column 'a' is empty"),
+        ([tmp_path / "x.csv", "--text-column", "t"], b"", "no column 't'; its header has a"),
     ):
-        out, err, status = run("--model", str(folder), stdin=stdin)
+        out, err, status = run("--model", folder, *arguments, stdin=stdin)
         assert (out, status) == ("", 1)
         assert err.startswith("glue/predict.py: error: ")
         assert message in err
-    _, err, status = run("--model", str(folder), str(tmp_path / "absent.txt"))
+    assert "--text-column: expected 1, found 2" in run("--model", folder, "x", *TWO)[1]
+    _, err, status = run("--model", tmp_path / "nothing", stdin=b"one\n")
     assert status == 1
-    assert "absent.txt" in err
-    _, err, status = run("--model", str(folder), str(tmp_path))
-    assert status == 1
-    assert f"{tmp_path}: is a folder, expected a file" in err
-    _, err, status = run("--model", str(tmp_path / "nothing"), stdin=b"one\n")
-    assert status == 1
-    assert "nothing/meaning.json: no such file" in err
+    assert "nothing/labels.json: no such file" in err
 
 
 def test_folders_that_are_no_fine_tuned_model(tmp_path: Path):
     folder = saved(tmp_path, ("no", "yes"), 1)
-    meaning = json.loads((folder / "meaning.json").read_text())
-    (folder / "meaning.json").write_text(json.dumps(meaning | {"labels": ["a", "b", "c"]}))
+    path = folder / "labels.json"
+    spec = json.loads(path.read_text())
+    path.write_text(json.dumps(spec | {"labels": ["a", "b", "c"]}))
     with pytest.raises(CheckpointError, match="has 2 outputs, expected 3"):
-        Predictor.from_folder(folder, CPU)
-    (folder / "meaning.json").write_text(json.dumps(meaning))
+        predictor(folder)
+    path.write_text(json.dumps(spec))
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer"):
-        Predictor.from_folder(folder, CPU)
-    (folder / "meaning.json").unlink()
+        predictor(folder)
+    path.unlink()
     with pytest.raises(CheckpointError, match="expected the model folder of a"):
-        Predictor.from_folder(folder, CPU)
+        predictor(folder)

@@ -1,37 +1,42 @@
-"""From a checkpoint to a classifier that is ready to be fine-tuned."""
+"""From a checkpoint to a classifier, its outputs, and the folder of a fine-tuned one."""
 
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from glue.encoding import EncodedExamples, batches_of_all, collect_examples
+from glue.tasks import Segments
 from ponet import CheckpointError, PoNetConfig, PoNetForSequenceClassification, PoolerConfig
-from ponet.checkpoint import CONFIG, read_weights
-from ponet.tokenizer import SpecialTokens, load_tokenizer, tokenizer_fingerprint
+from ponet.checkpoint import CONFIG, read_weights, write_json
+from ponet.run.trainer import autocast
+from ponet.tokenizer import SpecialTokens, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 
 _POSITIONS = "ponet.embeddings.position_embeddings.weight"
 _POOLER = "ponet.pooler."
 # a pre-training run keeps its model in a folder of this name
 _UNTELLING_NAME = "model"
+_LABELS = "labels.json"
+_MAX_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A model folder, read."""
+class EncoderCheckpoint:
+    """A model folder to start from, read."""
 
     folder: Path
-    """Where it is."""
     config: PoNetConfig
-    """Of the encoder."""
     entries: dict[str, Tensor]
-    """Weights by their published names."""
+    """Weights by their names in the file."""
     tokenizer: Tokenizer
-    """Of the model."""
     digest: str
-    """Hash of all that decides what is built from it: 64 hexadecimal digits."""
+    """Hash of all that decides what is built from it: 16 hexadecimal digits."""
 
     @property
     def name(self) -> str:
@@ -40,7 +45,7 @@ class Checkpoint:
         return folder.parent.name if folder.name == _UNTELLING_NAME else folder.name
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> EncoderCheckpoint:
     """Read `config.json`, weights and tokenizer of a model folder.
 
     Raises:
@@ -68,12 +73,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     for name in sorted(entries):
         digest.update(name.encode())
         digest.update(entries[name].contiguous().flatten().view(dtype=torch.uint8).numpy().data)
-    return Checkpoint(
+    return EncoderCheckpoint(
         folder=folder,
         config=config,
         entries=entries,
         tokenizer=tokenizer,
-        digest=digest.hexdigest(),
+        digest=digest.hexdigest()[:16],
     )
 
 
@@ -104,7 +109,7 @@ def tile_positions(table: Tensor, length: int) -> Tensor:
 
 
 def build_classifier(
-    checkpoint: Checkpoint,
+    checkpoint: EncoderCheckpoint,
     *,
     num_labels: int,
     max_length: int,
@@ -146,3 +151,96 @@ def build_classifier(
     new = {n: x for n, x in model.published_parameters().items() if n.startswith(fresh)}
     model.load_published(entries | new, str(checkpoint.folder))
     return model
+
+
+@torch.inference_mode()
+def outputs_of(
+    model: PoNetForSequenceClassification,
+    examples: EncodedExamples,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> np.ndarray:
+    """Logits, or the numbers of a regression.
+
+    Args:
+        model: put into evaluation mode.
+        examples: N.
+        precision: arithmetic.
+
+    Returns:
+        `[N, num_labels]` float32, in the order of the examples.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    outputs = np.empty((len(examples), model.config.num_labels), dtype=np.float32)
+    batches = batches_of_all(examples.lengths, _MAX_TOKENS)
+    logits = []
+    for indices in batches:
+        inputs = collect_examples(examples, indices, model.config).to(device)
+        # no answer is in question here
+        inputs.pop("labels", None)
+        with autocast(precision, device):
+            logits.append(model(**inputs).logits.float())
+    # read at the end: it waits for the device
+    outputs[np.concatenate(batches)] = torch.cat(logits).cpu().numpy()
+    return outputs
+
+
+def predictions_of(outputs: np.ndarray) -> np.ndarray:
+    """Classes `[N]` int64 from logits, or numbers `[N]` float64 from a regression's outputs."""
+    if outputs.shape[1] == 1:
+        return outputs[:, 0].astype(np.float64)
+    return outputs.argmax(axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSpec:
+    """What goes into a classifier and what comes out."""
+
+    task: str
+    labels: tuple[str, ...]
+    """Names of the classes; none: the model gives a number."""
+    text_columns: tuple[str | int, ...]
+    """Columns of the one text or the two that it was trained on, as in `FileColumns`."""
+    max_length: int
+    """Tokens of an example."""
+    segments: Segments
+
+
+def save_classifier(
+    folder: Path, model: PoNetForSequenceClassification, tokenizer: Tokenizer, spec: LabelSpec
+) -> None:
+    """Write a model folder, each file whole or not at all."""
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, max_length=spec.max_length)
+    write_json(folder / _LABELS, asdict(spec))
+
+
+def load_classifier(
+    folder: Path, device: torch.device
+) -> tuple[PoNetForSequenceClassification, Tokenizer, LabelSpec]:
+    """Read the model folder of a run.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or they contradict each other.
+        ConfigError: `config.json` is missing or describes another architecture.
+        ValueError: the tokenizer is missing or damaged.
+    """
+    path = folder / _LABELS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lists = {name: tuple(content[name]) for name in ("labels", "text_columns")}
+        spec = LabelSpec(**content | lists)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such file; expected the model folder of a glue/run.py run"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from error
+    model = PoNetForSequenceClassification.from_pretrained(folder).to(device)
+    expected = len(spec.labels) or 1
+    if model.config.num_labels != expected:
+        raise CheckpointError(
+            f"{folder}: the model has {model.config.num_labels} outputs, expected {expected} for "
+            f"the labels {list(spec.labels)}"
+        )
+    return model, load_tokenizer(folder), spec
