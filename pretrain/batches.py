@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -238,15 +239,19 @@ class MicroBatchSampler(Sampler[BatchItem]):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is outside world_size {world_size}")
         self.corpus = corpus
-        self.documents = documents
         self.settings = settings
-        self.seed = seed
-        self.micro_batch_tokens = micro_batch_tokens
-        self.micro_batches_per_step = micro_batches_per_step
-        self.rank = rank
-        self.world_size = world_size
-        self.start_step = start_step
-        self.first_epoch = self._plan(start_epoch)
+        self._slots = range(rank, micro_batches_per_step, world_size)
+        self._start_step = start_step
+        self._plan = partial(
+            EpochBatches,
+            corpus,
+            documents,
+            settings,
+            seed=seed,
+            micro_batch_tokens=micro_batch_tokens,
+            micro_batches_per_step=micro_batches_per_step,
+        )
+        self.first_epoch = self._plan(epoch=start_epoch)
         """Batches of the epoch the stream begins in: number of steps, packing efficiency."""
         if not 0 <= start_step <= self.first_epoch.num_steps:
             raise ValueError(
@@ -256,25 +261,14 @@ class MicroBatchSampler(Sampler[BatchItem]):
             )
 
     def __iter__(self) -> Iterator[BatchItem]:
-        batches, step = self.first_epoch, self.start_step
+        batches, step = self.first_epoch, self._start_step
         with ThreadPoolExecutor(max_workers=1) as planner:
             while True:
-                upcoming = planner.submit(self._plan, batches.epoch + 1)
+                upcoming = planner.submit(self._plan, epoch=batches.epoch + 1)
                 for current in range(step, batches.num_steps):
-                    for slot in range(self.rank, self.micro_batches_per_step, self.world_size):
+                    for slot in self._slots:
                         yield batches.item(current, slot)
                 batches, step = upcoming.result(), 0
-
-    def _plan(self, epoch: int) -> EpochBatches:
-        return EpochBatches(
-            self.corpus,
-            self.documents,
-            self.settings,
-            seed=self.seed,
-            epoch=epoch,
-            micro_batch_tokens=self.micro_batch_tokens,
-            micro_batches_per_step=self.micro_batches_per_step,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

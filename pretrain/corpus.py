@@ -114,6 +114,9 @@ def prepare(config: PretrainConfig, ranks: Ranks, run: Path | None) -> tuple[Tok
             f"--data: this machine reads other text than the first one (fingerprint "
             f"{made[1].folder.name[:12]}, there {name[:12]})"
         )
+    counts = made[1].metadata["counts"]
+    sizes = (f"{counts[kind]:,} {kind}" for kind in ("documents", "sentences", "tokens"))
+    logger.info("corpus %s: %s", made[1].folder, ", ".join(sizes))
     return made
 
 
@@ -122,7 +125,7 @@ def _prepare(config: PretrainConfig, run: Path | None) -> tuple[Tokenizer, Corpu
     if run and (_corpora(config) / recorded).exists():
         # the sources may have changed, the run goes on with what it began with
         try:
-            return load_tokenizer(run), _described(load_corpus(_corpora(config) / recorded))
+            return load_tokenizer(run), load_corpus(_corpora(config) / recorded)
         except DamagedCorpusError as error:
             logger.warning("%s; reading the text again", error)
     text = content_key(config.data, config.text_field, max_characters=config.max_characters)
@@ -147,21 +150,11 @@ def _prepare(config: PretrainConfig, run: Path | None) -> tuple[Tokenizer, Corpu
         )
     if report.documents:
         logger.info("read %s", report)
-    return tokenizer, _described(corpus)
+    return tokenizer, corpus
 
 
 def _corpora(config: PretrainConfig) -> Path:
     return Path(config.cache_dir).expanduser() / "corpora"
-
-
-def _described(corpus: Corpus) -> Corpus:
-    sizes = (corpus.num_documents, len(corpus.sentence_offsets) - 1, len(corpus.tokens))
-    logger.info(
-        "corpus %s: %s documents, %s sentences, %s tokens",
-        corpus.folder,
-        *(f"{size:,}" for size in sizes),
-    )
-    return corpus
 
 
 def _tokenizer(config: PretrainConfig, text: str) -> Tokenizer:

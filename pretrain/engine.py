@@ -151,7 +151,7 @@ def learning_rate_factor(config: PretrainConfig) -> Callable[[int], float]:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay; biases and LayerNorm, which have one dimension, without."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -170,7 +170,7 @@ class Engine:
         """Micro-batches of this process in a step."""
         self._arithmetic = config.arithmetic
         self._max_grad_norm = config.max_grad_norm
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = list(model.parameters())
         self._optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay),
             lr=config.learning_rate,
@@ -252,11 +252,10 @@ class DeepSpeedEngine(Engine):
         super().__init__(config, model)
         self.accumulation_steps //= world_size
         deepspeed = _import_deepspeed(self.device)
-        schedule: Any = self._schedule
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,
-            lr_scheduler=schedule,
+            lr_scheduler=self._schedule,
             config=engine_config(config, world_size),
         )
         self._engine.checkpoint_engine.load = _load_plain
@@ -264,7 +263,6 @@ class DeepSpeedEngine(Engine):
         self._is_plain = config.zero_stage == 0 and config.precision != "fp16"
 
     def forward(self, inputs: dict[str, Any]) -> PreTrainingOutput:
-        """As the base."""
         return self._engine(**inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -283,7 +281,6 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
 
     def save(self, folder: Path) -> None:
-        """As the base."""
         if self._is_plain:
             super().save(folder)
         else:
@@ -347,11 +344,7 @@ def needs_deepspeed(config: PretrainConfig, world_size: int) -> bool:
 
 
 def check_engine(config: PretrainConfig, world_size: int, device: torch.device) -> None:
-    """See whether there is an engine for a run, before anything is prepared for it.
-
-    Raises:
-        UsageError: for what `engine_config` refuses, fp16 without a GPU, or a want of DeepSpeed.
-    """
+    """Refuse with a UsageError what no engine can do, before anything is prepared for it."""
     engine_config(config, world_size)
     if config.precision == "fp16" and device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU, expected fp32 or bf16 on a CPU")

@@ -161,7 +161,9 @@ class ExamplePlan:
     def take(self, indices: np.ndarray) -> "ExamplePlan":
         """The rows at `indices`, few enough to send to a loader worker; the counts are 0."""
         columns: dict[str, Any] = vars(self)
-        taken = {n: x[indices] for n, x in columns.items() if isinstance(x, np.ndarray)}
+        taken: dict[str, Any] = {
+            n: x[indices] for n, x in columns.items() if isinstance(x, np.ndarray)
+        }
         return ExamplePlan(**taken)
 
 

@@ -100,12 +100,20 @@ def pretrain(config: PretrainConfig, preset: str, ranks: Ranks, began: float) ->
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    position = store.restore(engine) if resumed else RunPosition()
+    position = RunPosition()
+    if resumed:
+        position = store.restore(engine)
+        begun_with = read_yaml(folder / "config.yaml", PretrainConfig)["steps"]
+        if config.schedule == "linear" and config.steps != begun_with:
+            logger.warning(
+                "--steps %d, but the run began with %d: from here on the learning rate falls on "
+                "another line than in a run of either length",
+                config.steps,
+                begun_with,
+            )
     sampler, held_out = build_batches(config, tokenizer, corpus, ranks, position)
     baselines = majority_baselines(corpus, held_out)
-    if resumed:
-        warn_of_other_schedule(config, folder)
-    elif ranks.rank == 0:
+    if ranks.rank == 0 and not resumed:
         record_run(folder, config, tokenizer, corpus, ranks)
     with MetricsWriter(folder, rank=ranks.rank, resume_step=position.step) as writer:
         own = held_out[ranks.rank :: ranks.world_size]
@@ -467,21 +475,6 @@ def record_run(
     write_json(folder / "run.json", record)
     # last, because --resume takes a folder with this file for a run
     write_text(folder / "config.yaml", text)
-
-
-def warn_of_other_schedule(config: PretrainConfig, folder: Path) -> None:
-    """Say what other --steps do to a run that decays its learning rate."""
-    begun_with = read_yaml(folder / "config.yaml", PretrainConfig)["steps"]
-    if config.schedule == "linear" and config.steps != begun_with:
-        logger.warning(
-            "--steps %d, but the run began with %d: from here on the learning rate falls to zero "
-            "at step %d, so the run equals neither one of %d steps nor one of %d",
-            config.steps,
-            begun_with,
-            config.steps,
-            begun_with,
-            config.steps,
-        )
 
 
 if __name__ == "__main__":

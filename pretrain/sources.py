@@ -303,13 +303,7 @@ def _hub_rows(spec: str, dataset: Any, text_field: str) -> Iterator[str]:
             f"{spec}: no column {text_field!r}; found {', '.join(dataset.column_names)}"
         )
     for number, row in enumerate(dataset.select_columns([text_field])):
-        text = row[text_field]
-        if not isinstance(text, str | None):
-            raise SourceError(
-                f"{spec}, row {number}: expected text in {text_field!r}, found "
-                f"{type(text).__name__}"
-            )
-        yield text or ""
+        yield _text_of(row, text_field, f"{spec}, row {number}")
 
 
 def _read_file(path: Path, text_field: str) -> Iterator[str]:
@@ -363,16 +357,21 @@ def _json_rows(path: Path, text_field: str) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise SourceError(f"{where}: expected one JSON object per line ({error})") from None
         if not isinstance(record, dict):
-            found = type(record).__name__
-            raise SourceError(f"{where}: expected one JSON object per line, found a {found}")
+            raise SourceError(
+                f"{where}: expected one JSON object per line, found a {type(record).__name__}"
+            )
         if text_field not in record:
             fields = ", ".join(record)
             raise SourceError(f"{where}: no field {text_field!r}; found {fields or 'no field'}")
-        text = record[text_field]
-        if not isinstance(text, str | None):
-            found = type(text).__name__
-            raise SourceError(f"{where}: expected text in field {text_field!r}, found {found}")
-        yield text or ""
+        yield _text_of(record, text_field, where)
+
+
+def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
+    text = record[text_field]
+    if not isinstance(text, str | None):
+        found = type(text).__name__
+        raise SourceError(f"{where}: expected text in field {text_field!r}, found {found}")
+    return text or ""
 
 
 def _parquet_rows(path: Path, text_field: str) -> Iterator[str]:

@@ -456,12 +456,6 @@ def test_epochs_and_seeds_differ() -> None:
     assert labels_of(draw_batch(corpus, again, config)).tolist() == ids[0]
 
 
-def test_concatenate_ranges() -> None:
-    starts, ends = np.array([3, 7, 7, 0]), np.array([5, 7, 8, 2])
-    assert concatenate_ranges(starts, ends).tolist() == [3, 4, 7, 0, 1]
-    assert concatenate_ranges(starts[:0], ends[:0]).tolist() == []
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -293,7 +293,10 @@ def test_local_path_wins_over_the_hub(hub, tmp_path, monkeypatch):
     ("answer", "message"),
     [
         (FakeDataset("body", ["One."]), "org/name: no column 'text'; found body, id"),
-        (FakeDataset("text", ["One.", 2]), "org/name, row 1: expected text in 'text', found int"),
+        (
+            FakeDataset("text", ["One.", 2]),
+            "org/name, row 1: expected text in field 'text', found int",
+        ),
         (ConnectionError("no"), "--data PATH"),
         (FileNotFoundError("gone"), "--data PATH"),
     ],
