@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ponet.batch import HostBatch
 from ponet.packing import BatchLayout, layout_of_segments
-from pretrain.objectives import (
+from pretrain.examples import (
     ExamplePlan,
     ExampleSettings,
     TokenCorpus,
@@ -84,7 +85,7 @@ def pack_bins(lengths: np.ndarray, budget: int, order: np.ndarray) -> Bins:
     if longest > budget:
         raise ValueError(f"an example of {longest} tokens does not fit a budget of {budget}")
     num_examples = len(sizes)
-    # one integer an example sorts by length, then the earlier in the order the greater
+    # one integer per example sorts by length, then the earlier in the order the greater
     ranks: list[int] = (lengths[order] * num_examples + np.arange(num_examples)[::-1]).tolist()
     waiting: list[int] = []
     placed = bytearray(num_examples)
@@ -126,8 +127,8 @@ class EpochBatches:
         seed: Seed of the run.
         epoch: Number of the pass over the documents.
         micro_batch_tokens: Most tokens of a micro-batch.
-        micro_batches_per_step: Micro-batches of a global batch, over all ranks. The incomplete
-            global batch at the end of the epoch is dropped.
+        micro_batches_per_step: Of all ranks together. The incomplete global batch at the end of
+            the epoch is dropped.
 
     Raises:
         ValueError: If a micro-batch cannot hold an example of `seq_len`, if the documents do not
@@ -190,15 +191,7 @@ class EpochBatches:
         return float(self.plan.length.sum()) / (len(self.bins) * self.micro_batch_tokens)
 
     def item(self, step: int, slot: int) -> BatchItem:
-        """Return the examples of one micro-batch.
-
-        Args:
-            step: Global batch within the epoch.
-            slot: Micro-batch within the global batch.
-
-        Returns:
-            Epoch, step, slot and the sub-plan.
-        """
+        """The examples of a micro-batch: `slot` within the global batch `step` of the epoch."""
         members = self.bins[step * self.micro_batches_per_step + slot]
         return self.epoch, step, slot, self.plan.take(members)
 
@@ -211,12 +204,8 @@ class MicroBatchSampler(Sampler[BatchItem]):
     which is cheaper than sending plans around, and plans the next one while this one is consumed.
 
     Args:
-        corpus: The flat token arrays.
-        documents: Indices of the documents to use, `int64` `[num_used]`.
-        settings: How examples are made.
-        seed: Seed of the run.
-        micro_batch_tokens: Most tokens of a micro-batch.
-        micro_batches_per_step: Micro-batches of a global batch, over all ranks.
+        corpus, documents, settings, seed, micro_batch_tokens, micro_batches_per_step: As for
+            `EpochBatches`.
         rank: This process.
         world_size: Number of processes.
         start_epoch: Epoch of the first step to take.
@@ -250,15 +239,19 @@ class MicroBatchSampler(Sampler[BatchItem]):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is outside world_size {world_size}")
         self.corpus = corpus
-        self.documents = documents
         self.settings = settings
-        self.seed = seed
-        self.micro_batch_tokens = micro_batch_tokens
-        self.micro_batches_per_step = micro_batches_per_step
-        self.rank = rank
-        self.world_size = world_size
-        self.start_step = start_step
-        self.first_epoch = self._plan(start_epoch)
+        self._slots = range(rank, micro_batches_per_step, world_size)
+        self._start_step = start_step
+        self._plan = partial(
+            EpochBatches,
+            corpus,
+            documents,
+            settings,
+            seed=seed,
+            micro_batch_tokens=micro_batch_tokens,
+            micro_batches_per_step=micro_batches_per_step,
+        )
+        self.first_epoch = self._plan(epoch=start_epoch)
         """Batches of the epoch the stream begins in: number of steps, packing efficiency."""
         if not 0 <= start_step <= self.first_epoch.num_steps:
             raise ValueError(
@@ -268,37 +261,25 @@ class MicroBatchSampler(Sampler[BatchItem]):
             )
 
     def __iter__(self) -> Iterator[BatchItem]:
-        batches, step = self.first_epoch, self.start_step
+        batches, step = self.first_epoch, self._start_step
         with ThreadPoolExecutor(max_workers=1) as planner:
             while True:
-                upcoming = planner.submit(self._plan, batches.epoch + 1)
+                upcoming = planner.submit(self._plan, epoch=batches.epoch + 1)
                 for current in range(step, batches.num_steps):
-                    for slot in range(self.rank, self.micro_batches_per_step, self.world_size):
+                    for slot in self._slots:
                         yield batches.item(current, slot)
                 batches, step = upcoming.result(), 0
 
-    def _plan(self, epoch: int) -> EpochBatches:
-        return EpochBatches(
-            self.corpus,
-            self.documents,
-            self.settings,
-            seed=self.seed,
-            epoch=epoch,
-            micro_batch_tokens=self.micro_batch_tokens,
-            micro_batches_per_step=self.micro_batches_per_step,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class MicroBatch:
     """A micro-batch on the host, and its place in the run."""
 
     inputs: HostBatch
     """Arguments of `PoNetForPreTraining.forward`."""
     epoch: int
-    """Pass over the documents."""
     step: int
-    """Global batch of the pass."""
+    """Global batch of the epoch."""
     slot: int
     """Micro-batch of the global batch."""
     tokens: int
@@ -314,28 +295,19 @@ class Batch:
         return self
 
 
-class PackedDataset(Dataset[Batch]):
-    """Draws the micro-batch a sampler's item describes; holds no state but the corpus.
-
-    Args:
-        corpus: The flat token arrays; loader workers that are spawned pickle it.
-        settings: The settings the items were planned with.
-    """
+class PackedDataset(Dataset[MicroBatch]):
+    """Draws the micro-batch a sampler's item describes; spawned loader workers pickle it."""
 
     def __init__(self, corpus: TokenCorpus, settings: ExampleSettings) -> None:
         self.corpus = corpus
         self.settings = settings
 
-    def __getitem__(self, index: BatchItem) -> Batch:
-        """Draw one micro-batch.
-
-        Args:
-            index: An item of `MicroBatchSampler`.
-        """
+    def __getitem__(self, index: BatchItem) -> MicroBatch:
+        """Draw one micro-batch of `MicroBatchSampler`."""
         epoch, step, slot, plan = index
         arrays = draw_batch(self.corpus, plan, self.settings)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return Batch(
+        return MicroBatch(
             inputs=HostBatch({name: tensors[name] for name in _INPUTS}, self._layout(arrays)),
             epoch=epoch,
             step=step,
@@ -366,9 +338,6 @@ def make_loader(
         sampler: The stream to draw.
         num_workers: Processes that draw batches, 0 for this one.
         pin_memory: Whether batches land in page-locked memory, for copies to a GPU.
-
-    Returns:
-        Loader of the batches of `PackedDataset`.
     """
     # forked workers share the corpus arrays of this process, elsewhere each unpickles its own. A
     # spawned worker that is stopped while it sends a batch may also abort in its own shutdown
@@ -395,7 +364,7 @@ def evaluation_batches(
     seed: int,
     micro_batch_tokens: int,
     max_batches: int,
-) -> list[Batch]:
+) -> list[MicroBatch]:
     """Draw the fixed set of micro-batches a run is evaluated on.
 
     The same examples with the same masks at every evaluation, spread over all documents. With
@@ -408,9 +377,6 @@ def evaluation_batches(
         seed: Seed of the set; keep it when runs are to be compared.
         micro_batch_tokens: Most tokens of a micro-batch.
         max_batches: Most micro-batches; fewer where the documents give fewer.
-
-    Returns:
-        Batches as `PackedDataset` gives them, with epoch 0.
 
     Raises:
         ValueError: If the documents give no example, or for what `EpochBatches` refuses.

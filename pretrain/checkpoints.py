@@ -21,7 +21,7 @@ _PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class RunPosition:
     """Where a run stands; together with the settings it fixes all that follows."""
 
     step: int = 0
@@ -50,14 +50,14 @@ class CheckpointStore:
         self._rank = rank
         self._world_size = world_size
 
-    def save(self, engine: Engine, progress: Progress, evaluation_loss: float) -> None:
+    def save(self, engine: Engine, position: RunPosition, evaluation_loss: float) -> None:
         """Write a checkpoint from all ranks, then prune old ones.
 
         Raises:
             CheckpointError: it could not be written, for want of space for example; older
                 checkpoints are as they were.
         """
-        name = f"step-{progress.step:08d}"
+        name = f"step-{position.step:08d}"
         partial = self._folder / _PARTIAL
         if self._rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -67,27 +67,24 @@ class CheckpointStore:
             engine.save(partial / name)
             dist.barrier()
             if self._rank == 0:
-                self._complete(partial / name, progress, evaluation_loss, engine)
+                self._complete(partial / name, position, evaluation_loss, engine)
         # PyTorch reports a full disk as RuntimeError
         except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(self._folder).free // 2**20
+            newest = max((folder.name for folder in self._folders()), default="none")
             raise CheckpointError(
                 f"{self._folder / name}: cannot be written ({free} MiB free): {error}; "
-                f"the newest checkpoint is {self._newest_name()}"
+                f"the newest checkpoint is {newest}"
             ) from error
         dist.barrier()
 
     def _complete(
-        self,
-        written: Path,
-        progress: Progress,
-        evaluation_loss: float,
-        engine: Engine,
+        self, written: Path, position: RunPosition, evaluation_loss: float, engine: Engine
     ) -> None:
         files = sorted(path for path in written.rglob("*") if path.is_file())
         manifest = {
-            "progress": asdict(progress),
+            "progress": asdict(position),
             "evaluation_loss": evaluation_loss,
             "zero_stage": engine.zero_stage,
             "world_size": self._world_size,
@@ -107,10 +104,6 @@ class CheckpointStore:
     def _folders(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"))
 
-    def _newest_name(self) -> str:
-        folders = self._folders()
-        return folders[-1].name if folders else "none"
-
     def _prune(self) -> None:
         folders = self._folders()
         losses = {}
@@ -119,12 +112,12 @@ class CheckpointStore:
                 losses[folder] = _read_manifest(folder)["evaluation_loss"]
             except CheckpointError:
                 continue
-        best = min(losses, key=lambda folder: losses[folder], default=None)
+        best = min(losses, key=losses.__getitem__, default=None)
         for folder in folders[: -self._keep]:
             if folder != best:
                 shutil.rmtree(folder)
 
-    def restore(self, engine: Engine) -> Progress:
+    def restore(self, engine: Engine) -> RunPosition:
         """Load the newest checkpoint that is whole; a damaged one is reported and passed over.
 
         Returns:
@@ -139,12 +132,12 @@ class CheckpointStore:
             raise chosen[0]
         if chosen[0] is None:
             logger.info("%s holds no checkpoint yet: starting from step 0", self._folder)
-            return Progress()
+            return RunPosition()
         folder, manifest = chosen[0]
         self._check_shards(folder, manifest, engine.zero_stage)
         engine.load(folder)
         logger.info("resuming from %s", folder)
-        return Progress(**manifest["progress"])
+        return RunPosition(**manifest["progress"])
 
     def _newest_whole(self) -> tuple[Path, dict[str, Any]] | CheckpointError | None:
         error = None

@@ -8,6 +8,7 @@ Built once per content and settings, in a folder of its own below a cache folder
 - `corpus.json`: counts, settings, and size and checksum of the three.
 
 The folder appears complete or not at all, and its bytes do not depend on the number of workers.
+`prepare` finds or makes the tokenizer and the corpus of a run.
 """
 
 import hashlib
@@ -17,48 +18,41 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
-from itertools import chain, islice
-from multiprocessing import get_context
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from filelock import FileLock
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ponet.checkpoint import current_umask
-from ponet.sentences import split_sentences, splitter_version
-from ponet.tokenizer import tokenizer_fingerprint
-from pretrain.sources import SourceReport
-from pretrain.vocabulary import SentenceEncoder, token_dtype
+from ponet.checkpoint import current_umask, write_json
+from ponet.run.cli import UsageError
+from ponet.sentences import splitter_version
+from ponet.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from pretrain.engine import Ranks
+from pretrain.settings import PretrainConfig
+from pretrain.sources import SourceReport, content_key, in_turn, iter_documents
+from pretrain.tokenise import TokenisedDocuments, token_dtype, tokenise, train_tokenizer
 
 FORMAT_VERSION = 1
 """Part of every cache key: raise it when the same documents give other files."""
 
 _MANIFEST = "corpus.json"
-_FILES = ("tokens.bin", "sentences.bin", "documents.bin")
-# characters handed to a worker at once: seconds of work would starve the others at the end,
-# and far less would be spent on handing over
-_BATCH_CHARACTERS = 2**20
+_FILES: tuple[str, ...] = ("tokens.bin", "sentences.bin", "documents.bin")
 _CHECKSUM_BLOCK = 2**24
-# worker processes need seconds to start (they import torch with the caller's main module) and
-# have each to meet the words of the language: with less text than this they cost more than they
-# save
-_BATCHES_WITHOUT_WORKERS = 48
-
-# tokens counted at once
 _COUNTED_TOKENS = 2**24
+# part of the cache key: raise it when the same text gives another vocabulary
+_VOCABULARY_VERSION = 2
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-class DamagedCacheError(ValueError):
+class DamagedCorpusError(ValueError):
     """A corpus folder that is incomplete or was changed."""
 
 
@@ -73,88 +67,117 @@ class Corpus:
     document_offsets: np.ndarray
     """`[num_documents + 1]` `int64`, where each document begins among the sentences."""
     folder: Path
-    """Where the files lie."""
     metadata: dict[str, Any]
     """The manifest: `counts`, `settings`, `sources`, `files`."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all sentences."""
-        return len(self.tokens)
-
-    @property
-    def num_sentences(self) -> int:
-        """Sentences of all documents."""
-        return len(self.sentence_offsets) - 1
 
     @property
     def num_documents(self) -> int:
         """Documents with at least one sentence."""
         return len(self.document_offsets) - 1
 
-    def token_counts(self, documents: np.ndarray) -> np.ndarray:
-        """Length of documents.
-
-        Args:
-            documents: `[K]` indices of documents.
-
-        Returns:
-            `[K]` `int64` number of tokens of each.
-        """
-        documents = np.asarray(documents)
-        first = self.sentence_offsets[self.document_offsets[documents]]
-        last = self.sentence_offsets[self.document_offsets[documents + 1]]
-        return last - first
-
     def token_frequencies(self) -> np.ndarray:
-        """How often each token of the vocabulary occurs.
-
-        Returns:
-            `[vocab_size]` `int64` counts; the largest is the majority baseline of MLM.
-        """
+        """How often each token of the vocabulary occurs, `int64` `[vocab_size]`."""
         counts = np.zeros(self.metadata["vocab_size"], dtype=np.int64)
-        # bincount works on an int64 copy, eight bytes a token
-        for start in range(0, self.num_tokens, _COUNTED_TOKENS):
+        # bincount works on an int64 copy, eight bytes per token
+        for start in range(0, len(self.tokens), _COUNTED_TOKENS):
             part = self.tokens[start : start + _COUNTED_TOKENS]
             counts += np.bincount(part, minlength=len(counts))
         return counts
 
-    def split(self, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-        """Part the documents for training and validation.
 
-        The draw is a hash of the document's index: the same corpus is always parted alike.
+def prepare(config: PretrainConfig, ranks: Ranks, run: Path | None) -> tuple[Tokenizer, Corpus]:
+    """Tokenizer and corpus of a run: the first process of each machine makes or checks them.
 
-        Args:
-            validation_fraction: share of the documents to validate on.
+    Args:
+        config: the settings.
+        ranks: this process among all.
+        run: folder of a run to resume, whose tokenizer and cached corpus are taken; None for a
+            new one.
 
-        Returns:
-            `int64` indices of the training and of the validation documents, each in ascending
-            order, at least one in each.
+    Raises:
+        SourceError: a source cannot be read.
+        UsageError: a resumed run would go on with other text, or machines read different text.
+        ValueError: the vocabulary or the text is unusable.
+    """
+    made = _prepare(config, run) if ranks.local_rank == 0 else None
+    dist.barrier(ranks.patient_group)
+    shared = [made and (made[0].to_str(), made[1].folder.name)]
+    dist.broadcast_object_list(shared, src=0, group=ranks.patient_group)
+    assert shared[0] is not None
+    tokenizer, name = shared[0]
+    if made is None:
+        # checked by the first process a moment ago
+        folder = _corpora(config) / name
+        made = Tokenizer.from_str(tokenizer), load_corpus(folder, verify=False)
+    elif made[1].folder.name != name:
+        raise UsageError(
+            f"--data: this machine reads other text than the first one (fingerprint "
+            f"{made[1].folder.name[:12]}, there {name[:12]})"
+        )
+    counts = made[1].metadata["counts"]
+    sizes = (f"{counts[kind]:,} {kind}" for kind in ("documents", "sentences", "tokens"))
+    logger.info("corpus %s: %s", made[1].folder, ", ".join(sizes))
+    return made
 
-        Raises:
-            ValueError: the fraction is not between 0 and 1, or there are fewer than 4 documents.
-        """
-        if not 0 < validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction must lie between 0 and 1, got {validation_fraction}"
-            )
-        if self.num_documents < 4:
-            raise ValueError(
-                f"the corpus has {self.num_documents} documents; 4 are needed to set some apart "
-                "for validation (blank lines part the documents of a text file over 1 MiB)"
-            )
-        order = np.argsort(_mix(np.arange(self.num_documents, dtype=np.uint64)), kind="stable")
-        size = round(validation_fraction * self.num_documents)
-        size = min(max(size, 1), self.num_documents - 1)
-        return np.sort(order[size:]), np.sort(order[:size])
+
+def _prepare(config: PretrainConfig, run: Path | None) -> tuple[Tokenizer, Corpus]:
+    recorded = str(json.loads((run / "run.json").read_text())["corpus"]) if run else ""
+    if run and (_corpora(config) / recorded).exists():
+        # the sources may have changed, the run goes on with what it began with
+        try:
+            return load_tokenizer(run), load_corpus(_corpora(config) / recorded)
+        except DamagedCorpusError as error:
+            logger.warning("%s; reading the text again", error)
+    text = content_key(config.data, config.text_field, max_characters=config.max_characters)
+    tokenizer = load_tokenizer(run) if run else _tokenizer(config, text)
+    report = SourceReport()
+    documents = iter_documents(
+        config.data, config.text_field, max_characters=config.max_characters, report=report
+    )
+    corpus = build_corpus(
+        documents,
+        tokenizer,
+        cache_dir=_corpora(config),
+        key_parts={"text": text},
+        num_workers=config.preprocessing_workers,
+        report=report,
+    )
+    if run and recorded != corpus.folder.name:
+        raise UsageError(
+            f"--resume {run}: the text changed since the run began (fingerprint "
+            f"{recorded[:12]}, found {corpus.folder.name[:12]}), and {_corpora(config)} no longer "
+            "holds what it was"
+        )
+    if report.documents:
+        logger.info("read %s", report)
+    return tokenizer, corpus
 
 
-def _mix(index: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea and Flood 2014): a well scattered `uint64` for every index."""
-    mixed = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+def _corpora(config: PretrainConfig) -> Path:
+    return Path(config.cache_dir).expanduser() / "corpora"
+
+
+def _tokenizer(config: PretrainConfig, text: str) -> Tokenizer:
+    if config.vocab is not None:
+        return load_tokenizer(config.vocab)
+    settings = json.dumps([text, config.vocab_size, _VOCABULARY_VERSION])
+    key = hashlib.sha256(settings.encode()).hexdigest()[:32]
+    folder = Path(config.cache_dir).expanduser() / "tokenizers" / key
+    if not (folder / "tokenizer_config.json").is_file():
+        logger.info("training a vocabulary of %d word pieces", config.vocab_size)
+        save_tokenizer(train_tokenizer(vocabulary_text(config), config.vocab_size), folder)
+    return load_tokenizer(folder)
+
+
+def vocabulary_text(config: PretrainConfig) -> Iterator[str]:
+    """Documents of all sources in turn, because a vocabulary is learned from the first of them.
+
+    Raises:
+        SourceError: a source cannot be read.
+    """
+    if config.max_characters is not None:
+        return iter_documents(config.data, config.text_field, max_characters=config.max_characters)
+    return in_turn([iter_documents([source], config.text_field) for source in config.data])
 
 
 def build_corpus(
@@ -164,7 +187,6 @@ def build_corpus(
     cache_dir: str | Path,
     key_parts: Mapping[str, Any],
     num_workers: int = 0,
-    progress: bool = True,
     report: SourceReport | None = None,
 ) -> Corpus:
     """Tokenise documents into the cache, or load them when they are there already.
@@ -178,14 +200,18 @@ def build_corpus(
         num_workers: processes that split and tokenise; 0 works in this one. They start only when
             the text is longer than 48 MiB. As ever with processes, the caller's main module must
             be safe to import.
-        progress: show a bar on stderr if it is a terminal.
         report: counts to store with the corpus after `documents` are read.
 
     Raises:
         ValueError: no document has a sentence.
         OSError: the cache cannot be written; the message says where.
     """
-    settings = _settings(tokenizer, key_parts)
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "sentence_splitter": splitter_version(),
+        "sources": dict(key_parts),
+    }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     cache_dir = Path(cache_dir).expanduser()
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -195,16 +221,13 @@ def build_corpus(
         if folder.exists():
             try:
                 return load_corpus(folder)
-            except DamagedCacheError as error:
-                _log.warning("%s; building it again", error)
+            except DamagedCorpusError as error:
+                logger.warning("%s; building it again", error)
         # left by a process that was killed while it held the lock
         for stale in cache_dir.glob(f".{folder.name}-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        with (
-            closing(_tokenise(documents, tokenizer, num_workers)) as batches,
-            tqdm(desc="tokenising", unit="tok", unit_scale=True, disable=_hide(progress)) as bar,
-        ):
-            _write_folder(folder, batches, bar, tokenizer, settings, report)
+        with closing(tokenise(documents, tokenizer, num_workers)) as batches:
+            _write_folder(folder, batches, tokenizer, settings, report)
         # just written and checksummed on the way
         return load_corpus(folder, verify=False)
 
@@ -218,7 +241,7 @@ def load_corpus(folder: str | Path, *, verify: bool = True) -> Corpus:
             compared in any case.
 
     Raises:
-        DamagedCacheError: a file is missing, has another size or other bytes than recorded.
+        DamagedCorpusError: a file is missing, has another size or other bytes than recorded.
     """
     folder = Path(folder)
     try:
@@ -228,11 +251,11 @@ def load_corpus(folder: str | Path, *, verify: bool = True) -> Corpus:
         lengths = [counts["tokens"], counts["sentences"] + 1, counts["documents"] + 1]
         recorded = [(files[name]["bytes"], files[name]["crc32"]) for name in _FILES]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCacheError(
+        raise DamagedCorpusError(
             f"{folder / _MANIFEST}: not a readable manifest ({type(error).__name__}: {error})"
         ) from error
     if version != FORMAT_VERSION:
-        raise DamagedCacheError(f"{folder}: format {version}, expected {FORMAT_VERSION}")
+        raise DamagedCorpusError(f"{folder}: format {version}, expected {FORMAT_VERSION}")
     arrays = []
     for name, dtype, length, (size, checksum) in zip(
         _FILES, dtypes, lengths, recorded, strict=True
@@ -241,9 +264,9 @@ def load_corpus(folder: str | Path, *, verify: bool = True) -> Corpus:
         found = path.stat().st_size if path.is_file() else None
         if found is None or found != size or found != length * dtype.itemsize:
             state = "is missing" if found is None else f"has {found} bytes"
-            raise DamagedCacheError(f"{path} {state}, expected {size} bytes")
+            raise DamagedCorpusError(f"{path} {state}, expected {size} bytes")
         if verify and _file_checksum(path) != checksum:
-            raise DamagedCacheError(f"{path}: the checksum differs from the recorded one")
+            raise DamagedCorpusError(f"{path}: the checksum differs from the recorded one")
         arrays.append(np.memmap(path, dtype=dtype, mode="r", shape=(length,)))
     tokens, sentence_offsets, document_offsets = arrays
     return Corpus(
@@ -255,150 +278,18 @@ def load_corpus(folder: str | Path, *, verify: bool = True) -> Corpus:
     )
 
 
-def _settings(tokenizer: Tokenizer, key_parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that decides the bytes of a corpus."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "sentence_splitter": splitter_version(),
-        "sources": dict(key_parts),
-    }
-
-
-def _hide(progress: bool) -> bool | None:
-    """tqdm's `disable`: None lets it look whether stderr is a terminal."""
-    return None if progress else True
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """Some consecutive documents, tokenised."""
-
-    tokens: np.ndarray
-    sentence_sizes: np.ndarray
-    document_sizes: np.ndarray
-    num_skipped: int
-
-
-def _tokenise(
-    documents: Iterable[str], tokenizer: Tokenizer, num_workers: int
-) -> Generator[_Batch, None, None]:
-    """Tokenised batches in the order of the documents, made here or by worker processes."""
-    batches = _batched(documents)
-    encoder = SentenceEncoder(tokenizer)
-    for batch in batches if num_workers == 0 else islice(batches, _BATCHES_WITHOUT_WORKERS):
-        yield _tokenise_batch(encoder, batch)
-    first = next(batches, None)
-    if first is not None:
-        yield from _tokenise_in_pool(chain([first], batches), tokenizer, num_workers)
-
-
-def _tokenise_in_pool(
-    batches: Iterable[list[str]], tokenizer: Tokenizer, num_workers: int
-) -> Iterator[_Batch]:
-    """Tokenised batches from worker processes, in order."""
-    # fork is unsafe beside the threads of torch and tokenizers
-    pool = ProcessPoolExecutor(
-        num_workers, get_context("spawn"), _start_worker, (tokenizer.to_str(),)
-    )
-    pending: deque[Future[_Batch]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(_tokenise_in_worker, batch))
-            # enough to keep all workers busy, few enough to bound memory
-            if len(pending) > 2 * num_workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Consecutive documents with about `_BATCH_CHARACTERS` together."""
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch = []
-            characters = 0
-    if batch:
-        yield batch
-
-
-_worker_encoder: SentenceEncoder | None = None
-
-
-def _start_worker(tokenizer_json: str) -> None:
-    """Prepare a worker process; it shall not start threads of its own beside the others."""
-    global _worker_encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_encoder = SentenceEncoder(Tokenizer.from_str(tokenizer_json))
-
-
-def _tokenise_in_worker(documents: list[str]) -> _Batch:
-    """One batch in a worker process."""
-    assert _worker_encoder is not None
-    return _tokenise_batch(_worker_encoder, documents)
-
-
-def _tokenise_batch(encoder: SentenceEncoder, documents: list[str]) -> _Batch:
-    """Split and encode; sentences without tokens and documents without sentences are left out."""
-    sentences = [split_sentences(document) for document in documents]
-    tokens, sizes = encoder.encode(list(chain.from_iterable(sentences)))
-    document_of = np.repeat(np.arange(len(documents)), [len(listed) for listed in sentences])
-    kept = sizes > 0
-    document_sizes = np.bincount(document_of[kept], minlength=len(documents))
-    return _Batch(
-        tokens=tokens,
-        sentence_sizes=sizes[kept],
-        document_sizes=document_sizes[document_sizes > 0],
-        num_skipped=int((document_sizes == 0).sum()),
-    )
-
-
-class _OutputFile:
-    """A growing file with its size and checksum; a full disk is reported with the file's name."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("wb")
-        self.num_bytes = 0
-        self.checksum = 0
-
-    def write(self, array: np.ndarray) -> None:
-        """Append an array's bytes."""
-        data = np.ascontiguousarray(array).view(np.uint8).data
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise self._named(error) from error
-        self.num_bytes += len(data)
-        self.checksum = zlib.crc32(data, self.checksum)
-
-    def close(self) -> None:
-        """Bring everything to the disk."""
-        try:
-            with self._file:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._named(error) from error
-
-    def _named(self, error: OSError) -> OSError:
-        """The same error with the place and the free space; errors of `write` name no file."""
-        free = shutil.disk_usage(self._path.parent).free
-        message = f"cannot write the corpus: {error.strerror} ({free:,} bytes free)"
-        return OSError(error.errno, message, str(self._path))
+def _file_checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_CHECKSUM_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _write_folder(
     folder: Path,
-    batches: Iterable[_Batch],
-    bar: "tqdm[Any]",
+    batches: Iterable[TokenisedDocuments],
     tokenizer: Tokenizer,
     settings: dict[str, Any],
     report: SourceReport | None,
@@ -406,19 +297,18 @@ def _write_folder(
     """Write beside the final place and move there when complete."""
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        counts, files = _write_arrays(unfinished, batches, bar)
+        counts, checksums = _write_arrays(unfinished, batches)
+        sizes = {name: (unfinished / name).stat().st_size for name in _FILES}
         manifest = {
             "format_version": FORMAT_VERSION,
             "vocab_size": tokenizer.get_vocab_size(),
             "dtype": token_dtype(tokenizer).__name__,
             "counts": counts,
-            "sources": report.as_dict() if report else None,
+            "sources": asdict(report) if report else None,
             "settings": settings,
-            "files": files,
+            "files": {n: {"bytes": sizes[n], "crc32": checksums[n]} for n in _FILES},
         }
-        output = _OutputFile(unfinished / _MANIFEST)
-        output.write(np.frombuffer(json.dumps(manifest, indent=2).encode() + b"\n", np.uint8))
-        output.close()
+        write_json(unfinished / _MANIFEST, manifest)
         # a folder made by mkdtemp is private; the cache is not
         unfinished.chmod(0o777 & ~current_umask())
         if folder.exists():
@@ -432,49 +322,62 @@ def _write_folder(
 
 
 def _write_arrays(
-    folder: Path, batches: Iterable[_Batch], bar: "tqdm[Any]"
-) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    folder: Path, batches: Iterable[TokenisedDocuments]
+) -> tuple[dict[str, int], dict[str, int]]:
     """Append batch after batch.
 
     Returns:
-        Counts of documents, sentences, tokens and skipped documents; bytes and checksum by file.
+        Counts of documents, sentences, tokens and skipped documents, and checksums by file.
 
     Raises:
         ValueError: nothing was written.
     """
-    outputs = [_OutputFile(folder / name) for name in _FILES]
-    tokens, sentences, documents = outputs
+    checksums = dict.fromkeys(_FILES, 0)
     counts = {"documents": 0, "sentences": 0, "tokens": 0, "skipped_documents": 0}
+    files = {name: (folder / name).open("wb") for name in _FILES}
+
+    def append(*arrays: np.ndarray) -> None:
+        for name, array in zip(_FILES, arrays, strict=True):
+            data = np.ascontiguousarray(array).view(np.uint8).data
+            with _errors_name(folder / name):
+                files[name].write(data)
+            checksums[name] = zlib.crc32(data, checksums[name])
+
+    first = np.zeros(1, dtype=np.int64)
+    # None: a bar where stderr is a terminal
+    bar = tqdm(desc="tokenising", unit="tok", unit_scale=True, disable=None)
     try:
-        sentences.write(np.zeros(1, dtype=np.int64))
-        documents.write(np.zeros(1, dtype=np.int64))
+        append(first[:0], first, first)
         for batch in batches:
-            tokens.write(batch.tokens)
-            sentences.write(counts["tokens"] + np.cumsum(batch.sentence_sizes, dtype=np.int64))
-            documents.write(counts["sentences"] + np.cumsum(batch.document_sizes, dtype=np.int64))
+            append(
+                batch.tokens,
+                counts["tokens"] + np.cumsum(batch.sentence_sizes, dtype=np.int64),
+                counts["sentences"] + np.cumsum(batch.document_sizes, dtype=np.int64),
+            )
             counts["documents"] += len(batch.document_sizes)
             counts["sentences"] += len(batch.sentence_sizes)
             counts["tokens"] += len(batch.tokens)
             counts["skipped_documents"] += batch.num_skipped
             bar.update(len(batch.tokens))
     finally:
-        for output in outputs:
-            output.close()
+        bar.close()
+        for name, file in files.items():
+            with _errors_name(folder / name), file:
+                file.flush()
+                os.fsync(file.fileno())
     if not counts["documents"]:
         raise ValueError(
             f"no document holds a sentence ({counts['skipped_documents']} documents were read)"
         )
-    files = {
-        name: {"bytes": output.num_bytes, "crc32": output.checksum}
-        for name, output in zip(_FILES, outputs, strict=True)
-    }
-    return counts, files
+    return counts, checksums
 
 
-def _file_checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(_CHECKSUM_BLOCK):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """Errors of writing name no file: add it, and the free space."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        message = f"cannot write the corpus: {error.strerror} ({free:,} bytes free)"
+        raise OSError(error.errno, message, str(path)) from error

@@ -1,10 +1,15 @@
-"""What turns gradients into weights: one process by itself, or processes that DeepSpeed joins."""
+"""Ranks and what turns gradients into weights: one process by itself, or several by DeepSpeed."""
 
-import difflib
 import importlib.util
 import json
 import logging
+import os
+import socket
+import sys
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +28,9 @@ from pretrain.settings import PretrainConfig
 logger = logging.getLogger(__name__)
 
 _STATE = "state.pt"
+_DEEPSPEED_FILE = Path(__file__).with_name("deepspeed.json")
 
-# DeepSpeed accepts unknown keys in silence, so the file may hold only what is known to matter
-_ENGINE_KEYS = {
-    "activation_checkpointing",
-    "comms_logger",
-    "communication_data_type",
-    "dump_state",
-    "flops_profiler",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_optimization",
-}
+# keys of DeepSpeed's file that our flags set
 _OURS = {
     "train_batch_size": "--batch-tokens",
     "train_micro_batch_size_per_gpu": "--micro-batch-tokens",
@@ -51,11 +44,56 @@ _OURS = {
 }
 
 
-def read_engine_file(path: Path) -> dict[str, Any]:
-    """Read and check the DeepSpeed JSON file.
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among all of a run."""
+
+    rank: int
+    """0 to world_size - 1."""
+    local_rank: int
+    """Place among the processes of this machine."""
+    world_size: int
+    device: torch.device
+    """Where this process computes."""
+    patient_group: dist.ProcessGroup
+    """For waiting as long as it takes, while one process prepares data."""
+
+
+def join_ranks() -> Ranks:
+    """Join the run that `deepspeed` or `torchrun` started, or one of this process alone."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    assert isinstance(patient_group, dist.ProcessGroup)
+    return Ranks(
+        rank=dist.get_rank(),
+        local_rank=local_rank,
+        world_size=dist.get_world_size(),
+        device=device,
+        patient_group=patient_group,
+    )
+
+
+def read_deepspeed_file(path: Path) -> dict[str, Any]:
+    """Read DeepSpeed's JSON file; DeepSpeed itself judges what is in it.
 
     Raises:
-        UsageError: it is missing or no JSON object, or a key is unknown, ours, or "auto".
+        UsageError: it is missing or no JSON object, or contradicts our flags.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -63,15 +101,9 @@ def read_engine_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"--deepspeed-config: {path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"--deepspeed-config: {path}: expected a JSON object")
-    for key, value in content.items():
+    for key in content:
         if key in _OURS:
             raise UsageError(f"--deepspeed-config: {path}: {key} is set by {_OURS[key]}")
-        if key not in _ENGINE_KEYS:
-            near = difflib.get_close_matches(key, _ENGINE_KEYS, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            raise UsageError(f"--deepspeed-config: {path}: unknown key {key}{hint}")
-        if value == "auto":
-            raise UsageError(f'--deepspeed-config: {path}: {key} is "auto", expected a value')
     if "stage" in content.get("zero_optimization", {}):
         raise UsageError(
             f"--deepspeed-config: {path}: zero_optimization.stage is set by --zero-stage"
@@ -91,7 +123,7 @@ def engine_config(config: PretrainConfig, world_size: int) -> dict[str, Any]:
             f"micro-batches of {config.micro_batch_tokens}, which {world_size} processes cannot "
             "share evenly; change --batch-tokens or --micro-batch-tokens"
         )
-    content = read_engine_file(Path(config.deepspeed_config))
+    content = read_deepspeed_file(Path(config.deepspeed_config or _DEEPSPEED_FILE))
     zero = content.get("zero_optimization", {}) | {"stage": config.zero_stage}
     return content | {
         # DeepSpeed counts samples; a packed micro-batch is one
@@ -119,7 +151,7 @@ def learning_rate_factor(config: PretrainConfig) -> Callable[[int], float]:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices with weight decay; biases and LayerNorm, which have one dimension, without."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -130,12 +162,7 @@ class Engine:
     """A process that trains alone."""
 
     def __init__(self, config: PretrainConfig, model: PoNetForPreTraining) -> None:
-        """Make an optimizer and its schedule.
-
-        Args:
-            config: of the run.
-            model: on its device.
-        """
+        """Make an optimizer and its schedule for a model that is on its device."""
         self.model = model
         self.device = next(model.parameters()).device
         self.zero_stage = config.zero_stage
@@ -143,7 +170,7 @@ class Engine:
         """Micro-batches of this process in a step."""
         self._arithmetic = config.arithmetic
         self._max_grad_norm = config.max_grad_norm
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = list(model.parameters())
         self._optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay),
             lr=config.learning_rate,
@@ -217,21 +244,107 @@ class Engine:
         return {"model": self.model, "optimizer": self._optimizer, "schedule": self._schedule}
 
 
+class DeepSpeedEngine(Engine):
+    """A process among others, or one with sharded weights or scaled losses."""
+
+    def __init__(self, config: PretrainConfig, model: PoNetForPreTraining, world_size: int) -> None:
+        """Wrap a model; arguments as for `Engine`, and the number of processes."""
+        super().__init__(config, model)
+        self.accumulation_steps //= world_size
+        deepspeed = _import_deepspeed(self.device)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self._optimizer,
+            lr_scheduler=self._schedule,
+            config=engine_config(config, world_size),
+        )
+        self._engine.checkpoint_engine.load = _load_plain
+        # the weights and the optimizer that a single process has, too
+        self._is_plain = config.zero_stage == 0 and config.precision != "fp16"
+
+    def forward(self, inputs: dict[str, Any]) -> PreTrainingOutput:
+        return self._engine(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """As the base; after the last micro-batch of a step, gradients are summed over ranks."""
+        self._engine.backward(loss)
+
+    def grad_norm(self) -> Tensor | None:
+        """As the base; ZeRO and fp16 tell that of the step before, None at first."""
+        if self._is_plain:
+            return super().grad_norm()
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else torch.as_tensor(norm)
+
+    def end_micro_batch(self, *, last: bool) -> None:
+        """As the base; DeepSpeed counts by itself."""
+        self._engine.step()
+
+    def save(self, folder: Path) -> None:
+        if self._is_plain:
+            super().save(folder)
+        else:
+            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """As the base; shards need as many ranks as wrote them.
+
+        Raises:
+            CheckpointError: DeepSpeed could not load it.
+        """
+        if self._is_plain:
+            super().load(folder)
+            return
+        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed could not load it")
+
+
+def _load_plain(path: str, map_location: Any = None) -> Any:
+    """Load a file of a DeepSpeed checkpoint: tensors and plain values, never pickled code."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    # the plain records that DeepSpeed puts beside the tensors of ZeRO's shards
+    records: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    with torch.serialization.safe_globals(records):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """The library, silent and without its compiler."""
+    if device.type == "cpu":
+        # it looks for an accelerator when it is imported, and warns on stdout if there is none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # stdout is for the result; warnings of the engine belong with what a person reads
+    for handler in deepspeed.utils.logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # torch 2.13 warns about the collectives that ZeRO calls, once per call and rank
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    # on CPU DeepSpeed compiles a shared-memory all-reduce at the first start, half a minute with a
+    # compiler and a failure without one; gloo does the same work
+    registry = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if device.type == "cpu" and registry is not None:
+        registry["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 def needs_deepspeed(config: PretrainConfig, world_size: int) -> bool:
     """Whether gradients are summed over processes, states sharded, or losses scaled.
 
     A file of DeepSpeed's settings asks for it too: nobody gives one that is not to be read.
     """
-    own_file = config.deepspeed_config != PretrainConfig.deepspeed_config
+    own_file = config.deepspeed_config is not None
     return world_size > 1 or config.zero_stage > 0 or config.precision == "fp16" or own_file
 
 
 def check_engine(config: PretrainConfig, world_size: int, device: torch.device) -> None:
-    """See whether there is an engine for a run, before anything is prepared for it.
-
-    Raises:
-        UsageError: for what `engine_config` refuses, fp16 without a GPU, or a want of DeepSpeed.
-    """
+    """Refuse with a UsageError what no engine can do, before anything is prepared for it."""
     engine_config(config, world_size)
     if config.precision == "fp16" and device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU, expected fp32 or bf16 on a CPU")
@@ -247,7 +360,5 @@ def build_engine(config: PretrainConfig, model: PoNetForPreTraining, world_size:
     if not needs_deepspeed(config, world_size):
         logger.info("engine: one process by itself, the same arithmetic as DeepSpeed's")
         return Engine(config, model)
-    from pretrain.deepspeed_engine import DeepSpeed
-
     logger.info("engine: DeepSpeed, %d processes, ZeRO stage %d", world_size, config.zero_stage)
-    return DeepSpeed(config, model, world_size)
+    return DeepSpeedEngine(config, model, world_size)

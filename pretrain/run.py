@@ -1,56 +1,359 @@
 """Pre-train an encoder: `deepspeed pretrain/run.py`, `torchrun ... pretrain/run.py`, or `python`.
 
-Progress goes to stderr; the last line of stdout is one JSON document with the results.
+Progress goes to stderr; the last line that rank 0 prints is one JSON document with the results,
+which `result.json` in the folder of the run holds, too.
 """
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # a script finds its own folder first; the packages of the checkout lie beside that
+    _ROOT = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(_ROOT), str(_ROOT / "kernels")]
+# read when torch is imported: threads that spin while they wait for work make every step up to ten
+# times as long on a machine with other work
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# the process that prepares the data on each machine must not tokenise with nested thread pools
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
 import logging
-import os
-import sys
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from importlib.metadata import version
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
 from tokenizers import Tokenizer
+from torch import Tensor
 from tqdm import tqdm
 
 from ponet import PoNetForPreTraining
 from ponet.checkpoint import write_json, write_text
-from ponet.run.cli import UsageError
-from ponet.run.device import (
-    matmul_rate,
-    peak_memory_mib,
-    source_commit,
-    training_flops,
-)
+from ponet.model import PreTrainingOutput
+from ponet.run.cli import UsageError, read_yaml
+from ponet.run.device import matmul_rate, peak_memory_mib, source_commit, training_flops
 from ponet.run.log import MetricsWriter, set_up_logging
 from ponet.run.trainer import TrainingError
-from ponet.tokenizer import SpecialTokens, save_tokenizer
-from pretrain.batches import Batch, MicroBatchSampler, evaluation_batches, make_loader
-from pretrain.checkpoints import CheckpointStore, Progress
-from pretrain.corpus import Corpus
-from pretrain.engine import Engine, build_engine, check_engine, needs_deepspeed
-from pretrain.launch import Launch, finish, print_last, start
-from pretrain.prepare import check_unchanged, describe, example_settings, prepare
-from pretrain.settings import PretrainConfig, as_yaml, parse
-from pretrain.trainer import (
-    StepResult,
-    Stopwatch,
-    Tally,
-    evaluate,
-    train_step,
+from ponet.tokenizer import SpecialTokens, save_tokenizer, tokenizer_fingerprint
+from pretrain.batches import MicroBatch, MicroBatchSampler, evaluation_batches, make_loader
+from pretrain.checkpoints import CheckpointStore, RunPosition
+from pretrain.corpus import Corpus, prepare
+from pretrain.engine import (
+    Engine,
+    Ranks,
+    build_engine,
+    check_engine,
+    join_ranks,
+    needs_deepspeed,
 )
+from pretrain.examples import split_documents
+from pretrain.settings import PretrainConfig, as_yaml, parse
 
 logger = logging.getLogger("pretrain")
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def run_folder(config: PretrainConfig, preset: str, launch: Launch) -> Path:
+
+def main() -> None:
+    """Run the program."""
+    began = time.perf_counter()
+    try:
+        config, preset = parse()
+        ranks = join_ranks()
+        set_up_logging(ranks.rank)
+        result = pretrain(config, preset, ranks, began)
+    # usage, configuration, data and checkpoint errors are ValueErrors; a full disk is an OSError
+    except (ValueError, TrainingError, OSError) as error:
+        sys.stderr.write(f"pretrain: error: {error}\n")
+        sys.stderr.flush()
+        # other ranks may wait in a collective that this one will never join; no clean way out
+        os._exit(2 if isinstance(error, UsageError) else 1)
+    dist.destroy_process_group()
+    if ranks.rank == 0:
+        print(json.dumps(result), flush=True)
+
+
+def pretrain(config: PretrainConfig, preset: str, ranks: Ranks, began: float) -> dict[str, Any]:
+    """A whole run on this rank.
+
+    Returns:
+        The results, the same on all ranks.
+    """
+    # contradictions first: they should not wait for the data
+    check_engine(config, ranks.world_size, ranks.device)
+    folder = run_folder(config, preset)
+    resumed = folder if config.resume else None
+    tokenizer, corpus = prepare(config, ranks, resumed)
+    model = build_model(config, tokenizer, ranks.device)
+    engine = build_engine(config, model, ranks.world_size)
+    store = CheckpointStore(
+        folder / "checkpoints",
+        keep=config.keep_checkpoints,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    position = RunPosition()
+    if resumed:
+        position = store.restore(engine)
+        begun_with = read_yaml(folder / "config.yaml", PretrainConfig)["steps"]
+        if config.schedule == "linear" and config.steps != begun_with:
+            logger.warning(
+                "--steps %d, but the run began with %d: from here on the learning rate falls on "
+                "another line than in a run of either length",
+                config.steps,
+                begun_with,
+            )
+    sampler, held_out = build_batches(config, tokenizer, corpus, ranks, position)
+    baselines = majority_baselines(corpus, held_out)
+    if ranks.rank == 0 and not resumed:
+        record_run(folder, config, tokenizer, corpus, ranks)
+    with MetricsWriter(folder, rank=ranks.rank, resume_step=position.step) as writer:
+        own = held_out[ranks.rank :: ranks.world_size]
+        position, evaluation = train(
+            config, engine, sampler, own, baselines, store, writer, position, ranks
+        )
+    result = {
+        **evaluation,
+        **baselines,
+        "steps": position.step,
+        "tokens": position.tokens,
+        "tokens_per_second": position.tokens / max(position.seconds, 1e-9),
+        "seconds": time.perf_counter() - began,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "peak_memory_mib": peak_memory_mib(ranks.device),
+        "run": str(folder),
+        "checkpoint": str(folder / "model"),
+    }
+    if ranks.rank == 0:
+        model.save_pretrained(folder / "model")
+        save_tokenizer(tokenizer, folder / "model", max_length=config.seq_len)
+        write_json(folder / "result.json", result)
+    return result
+
+
+def train(
+    config: PretrainConfig,
+    engine: Engine,
+    sampler: MicroBatchSampler,
+    held_out: list[MicroBatch],
+    baselines: dict[str, float],
+    store: CheckpointStore,
+    writer: MetricsWriter,
+    position: RunPosition,
+    ranks: Ranks,
+) -> tuple[RunPosition, dict[str, float]]:
+    """The loop: steps, lines of the log, evaluations, checkpoints.
+
+    Returns:
+        Where the run stands at its end, and the figures of the last evaluation.
+
+    Raises:
+        TrainingError: a loss is not finite.
+        CheckpointError: a checkpoint cannot be written.
+    """
+    device = engine.device
+    # the formula of operations is PoNet's; other mixers execute others
+    peak_rate = None
+    if config.mixer == "ponet":
+        peak_rate = matmul_rate(device, _DTYPES[config.arithmetic]) * ranks.world_size
+    loader = make_loader(sampler, num_workers=config.num_workers, pin_memory=device.type == "cuda")
+    batches = iter(loader)
+    bar = tqdm(
+        initial=position.step,
+        total=config.steps,
+        unit="step",
+        disable=ranks.rank != 0 or not sys.stderr.isatty(),
+        dynamic_ncols=True,
+    )
+    evaluation: dict[str, float] = {}
+    tokens, seconds = position.tokens, position.seconds
+    logged, sums, began = position.step, LossSums(device), time.perf_counter()
+    for step in range(position.step + 1, config.steps + 1):
+        saves = step % config.eval_every == 0 or step == config.steps
+        # a line of the log finds out whether losses are finite: one before every checkpoint
+        logs = step % config.log_every == 0 or saves
+        last, norm = train_step(engine, batches, sums, seed=config.seed, want_norm=logs)
+        bar.update()
+        if not logs:
+            continue
+
+        steps = step - logged
+        metrics = sums.means(f"step {step}" if steps == 1 else f"steps {logged + 1} to {step}")
+        elapsed = time.perf_counter() - began
+        metrics["learning_rate"] = engine.learning_rate
+        if norm is not None:
+            metrics["grad_norm"] = float(norm)
+        metrics["step_ms"] = elapsed / steps * 1e3
+        metrics["tokens_per_second"] = sums.tokens / elapsed
+        if peak_rate is not None:
+            # executed operations over what a plain matrix product reaches on this device
+            flops = training_flops(engine.model.config, sums.tokens, sums.masked)
+            metrics["flops_utilisation"] = flops / elapsed / peak_rate
+        metrics["peak_memory_mib"] = peak_memory_mib(device)
+        writer.write("train", step, metrics)
+        logger.info(log_line(step, config.steps, metrics))
+        tokens, seconds = tokens + sums.tokens, seconds + elapsed
+
+        if saves:
+            evaluation = evaluate(engine, held_out, step)
+            writer.write("eval", step, evaluation | baselines)
+            logger.info(evaluation_line(step, evaluation, baselines))
+            position = RunPosition(
+                step=step,
+                epoch=last.epoch,
+                epoch_step=last.step + 1,
+                tokens=tokens,
+                seconds=seconds,
+            )
+            store.save(engine, position, evaluation["loss"])
+        logged, sums, began = step, LossSums(device), time.perf_counter()
+    bar.close()
+    return position, evaluation or evaluate(engine, held_out, position.step)
+
+
+def train_step(
+    engine: Engine, batches: Iterator[MicroBatch], sums: "LossSums", *, seed: int, want_norm: bool
+) -> tuple[MicroBatch, Tensor | None]:
+    """Accumulate this rank's micro-batches of a global batch and update the weights.
+
+    Args:
+        engine: trains the model.
+        batches: of this rank.
+        sums: takes the losses; nothing is read from the device.
+        seed: of the run.
+        want_norm: of the gradient.
+
+    Returns:
+        The last micro-batch, and the norm of the gradient before clipping, when asked for.
+    """
+    norm = None
+    parts = list(islice(batches, engine.accumulation_steps))
+    last = parts[-1]
+    for batch in parts:
+        inputs = batch.inputs.to(engine.device)
+        torch.manual_seed(dropout_seed(seed, batch))
+        output = engine.forward(inputs)
+        sums.add(output, inputs, batch)
+        assert output.loss is not None
+        engine.backward(output.loss)
+        if want_norm and batch is last:
+            norm = engine.grad_norm()
+        engine.end_micro_batch(last=batch is last)
+    return last, norm
+
+
+def dropout_seed(seed: int, batch: MicroBatch) -> int:
+    """Seed of the dropout of a micro-batch: the same wherever and whenever it is computed."""
+    # distinct odd multipliers keep the three counters from cancelling out
+    mixed = seed * 0x9E3779B97F4A7C15 + batch.epoch * 0xC2B2AE3D27D4EB4F
+    return (mixed + batch.step * 0x165667B19E3779F9 + batch.slot * 0x27D4EB2F165667C5) % 2**63
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, batches: Iterable[MicroBatch], step: int) -> dict[str, float]:
+    """Losses and accuracies after a step, over the evaluation batches of all ranks.
+
+    Raises:
+        TrainingError: the loss is not a finite number.
+    """
+    sums = LossSums(engine.device)
+    engine.model.eval()
+    for batch in batches:
+        inputs = batch.inputs.to(engine.device)
+        sums.add(engine.forward(inputs), inputs, batch)
+    engine.model.train()
+    return sums.means(f"the evaluation after step {step}")
+
+
+class LossSums:
+    """Adds up micro-batches without waiting: losses on the device, counts on the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        # of MLM and SSO each: the loss summed over what is to predict, and how many are right
+        self._measured = torch.zeros(4, dtype=torch.float64, device=device)
+        self.tokens = self.masked = self.sequences = 0
+        """Of this rank; after `means`, of all ranks."""
+
+    @torch.no_grad()
+    def add(self, output: PreTrainingOutput, labels: dict[str, Tensor], batch: MicroBatch) -> None:
+        """Add a micro-batch.
+
+        Args:
+            output: of the model.
+            labels: those on the device, `labels` `[M]` and `sso_labels` `[B]`.
+            batch: the micro-batch.
+        """
+        assert output.mlm_loss is not None
+        mlm_correct = (output.mlm_logits.argmax(dim=-1) == labels["labels"]).sum()
+        sums = [output.mlm_loss.detach() * batch.masked, mlm_correct]
+        if output.sso_loss is not None and output.sso_logits is not None:
+            sso_correct = (output.sso_logits.argmax(dim=-1) == labels["sso_labels"]).sum()
+            sums += [output.sso_loss.detach() * batch.sequences, sso_correct]
+        self._measured[: len(sums)].add_(torch.stack([value.double() for value in sums]))
+        self.tokens += batch.tokens
+        self.masked += batch.masked
+        self.sequences += batch.sequences
+
+    def means(self, where: str) -> dict[str, float]:
+        """Means over all ranks, losses in nats and accuracies as shares; waits for the device.
+
+        Args:
+            where: what was summed, for the error.
+
+        Raises:
+            TrainingError: the loss is not a finite number.
+        """
+        counts = self._measured.new_tensor([self.tokens, self.masked, self.sequences])
+        total = torch.cat([self._measured, counts])
+        dist.all_reduce(total)
+        mlm_loss, mlm_correct, sso_loss, sso_correct, *summed = total.tolist()
+        self.tokens, self.masked, self.sequences = map(int, summed)
+        masked = max(self.masked, 1)
+        means = {"mlm_loss": mlm_loss / masked, "mlm_accuracy": mlm_correct / masked}
+        if self.sequences:
+            means["sso_loss"] = sso_loss / self.sequences
+            means["sso_accuracy"] = sso_correct / self.sequences
+        loss = means["mlm_loss"] + means.get("sso_loss", 0.0)
+        if not math.isfinite(loss):
+            parts = ", ".join(f"{n[:3]} {x:.4g}" for n, x in means.items() if n.endswith("loss"))
+            raise TrainingError(
+                f"loss is {loss} in {where} ({parts}); lower --learning-rate or --max-grad-norm, "
+                "or raise --warmup-steps, and --resume from the last checkpoint"
+            )
+        return {"loss": loss, **means}
+
+
+def log_line(step: int, steps: int, metrics: dict[str, float]) -> str:
+    """A line of the log on the steps since the one before."""
+    seconds_left = (steps - step) * metrics["step_ms"] / 1e3
+    eta = f"{seconds_left / 60:.0f}m" if seconds_left >= 60 else f"{seconds_left:.0f}s"
+    return (
+        f"step {step}/{steps} | loss {metrics['loss']:.3f} mlm {metrics['mlm_loss']:.3f} "
+        f"sso {metrics.get('sso_loss', 0.0):.3f} | lr {metrics['learning_rate']:.1e} | "
+        f"{metrics['step_ms']:.0f} ms | {metrics['tokens_per_second'] / 1e3:.1f}k tok/s | "
+        f"{metrics['peak_memory_mib']:,.0f} MiB | eta {eta}"
+    )
+
+
+def evaluation_line(step: int, evaluation: dict[str, float], baselines: dict[str, float]) -> str:
+    """A line of the log on held-out text, beside the answers that need no model."""
+    line = f"step {step} | held out: loss {evaluation['loss']:.3f} | accuracy (majority baseline):"
+    for name in ("mlm", "sso"):
+        if f"{name}_accuracy" in evaluation:
+            accuracy, baseline = evaluation[f"{name}_accuracy"], baselines[f"{name}_baseline"]
+            line += f" {name} {accuracy:.3f} ({baseline:.3f})"
+    return line
+
+
+def run_folder(config: PretrainConfig, preset: str) -> Path:
     """The folder of the run, the same on all ranks; it is made when there is something to write.
 
     Raises:
@@ -58,39 +361,17 @@ def run_folder(config: PretrainConfig, preset: str, launch: Launch) -> Path:
     """
     if config.resume:
         return Path(config.resume)
-    name = [config.output_dir or f"runs/{preset}-{datetime.now():%Y%m%d-%H%M%S}"]
-    dist.broadcast_object_list(name, src=0)
-    folder = Path(name[0])
-    occupied = [folder.exists() and (not folder.is_dir() or any(folder.iterdir()))]
-    dist.broadcast_object_list(occupied, src=0)
-    if occupied[0]:
+    folder = Path(config.output_dir or f"runs/{preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    shared = [(folder, occupied)]
+    dist.broadcast_object_list(shared, src=0)
+    folder, occupied = shared[0]
+    if occupied:
         raise UsageError(
             f"--output-dir {folder} is not an empty folder; choose another, or continue its run "
             f"with --resume {folder}"
         )
     return folder
-
-
-def record_run(
-    folder: Path, config: PretrainConfig, tokenizer: Tokenizer, corpus: Corpus, launch: Launch
-) -> None:
-    """Save what the run is: settings, tokenizer, versions, commit, command."""
-    text = yaml.safe_dump(as_yaml(config), sort_keys=False)
-    logger.info("settings:\n%s", text)
-    save_tokenizer(tokenizer, folder, max_length=config.seq_len)
-    record = {
-        **describe(tokenizer, corpus),
-        "command": sys.argv,
-        "commit": source_commit(),
-        "processes": launch.world_size,
-        "device": str(launch.device),
-        "torch": torch.__version__,
-        "deepspeed": version("deepspeed") if needs_deepspeed(config, launch.world_size) else None,
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-    write_json(folder / "run.json", record)
-    # last, because --resume takes a folder with this file for a run
-    write_text(folder / "config.yaml", text)
 
 
 def build_model(
@@ -109,32 +390,20 @@ def build_model(
     return model
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Examples of a run."""
-
-    train: MicroBatchSampler
-    """Training micro-batches of this rank, from where the run stands."""
-    evaluation: list[Batch]
-    """Evaluation micro-batches of this rank."""
-    baselines: dict[str, float]
-    """Accuracy of always answering the commonest token and the commonest class."""
-
-
-def build_data(
+def build_batches(
     config: PretrainConfig,
     tokenizer: Tokenizer,
     corpus: Corpus,
-    launch: Launch,
-    progress: Progress,
-) -> Data:
-    """Training and evaluation examples.
+    ranks: Ranks,
+    position: RunPosition,
+) -> tuple[MicroBatchSampler, list[MicroBatch]]:
+    """Training micro-batches of this rank from where the run stands, and all held-out ones.
 
     Raises:
         ValueError: the corpus is too small for the settings.
     """
-    train, validation = corpus.split(config.validation_fraction)
-    settings = example_settings(config, tokenizer)
+    training, validation = split_documents(corpus.num_documents, config.validation_fraction)
+    settings = config.example_settings(tokenizer)
     held_out = evaluation_batches(
         corpus,
         validation,
@@ -145,43 +414,39 @@ def build_data(
     )
     sampler = MicroBatchSampler(
         corpus,
-        train,
+        training,
         settings,
         seed=config.seed,
         micro_batch_tokens=config.micro_batch_tokens,
         micro_batches_per_step=config.micro_batches_per_step,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        start_epoch=progress.epoch,
-        start_step=progress.epoch_step,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        start_epoch=position.epoch,
+        start_step=position.epoch_step,
     )
     first = sampler.first_epoch
     logger.info(
         "epoch %d: %s examples, %d steps, packing efficiency %.3f, %d examples left over",
-        progress.epoch,
+        position.epoch,
         f"{len(first.plan):,}",
         first.num_steps,
         first.packing_efficiency,
         first.num_dropped_examples,
     )
-    return Data(
-        train=sampler,
-        evaluation=held_out[launch.rank :: launch.world_size],
-        baselines=baselines(corpus, held_out),
-    )
+    return sampler, held_out
 
 
-def baselines(corpus: Corpus, batches: list[Batch]) -> dict[str, float]:
+def majority_baselines(corpus: Corpus, batches: list[MicroBatch]) -> dict[str, float]:
     """Held-out accuracy of the answers that need no model.
 
     Returns:
-        `mlm_baseline`: share of masked tokens that are the commonest token of the corpus;
-        `sso_baseline`: share of the commonest class, absent without a sentence objective.
+        `mlm_baseline`: share of masked tokens that are the most frequent token of the corpus;
+        `sso_baseline`: share of the most frequent class, absent without a sentence objective.
     """
-    commonest = int(corpus.token_frequencies().argmax())
+    most_frequent = int(corpus.token_frequencies().argmax())
     inputs = [batch.inputs.to(torch.device("cpu")) for batch in batches]
     labels = torch.cat([tensors["labels"] for tensors in inputs])
-    shares = {"mlm_baseline": float((labels == commonest).double().mean())}
+    shares = {"mlm_baseline": float((labels == most_frequent).double().mean())}
     classes = torch.cat([tensors["sso_labels"] for tensors in inputs])
     # "mlm" labels no sentences
     if (classes >= 0).all():
@@ -189,235 +454,27 @@ def baselines(corpus: Corpus, batches: list[Batch]) -> dict[str, float]:
     return shares
 
 
-class Reporter:
-    """Turns the sums of the steps since the last report into one line and one record."""
-
-    def __init__(
-        self,
-        config: PretrainConfig,
-        engine: Engine,
-        writer: MetricsWriter,
-        peak_rate: float,
-        world_size: int,
-        progress: Progress,
-    ) -> None:
-        self._config = config
-        self._engine = engine
-        self._writer = writer
-        self._peak_rate = peak_rate * world_size
-        self._begin(progress.step, progress.seconds)
-
-    def _begin(self, step: int, seconds: float) -> None:
-        """Begin an interval after a step, at this reading of the stopwatch."""
-        self._step, self._seconds = step, seconds
-        self.tally = Tally(self._engine.device)
-        """For the steps of the interval."""
-
-    def report(self, step: int, result: StepResult, stopwatch: Stopwatch) -> int:
-        """Log the interval, on all ranks because they add up their sums, then begin another.
-
-        Returns:
-            Tokens of the interval.
-
-        Raises:
-            TrainingError: a loss is not finite.
-        """
-        sums = self.tally.read()
-        now = stopwatch.seconds()
-        steps, seconds = step - self._step, now - self._seconds
-        where = f"step {step}" if steps == 1 else f"steps {self._step + 1} to {step}"
-        flops = training_flops(self._engine.model.config, int(sums.tokens), int(sums.masked))
-        values = sums.metrics(where) | {
-            "learning_rate": self._engine.learning_rate,
-            **({} if result.grad_norm is None else {"grad_norm": float(result.grad_norm)}),
-            "step_ms": seconds / steps * 1e3,
-            "tokens_per_second": sums.tokens / seconds,
-            # executed operations over what a plain matrix product reaches on this device
-            "flops_utilisation": flops / seconds / self._peak_rate,
-            "peak_memory_mib": peak_memory_mib(self._engine.device),
-        }
-        self._writer.write("train", step, values)
-        remaining = (self._config.steps - step) * seconds / steps
-        logger.info(
-            "step %d/%d | loss %.3f mlm %.3f sso %.3f | lr %.1e | %.0f ms | %.1fk tok/s | "
-            "%s MiB | eta %s",
-            step,
-            self._config.steps,
-            values["loss"],
-            values["mlm_loss"],
-            values.get("sso_loss", 0.0),
-            values["learning_rate"],
-            values["step_ms"],
-            values["tokens_per_second"] / 1e3,
-            f"{values['peak_memory_mib']:,.0f}",
-            f"{remaining / 60:.0f}m" if remaining >= 60 else f"{remaining:.0f}s",
-        )
-        self._begin(step, now)
-        return int(sums.tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What training ended with."""
-
-    progress: Progress
-    """Where the run stands."""
-    evaluation: dict[str, float]
-    """Held-out losses and accuracies of the last evaluation."""
-
-
-def train(
-    config: PretrainConfig,
-    engine: Engine,
-    data: Data,
-    store: CheckpointStore,
-    writer: MetricsWriter,
-    progress: Progress,
-    launch: Launch,
-) -> Outcome:
-    """The loop: steps, reports, evaluations, checkpoints.
-
-    Raises:
-        TrainingError: a loss is not finite.
-        CheckpointError: a checkpoint cannot be written.
-    """
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    peak_rate = matmul_rate(launch.device, dtype[config.arithmetic])
-    reporter = Reporter(config, engine, writer, peak_rate, launch.world_size, progress)
-    on_gpu = launch.device.type == "cuda"
-    loader = iter(make_loader(data.train, num_workers=config.num_workers, pin_memory=on_gpu))
-    evaluation: dict[str, float] = {}
-    stopwatch = Stopwatch(progress.seconds)
-    tokens = progress.tokens
-    bar = progress_bar(progress.step, config.steps, shown=launch.rank == 0)
-    for step in range(progress.step + 1, config.steps + 1):
-        saves = step % config.eval_every == 0 or step == config.steps
-        # a report finds out whether losses are finite: there is one before every checkpoint
-        logs = step % config.log_every == 0 or saves
-        result = train_step(engine, loader, reporter.tally, seed=config.seed, want_norm=logs)
-        bar.update()
-        if logs:
-            tokens += reporter.report(step, result, stopwatch)
-        if not saves:
-            continue
-        stopwatch.pause()
-        evaluation = evaluate(engine, data.evaluation, step)
-        report_evaluation(step, evaluation, data.baselines, writer)
-        progress = Progress(
-            step=step,
-            epoch=result.epoch,
-            epoch_step=result.epoch_step + 1,
-            tokens=tokens,
-            seconds=stopwatch.seconds(),
-        )
-        store.save(engine, progress, evaluation["loss"])
-        stopwatch.resume()
-    bar.close()
-    if not evaluation:
-        evaluation = evaluate(engine, data.evaluation, progress.step)
-    return Outcome(progress=progress, evaluation=evaluation)
-
-
-def progress_bar(step: int, steps: int, *, shown: bool) -> tqdm:
-    """A bar where a person watches a terminal."""
-    hidden = not shown or not sys.stderr.isatty()
-    return tqdm(initial=step, total=steps, unit="step", disable=hidden, dynamic_ncols=True)
-
-
-def report_evaluation(
-    step: int, evaluation: dict[str, float], baselines: dict[str, float], writer: MetricsWriter
+def record_run(
+    folder: Path, config: PretrainConfig, tokenizer: Tokenizer, corpus: Corpus, ranks: Ranks
 ) -> None:
-    """Log held-out figures beside their baselines."""
-    writer.write("eval", step, evaluation | baselines)
-    line = f"mlm {evaluation['mlm_accuracy']:.3f} (commonest {baselines['mlm_baseline']:.3f})"
-    if "sso_accuracy" in evaluation:
-        line += f" sso {evaluation['sso_accuracy']:.3f} (commonest {baselines['sso_baseline']:.3f})"
-    logger.info("step %d | held out: loss %.3f | accuracy: %s", step, evaluation["loss"], line)
-
-
-def export(
-    folder: Path,
-    engine: Engine,
-    tokenizer: Tokenizer,
-    config: PretrainConfig,
-) -> Path:
-    """Write the model folder that `from_pretrained` loads."""
-    target = folder / "model"
-    engine.model.save_pretrained(target)
-    save_tokenizer(tokenizer, target, max_length=config.seq_len)
-    return target
-
-
-def pretrain(config: PretrainConfig, preset: str, launch: Launch, began: float) -> dict[str, Any]:
-    """A whole run on this rank.
-
-    Returns:
-        The results, the same on all ranks.
-    """
-    # contradictions first: they should not wait for the data
-    check_engine(config, launch.world_size, launch.device)
-    folder = run_folder(config, preset, launch)
-    resumed = folder if config.resume else None
-    tokenizer, corpus = prepare(config, launch, resumed)
-    if resumed:
-        check_unchanged(corpus, json.loads((folder / "run.json").read_text()), folder)
-    model = build_model(config, tokenizer, launch.device)
-    engine = build_engine(config, model, launch.world_size)
-    store = CheckpointStore(
-        folder / "checkpoints",
-        keep=config.keep_checkpoints,
-        rank=launch.rank,
-        world_size=launch.world_size,
-    )
-    progress = store.restore(engine) if resumed else Progress()
-    data = build_data(config, tokenizer, corpus, launch, progress)
-    if launch.rank == 0 and not resumed:
-        record_run(folder, config, tokenizer, corpus, launch)
-    with MetricsWriter(folder, rank=launch.rank, resume_step=progress.step) as writer:
-        outcome = train(config, engine, data, store, writer, progress, launch)
-    result = {
-        **outcome.evaluation,
-        **data.baselines,
-        "steps": outcome.progress.step,
-        "tokens": outcome.progress.tokens,
-        "tokens_per_second": outcome.progress.tokens / max(outcome.progress.seconds, 1e-9),
-        "seconds": time.perf_counter() - began,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "peak_memory_mib": peak_memory_mib(launch.device),
-        "run": str(folder),
-        "checkpoint": str(folder / "model"),
+    """Save what the run is: settings, tokenizer, versions, commit, command."""
+    text = yaml.safe_dump(as_yaml(config), sort_keys=False)
+    logger.info("settings:\n%s", text)
+    save_tokenizer(tokenizer, folder, max_length=config.seq_len)
+    record = {
+        "corpus": corpus.folder.name,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "command": sys.argv,
+        "commit": source_commit(),
+        "processes": ranks.world_size,
+        "device": str(ranks.device),
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed") if needs_deepspeed(config, ranks.world_size) else None,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    if launch.rank == 0:
-        export(folder, engine, tokenizer, config)
-        write_json(folder / "result.json", result)
-    return result
-
-
-def fail(error: Exception) -> None:
-    """End the process with the message and nothing else: its cause is outside the program."""
-    sys.stderr.write(f"pretrain: error: {error}\n")
-    sys.stderr.flush()
-    # other ranks may wait in a collective that this one will never join; no clean way out of that
-    os._exit(2 if isinstance(error, UsageError) else 1)
-
-
-def main() -> None:
-    """Run the program."""
-    began = time.perf_counter()
-    # the process that DeepSpeed starts on each machine must not tokenise with nested thread pools
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        config, preset = parse()
-        launch = start()
-        set_up_logging(launch.rank)
-        result = pretrain(config, preset, launch, began)
-    # usage, configuration, data and checkpoint errors are ValueErrors; a full disk is an OSError
-    except (ValueError, TrainingError, OSError) as error:
-        fail(error)
-        return
-    finish()
-    if launch.rank == 0:
-        print_last(json.dumps(result))
+    write_json(folder / "run.json", record)
+    # last, because --resume takes a folder with this file for a run
+    write_text(folder / "config.yaml", text)
 
 
 if __name__ == "__main__":

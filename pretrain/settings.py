@@ -6,14 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenizers import Tokenizer
+
 from ponet.config import PoNetConfig
 from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml
+from ponet.tokenizer import SpecialTokens
+from pretrain.examples import OBJECTIVES, ExampleSettings
 
 PRESETS = Path(__file__).with_name("configs")
-_DEEPSPEED_FILE = Path(__file__).with_name("deepspeed.json")
 
-# what a resumed run may change: nothing that alters examples, weights or their order
+# what a resumed run may change: nothing that alters examples or their order, and of what alters
+# weights the number of steps alone, with a warning where the schedule depends on it
 _FREE_ON_RESUME = {"resume", "num_workers", "log_every", "keep_checkpoints", "steps"}
+
+_AT_LEAST = {
+    "steps": 1,
+    "batch_tokens": 1,
+    "micro_batch_tokens": 1,
+    "log_every": 1,
+    "eval_every": 1,
+    "keep_checkpoints": 1,
+    "warmup_steps": 0,
+    "num_workers": 0,
+    "max_grad_norm": 0,
+    "weight_decay": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +118,9 @@ class PretrainConfig:
     """Compile encoder layers; None: on a GPU."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage, 0 to 2."""
-    deepspeed_config: str = str(_DEEPSPEED_FILE)
-    """DeepSpeed's JSON: what the engine alone owns, such as bucket sizes."""
+    deepspeed_config: str | None = None
+    """DeepSpeed's JSON: what the engine alone owns, such as bucket sizes; None:
+    pretrain/deepspeed.json."""
     output_dir: str | None = None
     """Folder of the run, new or empty; None: runs/<preset>-<time>."""
     resume: str | None = None
@@ -121,20 +139,13 @@ class PretrainConfig:
     """Processes that draw examples, in each rank; 0: the rank itself."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "micro_batch_tokens", "log_every", "eval_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("warmup_steps", "num_workers", "max_grad_norm", "weight_decay"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(
-            self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1"
-        )
-        _require(0 <= self.zero_stage <= 2, "zero_stage", self.zero_stage, "0, 1 or 2")
-        _require(
-            0 < self.validation_fraction < 1,
-            "validation_fraction",
-            self.validation_fraction,
-            "between 0 and 1",
-        )
+        for name, least in _AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise _refusal(name, f"at least {least}", getattr(self, name))
+        if self.zero_stage not in (0, 1, 2):
+            raise _refusal("zero_stage", "0, 1 or 2", self.zero_stage)
+        if not 0 < self.validation_fraction < 1:
+            raise _refusal("validation_fraction", "between 0 and 1", self.validation_fraction)
         if self.batch_tokens % self.micro_batch_tokens:
             raise UsageError(
                 f"--batch-tokens {self.batch_tokens} is not a multiple of "
@@ -175,13 +186,27 @@ class PretrainConfig:
             use_global_second_stage=self.use_global_second_stage,
             use_segment=self.use_segment,
             use_local=self.use_local,
-            num_sentence_labels={"mlm+sso": 3, "mlm+nsp": 2, "mlm": 0}[self.objective],
+            num_sentence_labels=OBJECTIVES[self.objective],
+        )
+
+    def example_settings(self, tokenizer: Tokenizer) -> ExampleSettings:
+        """How examples are drawn for a tokenizer."""
+        special = SpecialTokens.from_tokenizer(tokenizer)
+        return ExampleSettings(
+            seq_len=self.seq_len,
+            objective=self.objective,
+            mask_probability=self.mask_probability,
+            short_sequence_probability=self.short_sequence_probability,
+            vocab_size=tokenizer.get_vocab_size(),
+            cls_id=special.cls,
+            sep_id=special.sep,
+            mask_id=special.mask,
+            special_ids=special.as_tuple(),
         )
 
 
-def _require(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise UsageError(f"--{name.replace('_', '-')} must be {expected}, found {value}")
+def _refusal(name: str, expected: str, found: Any) -> UsageError:
+    return UsageError(f"--{name.replace('_', '-')} must be {expected}, found {found}")
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[PretrainConfig, str]:
@@ -210,6 +235,9 @@ def _resumed(folder: Path, flags: dict[str, Any]) -> PretrainConfig:
     if not saved.is_file():
         raise UsageError(f"--resume: {folder} holds no config.yaml, expected the folder of a run")
     values = read_yaml(saved, PretrainConfig)
+    # runs of earlier versions name the file that None stands for, in a checkout that may be gone
+    if Path(values.get("deepspeed_config") or "").parts[-2:] == ("pretrain", "deepspeed.json"):
+        values["deepspeed_config"] = None
     for name, value in flags.items():
         if name not in _FREE_ON_RESUME and value != values.get(name):
             raise UsageError(

@@ -2,14 +2,14 @@
 
 A source is a string:
 
-- `builtin`: English documentation of the installed Python packages (`pretrain/prose.py`);
+- `builtin`: English documentation of the installed Python packages (`builtin_text.py`);
 - a file or a folder (all readable files below it, in the order of their names): `.txt`, `.md`,
   `.jsonl`, `.json`, `.parquet`, each also with `.gz` or `.xz` behind it;
 - a hub data set: `wikitext`, `wikipedia` or `org/name[:config]`, its train split.
 
 A local path wins over a hub name. What a document is:
 
-- a row of a `.jsonl`, `.json` (one object a line) or `.parquet` file or of a data set;
+- a row of a `.jsonl`, `.json` (one object per line) or `.parquet` file or of a data set;
 - a text file up to 1 MiB; in a larger one, the stretches between blank lines;
 - in files and data sets that begin with a ` = Title = ` heading (WikiText): an article.
 
@@ -25,16 +25,16 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pretrain.prose import PROSE_VERSION, builtin_files, documents_of_file, is_document
+from pretrain.builtin_text import BUILTIN_VERSION, builtin_documents, builtin_files
 
 READER_VERSION = 1
 """Part of every cache key: raise it when other documents come out of the same files."""
@@ -50,16 +50,16 @@ HUB_NAMES = {
 _SCRIPT_DATA_SETS = frozenset({"bookcorpus", "bookcorpus/bookcorpus"})
 _FORMATS = (".txt", ".md", ".jsonl", ".json", ".parquet")
 _COMPRESSIONS = (".gz", ".xz")
+_FORMAT_LIST = f"{', '.join(_FORMATS)} (also with {' or '.join(_COMPRESSIONS)})"
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?$")
 _TITLE = re.compile(r"\s*= [^=\s](?:[^=]*[^=\s])? =\s*$")
 _HEADING = re.compile(r"\s*= = .* = =\s*$")
 _SENTENCE_END = re.compile(r"[.!?:;][\"')\]]*$")
 _WRAPPED_LINE = 50
 _WHOLE_FILE = 2**20
-_BLOCK = 2**20
 
 
-class DataError(ValueError):
+class SourceError(ValueError):
     """A source that cannot be read, in words for whoever named it."""
 
 
@@ -68,13 +68,10 @@ class SourceReport:
     """What was read and what was passed over; filled while documents are drawn."""
 
     documents: int = 0
-    """Documents handed out."""
     characters: int = 0
-    """Characters of those documents."""
     skipped_empty: int = 0
     """Records without text."""
     skipped_duplicates: int = 0
-    """Documents equal to an earlier one."""
     skipped_files: int = 0
     """Files of unknown type in folders."""
 
@@ -84,10 +81,6 @@ class SourceReport:
             f"{self.skipped_empty:,} empty, {self.skipped_duplicates:,} duplicates, "
             f"{self.skipped_files:,} files of other types)"
         )
-
-    def as_dict(self) -> dict[str, int]:
-        """The counts by name, for a log or a manifest."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +113,10 @@ def iter_documents(
         An iterator of documents: non-empty paragraphs separated by newlines, no document twice.
 
     Raises:
-        DataError: a source is unknown, empty or damaged; the message names file and line.
+        SourceError: a source is unknown, empty or damaged; the message names file and line.
     """
     if max_characters is not None and max_characters < 1:
-        raise DataError(f"max_characters must be positive, got {max_characters}")
+        raise SourceError(f"max_characters must be positive, got {max_characters}")
     sources = _resolve_all(source_specs)
     report = SourceReport() if report is None else report
     return _draw(sources, text_field, max_characters, report)
@@ -169,7 +162,7 @@ def _draw(
             if max_characters is not None and characters >= max_characters:
                 return
         if not found:
-            raise DataError(f"{source.spec}: no text found, only empty records")
+            raise SourceError(f"{source.spec}: no text found, only empty records")
 
 
 def _clean(text: str) -> str:
@@ -188,20 +181,13 @@ def content_key(
     *,
     max_characters: int | None = None,
 ) -> str:
-    """Hash of everything that decides which documents `iter_documents` gives.
+    """Hash of everything that decides which documents `iter_documents` gives: 64 hex digits.
 
     Bytes of files count, their names, places and times do not; of a hub data set its fingerprint.
-
-    Args:
-        source_specs: as for `iter_documents`.
-        text_field: as for `iter_documents`.
-        max_characters: as for `iter_documents`.
-
-    Returns:
-        64 hexadecimal digits.
+    Arguments are those of `iter_documents`.
 
     Raises:
-        DataError: a source is unknown or cannot be reached.
+        SourceError: a source is unknown or cannot be reached.
     """
     parts: list[Any] = [READER_VERSION, text_field, max_characters]
     for source in _resolve_all(source_specs):
@@ -209,33 +195,28 @@ def content_key(
             dataset = _load_hub(source.spec, source.hub_id, source.hub_config)
             parts.append(["hub", dataset._fingerprint])
         elif source.files:
-            parts.append([[_format_of(path), _file_digest(path)] for path in source.files])
+            parts.append([[_format_of(path), _sha256(path)] for path in source.files])
         else:
-            digests = [[path.name, _file_digest(path)] for path in builtin_files()]
-            parts.append([BUILTIN, PROSE_VERSION, digests])
+            digests = [[path.name, _sha256(path)] for path in builtin_files()]
+            parts.append([BUILTIN, BUILTIN_VERSION, digests])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes; `hashlib.file_digest` is younger than Python 3.10."""
-    digest = hashlib.sha256()
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _resolve_all(source_specs: Sequence[str]) -> list[_Source]:
     """Check all names before anything is read."""
     if isinstance(source_specs, str):
-        raise DataError(f"sources must be a list of strings, not the string {source_specs!r}")
+        raise SourceError(f"sources must be a list of strings, not the string {source_specs!r}")
     if not source_specs:
-        raise DataError("no source of text was named")
+        raise SourceError("no source of text was named")
     return [_resolve(spec) for spec in source_specs]
 
 
 def _resolve(spec: str) -> _Source:
-    """Tell the builtin text, local paths and hub names apart."""
     path = Path(spec).expanduser()
     if spec == BUILTIN:
         return _Source(spec=spec)
@@ -243,12 +224,12 @@ def _resolve(spec: str) -> _Source:
         return _resolve_folder(spec, path)
     if path.exists():
         if _format_of(path) not in _FORMATS:
-            raise DataError(f"{spec}: expected a file of type {_format_list()}")
+            raise SourceError(f"{spec}: expected a file of type {_FORMAT_LIST}")
         if path.stat().st_size == 0:
-            raise DataError(f"{spec}: the file is empty")
+            raise SourceError(f"{spec}: the file is empty")
         return _Source(spec=spec, files=(path,))
     if spec in _SCRIPT_DATA_SETS:
-        raise DataError(
+        raise SourceError(
             f"{spec} exists on the hub only as a loading script, which the datasets library no "
             "longer runs; give a local copy (--data PATH to .txt, .jsonl or .parquet files), a "
             "parquet copy as org/name, or use wikipedia or wikitext instead"
@@ -259,7 +240,7 @@ def _resolve(spec: str) -> _Source:
     match = _HUB_ID.match(spec)
     if match and spec[0] not in "./~" and _format_of(path) not in _FORMATS:
         return _Source(spec=spec, hub_id=match["id"], hub_config=match["config"])
-    raise DataError(
+    raise SourceError(
         f"{spec!r} is neither a file or folder here nor a known source; expected {BUILTIN}, a "
         f"path, {', '.join(HUB_NAMES)}, or a hub data set as org/name[:config]"
     )
@@ -275,26 +256,18 @@ def _resolve_folder(spec: str, folder: Path) -> _Source:
     ]
     files = [path for path in found if _format_of(path) in _FORMATS]
     if not files:
-        raise DataError(f"{spec}: no file of type {_format_list()} in this folder or below it")
+        raise SourceError(f"{spec}: no file of type {_FORMAT_LIST} in this folder or below it")
     files.sort(key=lambda path: path.relative_to(folder).as_posix())
     return _Source(spec=spec, files=tuple(files), ignored_files=len(found) - len(files))
 
 
 def _format_of(path: Path) -> str:
     """Suffix that says how a file is read, the one before a compression's."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def _format_list() -> str:
-    """The accepted file types for messages."""
-    return f"{', '.join(_FORMATS)} (also with {' or '.join(_COMPRESSIONS)})"
+    plain = path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
+    return plain.suffix.lower()
 
 
 def _read_source(source: _Source, text_field: str) -> Iterator[str]:
-    """Raw documents of one source; at least one, or the source was a mistake."""
     if source.hub_id:
         dataset = _load_hub(source.spec, source.hub_id, source.hub_config)
         yield from _join_articles(_hub_rows(source.spec, dataset, text_field))
@@ -302,22 +275,7 @@ def _read_source(source: _Source, text_field: str) -> Iterator[str]:
         for path in source.files:
             yield from _read_file(path, text_field)
     else:
-        yield from _builtin_documents()
-
-
-# read twice, for the vocabulary and for the corpus: 10 MB of text against 10 s of work
-_documents_of_file = lru_cache(maxsize=None)(documents_of_file)
-
-
-def _builtin_documents() -> Iterator[str]:
-    """Documentation on this machine, no paragraph twice: the same sentences stand in many files."""
-    seen: set[str] = set()
-    for path in builtin_files():
-        for document in _documents_of_file(path):
-            fresh = [text for text in dict.fromkeys(document) if text not in seen]
-            if is_document(fresh):
-                seen.update(fresh)
-                yield "\n".join(fresh)
+        yield from builtin_documents()
 
 
 @lru_cache(maxsize=4)
@@ -331,32 +289,24 @@ def _load_hub(spec: str, hub_id: str, config: str | None) -> Any:
         return datasets.load_dataset(hub_id, config, split="train", streaming=False)
     except ConnectionError as error:
         # HF_HUB_OFFLINE and a missing network both end here
-        raise DataError(
+        raise SourceError(
             f"{spec}: the hub cannot be reached for the data set {hub_id}; {advice}"
         ) from error
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         # not found, a loading script, no such configuration or split
-        raise DataError(f"{spec}: cannot load {hub_id} ({error}); {advice}") from error
+        raise SourceError(f"{spec}: cannot load {hub_id} ({error}); {advice}") from error
 
 
 def _hub_rows(spec: str, dataset: Any, text_field: str) -> Iterator[str]:
-    """Texts of a data set, row by row."""
     if text_field not in dataset.column_names:
-        raise DataError(
+        raise SourceError(
             f"{spec}: no column {text_field!r}; found {', '.join(dataset.column_names)}"
         )
     for number, row in enumerate(dataset.select_columns([text_field])):
-        text = row[text_field]
-        if not isinstance(text, str | None):
-            raise DataError(
-                f"{spec}, row {number}: expected text in {text_field!r}, found "
-                f"{type(text).__name__}"
-            )
-        yield text or ""
+        yield _text_of(row, text_field, f"{spec}, row {number}")
 
 
 def _read_file(path: Path, text_field: str) -> Iterator[str]:
-    """Documents of one local file."""
     if path.stat().st_size == 0:
         # one of many in a folder; an empty file that was named is refused before
         yield ""
@@ -370,11 +320,10 @@ def _read_file(path: Path, text_field: str) -> Iterator[str]:
         else:
             yield from _text_documents(path)
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path}: the compressed file is damaged ({error})") from error
+        raise SourceError(f"{path}: the compressed file is damaged ({error})") from error
 
 
 def _open(path: Path) -> IO[bytes]:
-    """A file's bytes, decompressed."""
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     return openers.get(path.suffix.lower(), open)(path, "rb")
 
@@ -385,11 +334,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if b"\0" in line:
-                raise DataError(f"{path}, line {number}: a NUL byte; expected text, found binary")
+                raise SourceError(f"{path}, line {number}: a NUL byte; expected text, found binary")
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(
+                raise SourceError(
                     f"{path}, line {number}, byte {offset + error.start}: expected UTF-8, found "
                     f"byte 0x{line[error.start]:02x}"
                 ) from None
@@ -398,7 +347,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _json_rows(path: Path, text_field: str) -> Iterator[str]:
-    """Texts of a file with one JSON object a line; blank lines are passed over."""
+    """Texts of a file with one JSON object per line; blank lines are passed over."""
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -406,22 +355,27 @@ def _json_rows(path: Path, text_field: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: expected one JSON object a line ({error})") from None
+            raise SourceError(f"{where}: expected one JSON object per line ({error})") from None
         if not isinstance(record, dict):
-            found = type(record).__name__
-            raise DataError(f"{where}: expected one JSON object a line, found a {found}")
+            raise SourceError(
+                f"{where}: expected one JSON object per line, found a {type(record).__name__}"
+            )
         if text_field not in record:
             fields = ", ".join(record)
-            raise DataError(f"{where}: no field {text_field!r}; found {fields or 'no field'}")
-        text = record[text_field]
-        if not isinstance(text, str | None):
-            found = type(text).__name__
-            raise DataError(f"{where}: expected text in field {text_field!r}, found {found}")
-        yield text or ""
+            raise SourceError(f"{where}: no field {text_field!r}; found {fields or 'no field'}")
+        yield _text_of(record, text_field, where)
+
+
+def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
+    text = record[text_field]
+    if not isinstance(text, str | None):
+        found = type(text).__name__
+        raise SourceError(f"{where}: expected text in field {text_field!r}, found {found}")
+    return text or ""
 
 
 def _parquet_rows(path: Path, text_field: str) -> Iterator[str]:
-    """Texts of a table, one a row."""
+    """Texts of a table, one per row."""
     try:
         if path.suffix.lower() in _COMPRESSIONS:
             with _open(path) as file:
@@ -430,15 +384,15 @@ def _parquet_rows(path: Path, text_field: str) -> Iterator[str]:
             table = pq.ParquetFile(path)
         schema = table.schema_arrow
         if text_field not in schema.names:
-            raise DataError(f"{path}: no column {text_field!r}; found {', '.join(schema.names)}")
+            raise SourceError(f"{path}: no column {text_field!r}; found {', '.join(schema.names)}")
         kind = schema.field(text_field).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(f"{path}: expected text in column {text_field!r}, found {kind}")
+            raise SourceError(f"{path}: expected text in column {text_field!r}, found {kind}")
         for batch in table.iter_batches(columns=[text_field]):
             for text in batch.column(0).to_pylist():
                 yield text or ""
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error})") from error
+        raise SourceError(f"{path}: not a readable parquet file ({error})") from error
 
 
 def _text_documents(path: Path) -> Iterator[str]:
@@ -451,25 +405,17 @@ def _text_documents(path: Path) -> Iterator[str]:
         size += len(line) + 1
         if size > _WHOLE_FILE:
             break
-    if size <= _WHOLE_FILE and not _begins_with_title(head):
-        yield _unwrap(head)
-        return
-    lines = chain(head, lines)
     if _begins_with_title(head):
-        yield from _join_articles(lines)
-        return
-    document: list[str] = []
-    for line in lines:
-        if line.strip():
-            document.append(line)
-        elif document:
-            yield _unwrap(document)
-            document = []
-    yield _unwrap(document)
+        yield from _join_articles(chain(head, lines))
+    elif size <= _WHOLE_FILE:
+        yield _unwrap(head)
+    else:
+        for blank, document in groupby(chain(head, lines), lambda line: not line.strip()):
+            if not blank:
+                yield _unwrap(document)
 
 
 def _begins_with_title(lines: Iterable[str]) -> bool:
-    """Whether the first line with text is a WikiText title."""
     first = next((line for line in lines if line.strip()), "")
     return _TITLE.match(first) is not None
 

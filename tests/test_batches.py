@@ -18,15 +18,15 @@ from ponet.batch import HostBatch
 from ponet.packing import layout_for, stream_of_packed
 from pretrain.batches import (
     LOOK_AHEAD,
-    Batch,
     EpochBatches,
+    MicroBatch,
     MicroBatchSampler,
     PackedDataset,
     evaluation_batches,
     make_loader,
     pack_bins,
 )
-from pretrain.objectives import ExampleSettings, draw_batch, plan_epoch
+from pretrain.examples import ExampleSettings, draw_batch, plan_epoch
 
 SETTINGS = ExampleSettings(
     seq_len=64, vocab_size=1000, cls_id=1, sep_id=2, mask_id=3, special_ids=(0, 1, 2, 3)
@@ -59,23 +59,23 @@ def stream(count: int, **changes) -> list[tuple]:
     return [(epoch, step, slot, plan.key.tolist()) for epoch, step, slot, plan in items]
 
 
-def loaded(count: int, num_workers: int, **changes) -> list[Batch]:
+def loaded(count: int, num_workers: int, **changes) -> list[MicroBatch]:
     return list(islice(make_loader(make_sampler(**changes), num_workers=num_workers), count))
 
 
-def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
+def tensors_of(batch: MicroBatch) -> dict[str, torch.Tensor]:
     inputs = batch.inputs.to(torch.device("cpu"))
     return inputs | inputs.pop("layout").tensors()
 
 
-def numbers_of(batch: Batch) -> tuple:
+def numbers_of(batch: MicroBatch) -> tuple:
     """All that is no tensor, the bounds of the layout among it."""
     layout = batch.inputs.to(torch.device("cpu"))["layout"]
     empty = layout.with_tensors(dict.fromkeys(layout.tensors()))
     return (empty, *(value for value in vars(batch).values() if isinstance(value, int)))
 
 
-def assert_same_batches(first: list[Batch], second: list[Batch]) -> None:
+def assert_same_batches(first: list[MicroBatch], second: list[MicroBatch]) -> None:
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):
         assert numbers_of(one) == numbers_of(other)

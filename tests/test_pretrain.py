@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -19,11 +20,12 @@ from safetensors.torch import load_file
 from ponet import PoNetForMaskedLM, PoNetForPreTraining
 from ponet.checkpoint import CheckpointError
 from ponet.run.cli import UsageError
-from pretrain.engine import Engine, engine_config, learning_rate_factor, read_engine_file
+from pretrain.engine import Engine, engine_config, learning_rate_factor, read_deepspeed_file
 from pretrain.settings import PRESETS, PretrainConfig, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "pretrain" / "run.py"
+FROM_CHECKOUT = f"import sys\nsys.path[:0] = ['{ROOT}', '{ROOT / 'kernels'}']\n"
 TINY = [
     "--config=debug",
     "--vocab-size=400",
@@ -64,9 +66,10 @@ def command(workplace: Path, *flags: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
+    """Without PYTHONPATH: a script finds the packages of its checkout by itself."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    source = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return os.environ | {"PATH": path, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
+    ours = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
+    return {name: value for name, value in ours.items() if name != "PYTHONPATH"}
 
 
 def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
@@ -76,13 +79,24 @@ def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
 
 
 def result_of(done: subprocess.CompletedProcess) -> dict:
+    """The one JSON document on stdout; DeepSpeed's launcher logs around it."""
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    result = json.loads(line)
+    assert json.loads(Path(result["run"], "result.json").read_text()) == result
+    return result
 
 
 def metrics_of(folder: Path) -> dict[tuple[str, int], float]:
     entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {(e["kind"], e["step"]): e["loss"] for e in entries}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert metrics_of(one) == metrics_of(other)
+    expected = load_file(other / "model" / "model.safetensors")
+    for name, tensor in load_file(one / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -138,18 +152,14 @@ def test_resume_after_kill_is_bit_for_bit(workplace, whole_run):
         process.wait()
     assert not (folder / "model").exists()
     result_of(run([*command(workplace)[:2], f"--resume={folder}"]))
-    assert metrics_of(folder) == metrics_of(whole_run[0])
-    expected = load_file(whole_run[0] / "model" / "model.safetensors")
-    for name, tensor in load_file(folder / "model" / "model.safetensors").items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_run(folder, whole_run[0])
 
 
 def test_two_processes_under_the_deepspeed_launcher(workplace, whole_run):
     """The same examples in the same global batches: losses differ by summation order alone."""
     folder = workplace / "two"
-    launcher = ["deepspeed", "--num_gpus=2", "--master_port=0", *command(workplace)[1:]]
-    with_port = [f"--master_port={free_port()}" if "port" in a else a for a in launcher]
-    done = run([*with_port, f"--output-dir={folder}"])
+    launcher = ["deepspeed", "--num_gpus=2", f"--master_port={free_port()}"]
+    done = run([*launcher, *command(workplace)[1:], f"--output-dir={folder}"])
     result = result_of(done)
     expected = metrics_of(whole_run[0])
     losses = metrics_of(folder)
@@ -164,24 +174,20 @@ def test_deepspeed_alone_has_the_same_bits_and_continues_a_run_without_it(workpl
     shutil.copytree(whole_run[0], folder)
     for late in ("checkpoints/step-00000012", "model"):
         shutil.rmtree(folder / late)
-    assert not (folder / "checkpoints" / "step-00000012").exists()
-    with_deepspeed = (
-        "import sys, pretrain.engine\n"
+    with_deepspeed = FROM_CHECKOUT + (
+        "import pretrain.engine\n"
         "pretrain.engine.needs_deepspeed = lambda *_: True\n"
         "import pretrain.run\n"
         "pretrain.run.main()\n"
         "assert 'deepspeed' in sys.modules\n"
     )
     result_of(run([sys.executable, "-c", with_deepspeed, f"--resume={folder}"]))
-    assert metrics_of(folder) == metrics_of(whole_run[0])
-    expected = load_file(whole_run[0] / "model" / "model.safetensors")
-    for name, tensor in load_file(folder / "model" / "model.safetensors").items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_run(folder, whole_run[0])
 
 
 # None hides a module from `import` and from `find_spec`
-WITHOUT_DEEPSPEED = (
-    "import sys\nsys.modules['deepspeed'] = None\nimport pretrain.run\npretrain.run.main()\n"
+WITHOUT_DEEPSPEED = FROM_CHECKOUT + (
+    "sys.modules['deepspeed'] = None\nimport pretrain.run\npretrain.run.main()\n"
 )
 
 
@@ -197,8 +203,6 @@ def test_deepspeed_need_not_be_installed_for_one_process(workplace, whole_run):
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -220,6 +224,50 @@ def test_variants_run_and_resume(workplace, flags):
     again = result_of(run([*command(workplace)[:2], f"--resume={folder}"]))
     assert again["loss"] == first["loss"]
     assert ("sso_accuracy" in first) is ("--objective=mlm" not in flags)
+
+
+def test_resume_goes_on_with_the_text_it_began_with(workplace, whole_run):
+    """The source may change: the built-in text does with every package that is installed."""
+    source, cache = workplace / "changing.jsonl", workplace / "own-cache"
+    shutil.copy(workplace / "topics.jsonl", source)
+    folder = workplace / "changing"
+    flags = [f"--data={source}", f"--cache-dir={cache}", "--steps=4"]
+    first = result_of(run([*command(workplace), *flags, f"--output-dir={folder}"]))
+    source.write_text(json.dumps({"text": "Another text."}) + "\n")
+    again = [*command(workplace)[:2], f"--resume={folder}"]
+    assert result_of(run(again))["loss"] == first["loss"]
+    shutil.rmtree(cache)
+    done = run(again)
+    assert done.returncode != 0
+    assert "the text changed since the run began" in done.stderr
+
+
+def test_other_steps_on_resume_are_said_to_bend_the_schedule(workplace, whole_run):
+    folder = workplace / "longer"
+    shutil.copytree(whole_run[0], folder)
+    done = run([*command(workplace)[:2], f"--resume={folder}", "--steps=13"])
+    assert result_of(done)["steps"] == 13
+    assert "--steps 13, but the run began with 12: from here on the learning rate" in done.stderr
+
+
+def test_no_path_of_the_checkout_is_recorded(whole_run, tmp_path):
+    text = (whole_run[0] / "config.yaml").read_text()
+    assert str(ROOT) not in text
+    # runs of earlier versions recorded one
+    old = text.replace("deepspeed_config: null", "deepspeed_config: /gone/pretrain/deepspeed.json")
+    assert old != text
+    (tmp_path / "config.yaml").write_text(old)
+    assert parse([f"--resume={tmp_path}"])[0].deepspeed_config is None
+
+
+def test_other_mixers_report_no_utilisation_by_the_formula_of_ponet(workplace, whole_run):
+    def names_of(folder: Path) -> set[str]:
+        return set(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]))
+
+    folder = workplace / "fnet"
+    flags = ["--mixer=fnet", "--steps=2", f"--output-dir={folder}"]
+    result_of(run(command(workplace, *flags, "--num-workers=1")))
+    assert names_of(whole_run[0]) - names_of(folder) == {"flops_utilisation"}
 
 
 def test_damaged_checkpoints(workplace, whole_run):
@@ -283,31 +331,29 @@ def test_full_disk_while_preparing_names_the_file(workplace, limit, name):
     assert not [path for path in cache.rglob("*") if path.is_file() and path.name == name]
 
 
-def test_diverging_run_stops_with_the_step(workplace):
-    folder = workplace / "nan"
-    done = run(command(workplace, f"--output-dir={folder}", "--learning-rate=1e30"))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        pytest.param([], "loss is nan in step", id="at-a-line-of-the-log"),
+        pytest.param(
+            ["--log-every=100", "--eval-every=3"],
+            "loss is nan in steps 1 to 3 (mlm nan",
+            id="before-a-checkpoint",
+        ),
+        # the losses of a step are those before it: its evaluation tells
+        pytest.param(
+            ["--eval-every=1", "--warmup-steps=0"],
+            "loss is nan in the evaluation after step 1 (mlm nan",
+            id="ruined-by-the-last-step",
+        ),
+    ],
+)
+def test_a_diverging_run_says_where_and_saves_nothing(workplace, flags, message):
+    folder = workplace / f"nan{''.join(flags)}"
+    done = run(command(workplace, f"--output-dir={folder}", "--learning-rate=1e30", *flags))
     assert done.returncode == 1
-    assert "loss is nan in step" in done.stderr
+    assert message in done.stderr
     assert "--learning-rate" in done.stderr
-    assert not list(folder.glob("checkpoints/step-*"))
-
-
-def test_diverging_run_writes_no_checkpoint_before_its_next_line_of_the_log(workplace):
-    folder = workplace / "late-nan"
-    flags = ["--learning-rate=1e30", "--log-every=100", "--eval-every=3"]
-    done = run(command(workplace, f"--output-dir={folder}", *flags))
-    assert done.returncode == 1
-    assert "loss is nan in steps 1 to 3 (mlm nan" in done.stderr
-    assert not list(folder.glob("checkpoints/step-*"))
-
-
-def test_weights_that_the_last_step_ruined_are_not_saved(workplace):
-    """The losses of a step are those before it: its evaluation tells."""
-    folder = workplace / "ruined"
-    flags = ["--learning-rate=1e30", "--eval-every=1", "--warmup-steps=0"]
-    done = run(command(workplace, f"--output-dir={folder}", *flags))
-    assert done.returncode == 1
-    assert "loss is nan in the evaluation after step 1 (mlm nan" in done.stderr
     assert not list(folder.glob("checkpoints/step-*"))
 
 
@@ -390,8 +436,14 @@ def test_unknown_flags_presets_and_values(tmp_path, capsys):
     expected = "--precision: expected one of fp32, bf16, bf16-residual, fp16"
     with pytest.raises(UsageError, match=expected):
         parse(["--precision=fp8"])
-    with pytest.raises(UsageError, match="--batch-tokens 1000 is not a multiple"):
-        parse(["--batch-tokens=1000", "--micro-batch-tokens=600"])
+    for flags, message in [
+        (["--batch-tokens=1000", "--micro-batch-tokens=600"], "--batch-tokens 1000 is not a mult"),
+        (["--validation-fraction=nan"], "--validation-fraction must be between 0 and 1, found nan"),
+        (["--log-every=0"], "--log-every must be at least 1, found 0"),
+        (["--zero-stage=3"], "--zero-stage must be 0, 1 or 2, found 3"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            parse(flags)
     file = tmp_path / "own.yaml"
     file.write_text("learning_rat: 1e-4\n")
     with pytest.raises(
@@ -407,9 +459,7 @@ def test_unknown_flags_presets_and_values(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"zero_optimisation": {}}', "unknown key zero_optimisation, did you mean zero_opt"),
         ('{"gradient_clipping": 1.0}', "gradient_clipping is set by --max-grad-norm"),
-        ('{"communication_data_type": "auto"}', 'communication_data_type is "auto"'),
         ('{"zero_optimization": {"stage": 2}}', "stage is set by --zero-stage"),
         ("{", "cannot be read"),
     ],
@@ -418,7 +468,7 @@ def test_deepspeed_file_is_checked(tmp_path, content, message):
     file = tmp_path / "engine.json"
     file.write_text(content)
     with pytest.raises(UsageError, match=message):
-        read_engine_file(file)
+        read_deepspeed_file(file)
 
 
 def test_engine_configuration():

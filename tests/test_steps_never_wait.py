@@ -20,11 +20,11 @@ from ponet.poolers import POOLERS
 from ponet.run.trainer import Place
 from ponet_kernels import use_backend
 from ponet_kernels.triton_kernels.launch import record_launches
-from pretrain.batches import Batch, evaluation_batches
+from pretrain.batches import MicroBatch, evaluation_batches
 from pretrain.engine import Engine
-from pretrain.objectives import ExampleSettings
+from pretrain.examples import ExampleSettings
+from pretrain.run import LossSums, train_step
 from pretrain.settings import PretrainConfig
-from pretrain.trainer import Tally, train_step
 from tests.sync_counter import count_synchronising
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def corpus() -> Any:
     )
 
 
-def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[Batch]]:
+def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[MicroBatch]]:
     """An engine and the micro-batches of a step."""
     config = PretrainConfig(
         mixer=mixer,
@@ -78,30 +78,30 @@ def test_pretraining_step(mixer, precision):
     engine, batches = pretraining(mixer, precision=precision)
     with count_synchronising() as found:
         for _ in range(2):
-            result = train_step(engine, iter(batches), Tally(CPU), seed=0, want_norm=True)
+            _, norm = train_step(engine, iter(batches), LossSums(CPU), seed=0, want_norm=True)
     assert found == []
-    assert result.grad_norm is not None
+    assert norm is not None
     assert engine.learning_rate != PretrainConfig().learning_rate
 
 
 def test_pretraining_evaluation():
     engine, batches = pretraining("ponet")
-    tally = Tally(CPU)
+    sums = LossSums(CPU)
     with torch.no_grad(), count_synchronising() as found:
         for batch in batches:
             inputs = batch.inputs.to(CPU)
-            tally.add(engine.forward(inputs), inputs, batch)
+            sums.add(engine.forward(inputs), inputs, batch)
     assert found == []
 
 
 def test_a_step_that_reads_its_loss_is_caught(monkeypatch):
     engine, batches = pretraining("attention")
-    add = Tally.add
+    add = LossSums.add
     monkeypatch.setattr(
-        Tally, "add", lambda self, out, *rest: (out.loss.item(), add(self, out, *rest))
+        LossSums, "add", lambda self, out, *rest: (out.loss.item(), add(self, out, *rest))
     )
     with count_synchronising() as found:
-        train_step(engine, iter(batches), Tally(CPU), seed=0, want_norm=False)
+        train_step(engine, iter(batches), LossSums(CPU), seed=0, want_norm=False)
     assert found == ["_local_scalar_dense"] * 2
 
 

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.objectives import (
+from pretrain.examples import (
     ExamplePlan,
     ExampleSettings,
     concatenate_ranges,
     draw_batch,
     plan_epoch,
+    split_documents,
 )
 
 CLS, SEP, MASK = 1, 2, 3
@@ -455,12 +456,6 @@ def test_epochs_and_seeds_differ() -> None:
     assert labels_of(draw_batch(corpus, again, config)).tolist() == ids[0]
 
 
-def test_concatenate_ranges() -> None:
-    starts, ends = np.array([3, 7, 7, 0]), np.array([5, 7, 8, 2])
-    assert concatenate_ranges(starts, ends).tolist() == [3, 4, 7, 0, 1]
-    assert concatenate_ranges(starts[:0], ends[:0]).tolist() == []
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -500,3 +495,40 @@ def test_empty_batch_is_refused() -> None:
     plan = plan_epoch(corpus, all_documents(corpus), make_settings(corpus), seed=0, epoch=0)
     with pytest.raises(ValueError, match="empty plan"):
         draw_batch(corpus, plan.take(np.array([], dtype=int)), make_settings(corpus))
+
+
+@given(st.integers(4, 500), st.floats(0.001, 0.999))
+def test_split_is_whole_disjoint_and_never_empty(size: int, fraction: float) -> None:
+    train, validation = split_documents(size, fraction)
+    assert train.dtype == validation.dtype == np.int64
+    assert sorted([*train, *validation]) == list(range(size))
+    assert len(validation) == min(max(round(fraction * size), 1), size - 1)
+
+
+def test_split_is_a_scattered_draw_that_never_changes() -> None:
+    _, validation = split_documents(1000, 0.1)
+    # ten per hundred on average
+    by_hundred = np.bincount(validation // 100, minlength=10)
+    assert by_hundred.min() >= 3
+    assert by_hundred.max() <= 18
+    # splitmix64 is a stream: its i-th output is that of the state i steps on
+    outputs = [splitmix64(i * 0x9E3779B97F4A7C15 % 2**64) for i in range(20)]
+    expected = sorted(sorted(range(20), key=lambda i: outputs[i])[:5])
+    assert split_documents(20, 0.25)[1].tolist() == expected
+    with pytest.raises(ValueError, match="3 documents"):
+        split_documents(3, 0.5)
+
+
+def splitmix64(seed: int) -> int:
+    """The published generator's first output, in plain integers."""
+    mask = 2**64 - 1
+    mixed = (seed + 0x9E3779B97F4A7C15) & mask
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+    return mixed ^ (mixed >> 31)
+
+
+def test_splitmix64_is_the_published_one() -> None:
+    # first outputs of the reference implementation for seed 1234567
+    outputs = [splitmix64((1234567 + i * 0x9E3779B97F4A7C15) % 2**64) for i in range(2)]
+    assert outputs == [6457827717110365317, 3203168211198807973]

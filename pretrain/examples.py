@@ -16,7 +16,7 @@ chunk paired with itself, and one length drawn for a whole window of 1000 lines.
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,13 +28,13 @@ OBJECTIVES = {"mlm+sso": 3, "mlm+nsp": 2, "mlm": 0}
 _MASK_SHARE = 0.8
 _RANDOM_SHARE = 0.1
 
-# increment and multipliers of splitmix64 (Steele, Lea, Flood 2014)
+# increment of splitmix64 (Steele, Lea, Flood 2014); `_scramble` is its finaliser
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
 
 
 class _Draw(IntEnum):
-    """Separate random streams of one example, one a decision."""
+    """Separate random streams of one example, one per decision."""
 
     SHORT = 1
     TARGET = 2
@@ -71,13 +71,9 @@ class ExampleSettings:
     seq_len: int
     """Most tokens of an example, its special tokens included."""
     vocab_size: int
-    """Number of token ids."""
     cls_id: int
-    """Id of [CLS]."""
     sep_id: int
-    """Id of [SEP]."""
     mask_id: int
-    """Id of [MASK]."""
     special_ids: tuple[int, ...]
     """Ids that are never masked and never a random replacement; holds the three above."""
     objective: str = "mlm+sso"
@@ -128,7 +124,7 @@ class ExampleSettings:
 
     @property
     def num_special_tokens(self) -> int:
-        """Special tokens of an example: [CLS] and one [SEP] a part."""
+        """Special tokens of an example: [CLS] and one [SEP] per part."""
         return 3 if self.num_labels else 2
 
 
@@ -163,25 +159,39 @@ class ExamplePlan:
         return len(self.key)
 
     def take(self, indices: np.ndarray) -> "ExamplePlan":
-        """Return the rows at `indices`, small enough to send to a loader worker.
+        """The rows at `indices`, few enough to send to a loader worker; the counts are 0."""
+        columns: dict[str, Any] = vars(self)
+        taken: dict[str, Any] = {
+            n: x[indices] for n, x in columns.items() if isinstance(x, np.ndarray)
+        }
+        return ExamplePlan(**taken)
 
-        Args:
-            indices: `int64` `[N]`.
 
-        Returns:
-            The sub-plan of `N` examples; its counts of dropped and replaced tokens are 0.
-        """
-        return ExamplePlan(
-            key=self.key[indices],
-            start=self.start[indices],
-            end=self.end[indices],
-            a_start=self.a_start[indices],
-            a_end=self.a_end[indices],
-            b_start=self.b_start[indices],
-            b_end=self.b_end[indices],
-            label=self.label[indices],
-            length=self.length[indices],
+def split_documents(num_documents: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Part the documents for training and validation.
+
+    The draw is a hash of the document's index: the same corpus is always parted alike.
+
+    Args:
+        num_documents: of the corpus.
+        fraction: share of the documents to validate on, between 0 and 1.
+
+    Returns:
+        `int64` indices of the training and of the validation documents, each in ascending order,
+        at least one in each.
+
+    Raises:
+        ValueError: there are fewer than 4 documents.
+    """
+    if num_documents < 4:
+        raise ValueError(
+            f"the corpus has {num_documents} documents; 4 are needed to set some apart for "
+            "validation (blank lines part the documents of a text file over 1 MiB)"
         )
+    counters = np.arange(1, num_documents + 1, dtype=np.uint64)
+    order = np.argsort(_scramble(counters * _GOLDEN), kind="stable")
+    size = min(max(round(fraction * num_documents), 1), num_documents - 1)
+    return np.sort(order[size:]), np.sort(order[:size])
 
 
 def plan_epoch(
@@ -203,7 +213,7 @@ def plan_epoch(
         corpus: The flat token arrays.
         documents: Indices of the documents to use, `int64` `[num_used]`, in any order.
         settings: Lengths and objective.
-        seed: Seed of the run, any integer.
+        seed: Any integer.
         epoch: Number of the pass over the documents.
 
     Returns:
@@ -222,12 +232,10 @@ def plan_epoch(
     else:
         split = end
         label = np.full(len(key), IGNORED_LABEL)
-    a_start, a_end, b_start, b_end = start.copy(), split.copy(), split.copy(), end.copy()
+    swapped = (label == 1) & (settings.objective == "mlm+sso")
+    a_start, a_end = np.where(swapped, split, start), np.where(swapped, end, split)
+    b_start, b_end = np.where(swapped, start, split), np.where(swapped, split, end)
     num_replaced = 0
-    if settings.objective == "mlm+sso":
-        swapped = label == 1
-        a_start[swapped], a_end[swapped] = split[swapped], end[swapped]
-        b_start[swapped], b_end[swapped] = start[swapped], split[swapped]
     if settings.num_labels:
         foreign = np.flatnonzero(label == settings.num_labels - 1)
         wanted = (end - split)[foreign]
@@ -286,7 +294,7 @@ def draw_batch(
     # the [SEP] that ends A; for "mlm" it is also the last token of the example
     separator = cu_seqlens[:-1] + 1 + (plan.a_end - plan.a_start)
 
-    # two pieces an example: "[CLS] A" and "[SEP] B [SEP]". A source range that begins one token
+    # two pieces per example: "[CLS] A" and "[SEP] B [SEP]". A source range that begins one token
     # early and ends one late makes room for the special tokens, which are then written over it
     offsets = np.arange(num_tokens)
     out_start = _interleave(cu_seqlens[:-1], separator)
@@ -313,15 +321,7 @@ def draw_batch(
 
 
 def concatenate_ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return `[starts[0], ..., ends[0] - 1, starts[1], ...]`, the indices of many ranges at once.
-
-    Args:
-        starts: First index of each range, `int64` `[N]`.
-        ends: End of each range, not below its start, `int64` `[N]`.
-
-    Returns:
-        `int64` `[sum(ends - starts)]`.
-    """
+    """Return `[starts[0], ..., ends[0] - 1, starts[1], ...]`, the indices of many ranges."""
     counts = ends - starts
     out_ends = np.cumsum(counts)
     total = int(out_ends[-1]) if len(out_ends) else 0
@@ -425,7 +425,7 @@ def _foreign_ranges(
     Args:
         corpus: The flat token arrays.
         documents: Documents to draw from, `int64` `[num_used]`.
-        owner: Index into `documents` of the example's own document, `int64` `[N]`.
+        owner: Index into `documents` of the own document of each example, `int64` `[N]`.
         wanted: Length of the B to replace, `int64` `[N]`. Text begins where at least as many
             tokens follow, in shorter documents at their beginning.
         room: Most tokens, `int64` `[N]`, for a first sentence that is longer than wanted.
@@ -467,7 +467,7 @@ def _segment_ids(
     cu_seqlens: np.ndarray,
     separator: np.ndarray,
 ) -> np.ndarray:
-    """Number special tokens and sentences within each example.
+    """Number special tokens and sentences within each example, `int32` `[T]`.
 
     Args:
         corpus: The flat token arrays.
@@ -475,9 +475,6 @@ def _segment_ids(
         shift: Offset in the corpus minus offset in the batch of each part, `int64` `[2B]`.
         cu_seqlens: Offsets of the examples, `int64` `[B+1]`.
         separator: Offset of the [SEP] after A, `int64` `[B]`.
-
-    Returns:
-        `int32` `[T]`.
     """
     sentences = np.asarray(corpus.sentence_offsets)
     first, last = _inner_boundaries(
@@ -501,13 +498,7 @@ def _segment_ids(
 def _mask_tokens(
     input_ids: np.ndarray, position_ids: np.ndarray, plan: ExamplePlan, settings: ExampleSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mask `input_ids` in place for MLM.
-
-    Args:
-        input_ids: `int64` `[T]`.
-        position_ids: Position within the example, `int64` `[T]`.
-        plan: The examples of the batch.
-        settings: Probabilities and ids.
+    """Mask `input_ids` `[T]` in place for MLM.
 
     Returns:
         The selected offsets, ascending, and the ids they held, `int64` `[M]` each.
