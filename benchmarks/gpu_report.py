@@ -1,13 +1,16 @@
-"""Measure a GPU in eight minutes, what matters most first, and say how it stands to the goals.
+"""Measure a GPU in eight minutes, what matters most first.
 
     python benchmarks/gpu_report.py                              # all parts, within 480 s
     python benchmarks/gpu_report.py --only listops pretrain --budget 300
     python benchmarks/gpu_report.py --tiny                       # does it all run? a CPU will do
 
 Each of `PARTS` is a process group of its own with a time limit; one that fails or takes too long
-does not stop the next. The folder gets parts.tsv (a line a part, as they end), results.jsonl (their
-records), log.txt (what they printed) and profile.txt. The exit status is 1 when a part failed, 0
-when all ran, were left out for a reason that is given, or were cut short by the budget.
+does not stop the next. The folder gets parts.tsv (a line per part, as they end), results.jsonl
+(their records), log.txt (what they printed) and profile.txt. The exit status is 1 when a part
+failed, 0 when all ran, were left out for a reason that is given, or were cut short by the budget.
+
+Two parts are measured here, by `--measure`: the profile of a pre-training step of PoNet and of the
+Transformer, and the latency of one sequence of 512 tokens, eager and captured in a CUDA graph.
 """
 
 import argparse
@@ -15,9 +18,11 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,95 +34,42 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-Record = dict[str, Any]
+if not __package__:
+    # run as a program: this checkout in place of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import PATHS, ROOT
+from benchmarks.common import RUNS, Row, first_line
+from benchmarks.harness import Case, Workload
+from benchmarks.op_speed import FAILURES
+from benchmarks.operators import Batch
+from ponet.config import PoNetConfig
+from ponet.encoder import Encoder
+from ponet.run.device import return_free_memory, synchronise
+from ponet_kernels.testing import relative_error
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_DTYPE = "bfloat16" if DEVICE.type == "cuda" else "float32"
 _LOG_CHARACTERS = 40_000
 """Of a part; what is in the middle of more is cut out."""
 _MOST_READ = 2**24
-_VERDICTS = ("met", "below target", "below floor")
-
-
-def _checks(record: Record) -> str:
-    bad = record["failed"]
-    first = f", first failure: {bad[0]}" if bad else ""
-    return f"{len(record['rows']) - len(bad)} of {len(record['rows'])} right{first}"
-
-
-def _ceilings(record: Record) -> str:
-    rates = ", ".join(f"{name} {x:.3g}" for name, x in record["matmul_tflop_per_s"].items())
-    return f"copy {record['copy_gb_per_s']:,.0f} GB/s, products in TFLOP/s: {rates}"
-
-
-def _speed(record: Record) -> str:
-    failed = [f"{row['part']} {row['dtype']} failed" for row in record["failures"]]
-    return ", ".join(dict.fromkeys(failed)) or "; ".join(
-        f"mixer {row['batch_size']}x{row['seq_len']} {row['segments']} {row['ms']['ours']:.2f} ms, "
-        f"{row['over_ours']['public']:.1f}x public"
-        for row in record["rows"]
-        if (row["part"], row["mode"]) == ("mixer", "fwd+bwd")
-    )
-
-
-def _mixers(record: Record) -> str:
-    """PoNet's steps a second over those of the others, at each length."""
-
-    def at_length(ponet: Record) -> str:
-        if not ponet["train"]:
-            return f"ponet {ponet['status']}"
-        return ", ".join(
-            f"{row['train']['ms'] / ponet['train']['ms']:.2f}x {row['mixer']}"
-            for row in record["rows"]
-            if row["seq_len"] == ponet["seq_len"] and row["train"] and row is not ponet
-        )
-
-    ours = [row for row in record["rows"] if row["mixer"] == "ponet"]
-    return "; ".join(f"{row['seq_len']} tokens: {at_length(row)}" for row in ours)
-
-
-def _profile(record: Record) -> str:
-    return "; ".join(
-        f"{row['mixer']} {row['ms']:.1f} ms, host {row['host_ms']:.1f}"
-        + (f", {row['launches']} launches, idle {row['idle']:.0%}" if row["launches"] else "")
-        for row in record["rows"]
-    )
-
-
-def _steps(record: Record) -> str:
-    def figure(row: Record) -> str:
-        return f"{row['train']['tokens_per_s'] / 1e3:,.1f}k" if row["train"] else row["status"]
-
-    return "tokens/s: " + ", ".join(f"{row['mixer']} {figure(row)}" for row in record["rows"])
-
-
-def _latency(record: Record) -> str:
-    def figure(row: Record) -> str:
-        if row["reason"] or row["graph_ms"] is None:
-            return row["reason"] or f"eager {row['eager_ms']:.2f} ms"
-        bits = "equal" if row["equal"] else "rounded otherwise"
-        return f"eager {row['eager_ms']:.2f} ms, graph {row['graph_ms']:.2f} ms ({bits})"
-
-    return "; ".join(f"{row['mixer']} {figure(row)}" for row in record["rows"])
-
-
-def _listops(record: Record) -> str:
-    (run,) = record["runs"]
-    accuracies = f"{run['test_accuracy']:.1%} right, commonest class {run['majority_rate']:.1%}"
-    return f"{accuracies}, {run['steps']} steps, {run['steps_per_s']:.3g} a second"
-
-
-def _pretrain(record: Record) -> str:
-    mlm, sso = (
-        f"{kind} {record[f'{kind}_accuracy']:.3f} (commonest {record[f'{kind}_baseline']:.3f})"
-        for kind in ("mlm", "sso")
-    )
-    return f"{mlm}, {sso}, {record['steps']} steps, {record['tokens_per_second']:,.0f} tokens/s"
+# the first that is found in a kernel's name; Triton's kernels, ours, are named by a word alone
+_KINDS = {
+    "attention": "(?i)flash|fmha|sdpa",
+    "matrix products": "(?i)gemm|cutlass|nvjet|xmma|cublas|splitk",
+    "pooling": r"^\w+_kernel$",
+    "the rest": "",
+}
+# relative, of a graph's output from the eager one; more is a failure
+_LARGEST_DIFFERENCE = 1e-2
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something to measure, by a program that prints its record as a line of JSON."""
+    """Something to measure, by a program whose last lines are a summary and a record of JSON."""
 
     name: str
     seconds: float
@@ -126,8 +78,6 @@ class Part:
     """Names in braces are filled in by `_fill_in`."""
     tiny: str | None
     """Flags that make it small enough for a CPU; None: it needs a GPU in any case."""
-    headline: Callable[[Record], str] | None = None
-    """The record in a few words; None: the last line that was printed."""
     packages: tuple[str, ...] = ()
     """What must be installed."""
     programs: tuple[str, ...] = ()
@@ -136,27 +86,19 @@ class Part:
     """Seconds without which it is not begun; None: a third of the longest."""
 
 
-_CHECKS = "{python} benchmarks/gpu_checks.py "
-_SPEED = (
-    "{python} benchmarks/op_speed.py --no-compile --repeats 3 --tokens 65536 --output {scratch} "
-)
-_SMALL = "--tokens 80 --seq-len 40 --width 24 --heads 3 --repeats 1 --parts pooling mixer"
-_PROFILE = "{python} benchmarks/gpu_profile.py "
+_OPS = "{python} benchmarks/op_speed.py --output {scratch} --tokens 65536 "
+_CHECK = _OPS + "--until check --dtype bfloat16 float16 float32 float64 "
+_SMALL = "--tokens 80 --seq-len 40 --width 24 --heads 3 --repeats 1 "
+_TIMED = _SMALL + "--operators pooling mixer "
+_MODELS = "{python} benchmarks/speed_memory.py --budget {minutes} --output {scratch} --rounds 2 "
+_HERE = "{python} benchmarks/gpu_report.py --output {output} --measure "
 # blocks of PyTorch's own allocator would hide a step beyond the end of a tensor
 _MEMCHECK = (
     "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 "
 )
-_STEPS = (
-    "{python} benchmarks/pretraining.py --mixers ponet attention:flash attention:cudnn fnet "
-    "--no-compile --pipeline-tokens 0 --rounds 3 --budget {minutes} --output {scratch}"
-)
-_MIXERS = (
-    "{python} benchmarks/speed_memory.py --mixers ponet attention_naive attention fnet "
-    "--seq-len 512 4096 16384 --rounds 2 --budget {minutes} --output {scratch}"
-)
 _LISTOPS = (
     "{python} lra/run.py --task listops --model ponet --precision bf16 --data-dir {data_dir} "
-    "--output-dir {scratch}/lra"
+    "--output-dir {scratch}/lra "
 )
 _FEW_TREES = (
     "--config debug --data-dir {scratch}/data --num-examples 50 --steps 2 --eval-every 2 "
@@ -164,45 +106,39 @@ _FEW_TREES = (
 )
 _PRETRAIN = (
     "{python} pretrain/run.py --config small --data {text} --precision bf16 --steps 800 "
-    "--eval-every 400 --cache-dir {scratch}/cache --output-dir {scratch}/pretrain"
+    "--eval-every 400 --cache-dir {scratch}/cache --output-dir {scratch}/pretrain "
 )
 _FEW_WORDS = "--config debug --max-characters 300000 --steps 4 --eval-every 4"
 
 PARTS = [
-    Part("card", 40, _CHECKS + "card", "", lambda r: "{device}, torch {torch}".format(**r["card"])),
-    Part("ceilings", 40, _CHECKS + "ceilings", "--tiny", _ceilings),
-    Part("operators", 90, _CHECKS + "operators", "--tiny", _checks),
+    Part("card", 60, _OPS + "--until card", _SMALL),
+    Part("operators", 90, _CHECK + "--segments text ones documents", _SMALL),
     Part("tests", 110, "{python} -m pytest -q --tb=short {tests}", "", packages=("pytest",)),
-    Part(
-        "memcheck",
-        60,
-        _MEMCHECK + _CHECKS + "operators --tiny",
-        None,
-        programs=("compute-sanitizer",),
-    ),
-    Part("speed-bf16", 80, _SPEED + "--segments text --dtype bfloat16", _SMALL, _speed),
+    Part("memcheck", 60, _MEMCHECK + _CHECK + _SMALL, None, programs=("compute-sanitizer",)),
+    Part("speed-bf16", 80, _OPS + "--segments text --dtype bfloat16", _TIMED),
     Part(
         "speed-shapes",
         40,
-        _SPEED + "--dtype bfloat16 --seq-len 4096 --parts pooling mixer",
-        _SMALL + " --segments text ones documents",
-        _speed,
+        _OPS + "--dtype bfloat16 --seq-len 4096 --operators pooling mixer",
+        _TIMED + "--segments text ones documents",
     ),
-    Part("speed-fp32", 50, _SPEED + "--segments text --dtype float32", _SMALL, _speed),
-    Part("profile", 50, _PROFILE + "steps --text {output}/profile.txt", "--tiny", _profile),
-    Part("steps", 80, _STEPS, "--layers 1 --seq-len 64 --tokens 128 --rounds 1", _steps),
-    Part("mixers", 90, _MIXERS, "--seq-len 64 --batch-size 2 --rounds 1", _mixers),
-    Part("latency", 50, _PROFILE + "latency", "--tiny", _latency),
-    Part("listops", 240, _LISTOPS, _FEW_TREES, _listops, least=100),
+    Part("speed-fp32", 50, _OPS + "--segments text --dtype float32", _TIMED),
+    Part("profile", 50, _HERE + "profile", "--tiny"),
     Part(
-        "pretrain",
-        150,
-        _PRETRAIN,
-        _FEW_WORDS,
-        _pretrain,
-        packages=("sentencex",),
-        least=60,
+        "steps",
+        90,
+        _MODELS + "--model pretraining --mixers ponet attention:flash attention:cudnn fnet",
+        "--layers 1 --seq-len 64 --tokens 128 --rounds 1",
     ),
+    Part(
+        "mixers",
+        90,
+        _MODELS + "--mixers ponet attention_naive attention fnet --seq-len 512 4096 16384",
+        "--seq-len 64 --batch-size 2 --rounds 1",
+    ),
+    Part("latency", 50, _HERE + "latency", "--tiny"),
+    Part("listops", 240, _LISTOPS, _FEW_TREES, least=100),
+    Part("pretrain", 150, _PRETRAIN, _FEW_WORDS, packages=("sentencex",), least=60),
 ]
 """All parts, in order of value."""
 
@@ -245,10 +181,8 @@ def _tests(tiny: bool) -> list[str]:
 
 
 def _environment(tiny: bool) -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    paths = [*PATHS, os.environ.get("PYTHONPATH", "")]
     own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    # threads that wait for each other by spinning are slow where cores are shared
-    own["OMP_WAIT_POLICY"] = "passive"
     return os.environ | own | ({"OMP_NUM_THREADS": "1"} if tiny else {})
 
 
@@ -284,8 +218,8 @@ def _run(command: list[str], seconds: float, log: BinaryIO, environment: dict[st
     return "ok" if code == 0 else f"signal {-code}" if code < 0 else f"status {code}"
 
 
-def _take_output(log: BinaryIO, start: int) -> tuple[list[str], Record]:
-    """What a part printed and its record, the last line of JSON; the file keeps the first alone."""
+def _take_output(log: BinaryIO, start: int) -> tuple[str, Row]:
+    """The last line a part printed and its record, a line of JSON that the log does not keep."""
     log.seek(max(start, log.seek(0, os.SEEK_END) - _MOST_READ))
     lines, record = log.read().decode(errors="replace").splitlines(), {}
     for number in reversed(range(len(lines))):
@@ -300,34 +234,17 @@ def _take_output(log: BinaryIO, start: int) -> tuple[list[str], Record]:
     log.truncate(start)
     log.write(f"{text}\n\n".encode())
     log.flush()
-    return [line for line in lines if line.strip()], record
+    return next((line.strip("= ") for line in reversed(lines) if line.strip()), ""), record
 
 
-def _headline(part: Part, record: Record, lines: list[str]) -> str:
-    # what a part that failed left may be no such record
-    with contextlib.suppress(LookupError, TypeError, ValueError):
-        if part.headline and record:
-            return part.headline(record)
-    return lines[-1].strip("= ") if lines else ""
-
-
-def _verdicts(goals: list[Record]) -> str:
-    """The worst figure of each goal."""
-    worst: dict[str, Record] = {}
-    for goal in sorted(goals, key=lambda goal: _VERDICTS.index(goal["verdict"])):
-        worst[goal["goal"]] = goal
-    return ", ".join(f"{name} {g['measured']:.3g} {g['verdict']}" for name, g in worst.items())
-
-
-class Report:
+class GpuReport:
     """The files of a run."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self._deadline = time.monotonic() + options.budget
         self.lines: list[list[str]] = []
-        """Of the table: part, state, seconds, headline, verdict."""
-        self.below_floor: list[Record] = []
+        """Of the table: part, state, seconds, summary."""
 
     def measure(self, part: Part, log: BinaryIO, scratch: str) -> None:
         """Run a part, or say why not, and keep what came of it."""
@@ -337,7 +254,7 @@ class Report:
         if reason is None and left < least:
             reason = f"needs {least:.0f} s, {max(left, 0):.0f} s are left"
         if reason:
-            self._keep(part, "left out", 0.0, {}, [reason])
+            self._keep(part, "left out", 0.0, reason, {})
             return
         seconds = min(part.seconds, left)
         command = _fill_in(part, self._options, scratch, seconds)
@@ -347,39 +264,144 @@ class Report:
         state = _run(command, seconds, log, _environment(self._options.tiny))
         if state == "timeout" and seconds < part.seconds:
             state = "cut short"
-        lines, record = _take_output(log, begin)
-        self._keep(part, state, time.monotonic() - start, record, lines)
+        summary, record = _take_output(log, begin)
+        self._keep(part, state, time.monotonic() - start, summary, record)
 
-    def _keep(
-        self, part: Part, state: str, seconds: float, record: Record, lines: list[str]
-    ) -> None:
-        # goals are for full size
-        goals = [] if self._options.tiny else record.get("goals", [])
-        self.below_floor += [goal for goal in goals if goal["verdict"] == _VERDICTS[-1]]
-        headline = _headline(part, record, lines)[:200].replace("\t", " ")
-        line = [part.name, state, f"{seconds:.0f}", headline, _verdicts(goals)]
+    def _keep(self, part: Part, state: str, seconds: float, summary: str, record: Row) -> None:
+        summary = summary[:200].replace("\t", " ")
+        line = [part.name, state, f"{seconds:.0f}", summary]
         self.lines.append(line)
         print(_in_columns(line), flush=True)
         with (self._options.output / "parts.tsv").open("a", encoding="utf-8") as file:
             print("\t".join(line), file=file)
-        facts = {"part": part.name, "state": state, "seconds": seconds, "headline": headline}
+        facts = {"part": part.name, "state": state, "seconds": seconds, "summary": summary}
         with (self._options.output / "results.jsonl").open("a", encoding="utf-8") as file:
             print(json.dumps({**facts, "record": record}), file=file)
 
     def print_table(self) -> None:
-        """All parts, and the goals that were missed by far."""
-        print(f"\n{_in_columns(['part', 'state', 's', 'headline', 'goals'])}")
+        """All parts."""
+        print(f"\n{_in_columns(['part', 'state', 's', 'summary'])}")
         for line in self.lines:
             print(_in_columns(line))
-        for goal in self.below_floor:
-            floor = f"{goal['measured']:.3g}, floor {goal['floor']:.3g}"
-            print(f"below floor: {goal['goal']} {goal['quantity']}: {floor}")
         print(f"\nwritten: {self._options.output}")
 
 
 def _in_columns(line: list[str]) -> str:
-    name, state, seconds, headline, verdict = line
-    return f"{name:12} {state:9} {seconds:>4}  {headline}" + (f"  [{verdict}]" if verdict else "")
+    name, state, seconds, summary = line
+    return f"{name:12} {state:9} {seconds:>4}  {summary}"
+
+
+def profile_step(row: Row, tiny: bool, folder: Path) -> None:
+    """Milliseconds of a step, of its host and of its kernels; the last are missing on a CPU."""
+    return_free_memory(DEVICE)
+    length, size, layers = (64, 2, 1) if tiny else (512, 128, None)
+    sizes: Row = {"seq_len": length, "batch_size": size, "layers": layers}
+    device: Row = {"device": DEVICE.type, "dtype": _DTYPE}
+    train = Workload(Case(model="pretraining", mixer=row["mixer"], **sizes, **device)).train
+    for number in range(3):
+        train(number)
+    wall, host = sorted(_timed(lambda: train(0)) for _ in range(3))[1]
+    on_gpu = DEVICE.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as found:
+        train(1)
+        synchronise(DEVICE)
+    averages = found.key_averages()
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    with (folder / "profile.txt").open("a", encoding="utf-8") as file:
+        table = averages.table(sort_by=key, row_limit=40, max_name_column_width=90)
+        print(f"{row['mixer']}, {size} x {length} tokens\n{table}", file=file)
+    # ranges that PyTorch marks, such as the optimizer's step, cover kernels that are there, too
+    kernels = [e for e in averages if e.device_type.name == "CUDA" and not e.is_user_annotation]
+    row |= {"ms": wall, "host_ms": host}
+    if kernels:
+        kinds = dict.fromkeys(_KINDS, 0.0)
+        for kernel in kernels:
+            kind = next(kind for kind, name in _KINDS.items() if re.search(name, kernel.key))
+            kinds[kind] += kernel.self_device_time_total / 1e3
+        row |= {f"{kind} ms": ms for kind, ms in kinds.items()}
+        row["launches"] = sum(kernel.count for kernel in kernels)
+        row["idle"] = 1 - sum(kinds.values()) / wall
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Milliseconds until the result of a call is there, and until the host is done with it."""
+    synchronise(DEVICE)
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter()
+    synchronise(DEVICE)
+    return (time.perf_counter() - start) * 1e3, (host - start) * 1e3
+
+
+def measure_latency(row: Row, tiny: bool, folder: Path) -> None:
+    """Milliseconds of one sequence through the encoder, eager and captured."""
+    length, calls, layers = (64, 3, 2) if tiny else (512, 50, 12)
+    config = PoNetConfig(
+        mixer=row["mixer"],
+        num_hidden_layers=layers,
+        max_position_embeddings=length,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    dtype = getattr(torch, _DTYPE)
+    encoder = Encoder(config).to(DEVICE, dtype).eval()
+    sizes: Row = {"batch_size": 1, "seq_len": length, "width": 768, "num_heads": 12, "seed": 0}
+    layout = Batch(segments="text", dtype=dtype, device=DEVICE, **sizes).layout
+    hidden = torch.randn(length, config.hidden_size, device=DEVICE, dtype=dtype)
+    with torch.no_grad():
+        expected = encoder(hidden, layout)[-1]
+        row["eager_ms"] = _median_ms(lambda: encoder(hidden, layout), calls)
+        if DEVICE.type != "cuda":
+            return
+        replay, output = captured(lambda: encoder(hidden, layout)[-1])
+        row["graph_ms"] = _median_ms(replay, calls)
+    row["equal"], error = torch.equal(output, expected), relative_error(output, expected.double())
+    if not error <= _LARGEST_DIFFERENCE:
+        raise ValueError(f"graph and eager output differ by {error:.1e}")
+
+
+def _median_ms(call: Callable[[], Any], calls: int) -> float:
+    return statistics.median(_timed(call)[0] for _ in range(calls))
+
+
+def captured(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of a call: what runs it again, and the output that each run overwrites."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    return graph.replay, output
+
+
+_MEASURES = {
+    "profile": (profile_step, ("ponet", "attention")),
+    "latency": (measure_latency, ("ponet", "attention", "fnet")),
+}
+
+
+def measure_here(options: argparse.Namespace) -> None:
+    """Do one of `_MEASURES` for each of its mixers; one that fails does not stop the next."""
+    measure, mixers = _MEASURES[options.measure]
+    rows: list[Row] = [{"mixer": mixer} for mixer in mixers]
+    for row in rows:
+        try:
+            measure(row, options.tiny, options.output)
+        except FAILURES as error:
+            row["failed"] = first_line(error)
+
+    def words(value: Any) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    print("; ".join(", ".join(f"{k} {words(x)}" for k, x in row.items()) for row in rows))
+    print(json.dumps({"rows": rows}))
+    if any("failed" in row for row in rows):
+        sys.exit(1)
 
 
 def parse_options() -> argparse.Namespace:
@@ -390,11 +412,12 @@ def parse_options() -> argparse.Namespace:
     add("--budget", type=float, default=480.0, metavar="SECONDS", help="for all parts [480]")
     add("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     add("--tiny", action="store_true", help="every part as small as can be, on a CPU too")
-    add("--output", type=Path, metavar="DIR", help="[runs/benchmarks/gpu-TIME]")
+    add("--output", type=Path, metavar="DIR", help=f"[{RUNS}/gpu-TIME]")
     add("--data-dir", type=Path, default=Path("data/lra"), metavar="DIR", help="prepared ListOps")
     add("--text", nargs="+", default=["builtin"], metavar="DATA", help="as pretrain/run.py --data")
+    add("--measure", choices=_MEASURES, help="one thing in this process, without the rest")
     options = parser.parse_args()
-    folder = options.output or Path(f"runs/benchmarks/gpu-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = options.output or RUNS / f"gpu-{datetime.now():%Y%m%d-%H%M%S}"
     options.output = folder.resolve()
     return options
 
@@ -402,10 +425,13 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Measure part after part."""
     options = parse_options()
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.measure:
+        measure_here(options)
+        return
     # the part that runs is ended, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_report: ended"))
-    options.output.mkdir(parents=True, exist_ok=True)
-    report = Report(options)
+    report = GpuReport(options)
     with (
         tempfile.TemporaryDirectory(prefix="gpu-report-") as scratch,
         (options.output / "log.txt").open("a+b") as log,

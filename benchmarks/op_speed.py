@@ -1,25 +1,17 @@
-"""Speed and memory of the PoNet operators beside what the published code does.
+"""Speed of the PoNet operators beside the published form and a copy of their bytes.
 
     python benchmarks/op_speed.py                                    # sizes that fit the device
-    python benchmarks/op_speed.py --seq-len 512 --parts mixer --no-compile
+    python benchmarks/op_speed.py --seq-len 512 --operators mixer
     python benchmarks/op_speed.py --seq-len 4096 --segments text ones documents
+    python benchmarks/op_speed.py --until check --dtype float32 float64 bfloat16 float16
 
-Candidates, interleaved in one process:
-
-    ours       the operators of `ponet_kernels`, on the backend that the device gets
-    again      ours a second time: differences smaller than between the two are noise
-    public     what the published code does, in eager PyTorch (`public_block`)
-    compiled   torch.compile of public
-    sdpa ...   softmax attention in place of the mixing, for the sub-layer alone
-
-The parts are single operators, `mixer` (everything between the projections; ours starts from
-hidden states where public starts from queries and keys of every token) and `sub-layer`
-(projections, mixing, output projection). Outputs and gradients of ours are compared with the
-published form in float64, and two runs of ours bit by bit, before anything is timed; what is wrong
-or fails is named instead of timed, the rest is measured, and the exit status is 1. "% copy" is the
-rate at which ours moves the bytes it must move (see `parts`), as a share of what a copy of as many
-bytes reaches in the same turns; both directions of a copy count. "others" is the number of
-processors that other programs kept busy meanwhile: near 0, or the row is not to be trusted.
+Implementations take turns in one process: `ours`; `again`, ours a second time, because differences
+smaller than between the two are noise; `published`, in eager PyTorch; for the sub-layer softmax
+attention in its place. Outputs and gradients of ours are checked
+before anything is timed, and two runs of it bit by bit; what is wrong or fails is named instead of
+timed, the rest is measured, and the exit status is 1. "% copy" is the rate at which ours moves the
+bytes it must move, as a share of what a copy of as many bytes reaches in the same turns; both
+directions of a copy count.
 """
 
 import argparse
@@ -29,313 +21,298 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from cases import (
-    FAILURES,
-    SUB_LAYER,
-    Case,
-    CheckError,
-    add_compiled,
-    build_case,
-    check,
-    first_line,
-)
-from goals import standings
-from layouts import SHAPES, Batch, dtype_name, make_batch, make_layout
-from parts import PARTS, Candidate
-from peak_memory import peaks
-from records import add_output_flags
-from report import Table, describe, print_card, print_memory, save
-from standing import print_goals
-from stopwatch import OtherLoad, Stopwatch, Timing, copy_candidate, copy_rate
 
+if not __package__:
+    # run as a program: this checkout in place of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import common
+from benchmarks.common import NUMBER, Row, first_line, percentiles
+from benchmarks.operators import (
+    OPERATORS,
+    PER_SEGMENT,
+    SHAPES,
+    Batch,
+    CheckError,
+    Comparison,
+    Implementation,
+    check,
+    compare,
+)
 from ponet.run.device import matmul_rate
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODES = ("forward", "fwd+bwd")
-GPU_TOKENS = 65536
-Row = dict[str, Any]
+try:
+    from triton.errors import TritonError
+except ModuleNotFoundError:
+    _COMPILER: tuple[type[Exception], ...] = ()
+else:
+    _COMPILER = (TritonError,)
+
+FAILURES = (CheckError, LookupError, RuntimeError, TypeError, ValueError, *_COMPILER)
+"""What one operator can fail with while others may still run: figures, PyTorch, a compiler."""
+COPY = "copy"
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_GPU_TOKENS = 65536
+# a turn of an implementation lasts about this long, so that short calls are measured many times
+_TURN_MS, _MOST_CALLS = 20.0, 50
 
 
 def parse_options() -> argparse.Namespace:
     """Flags, with the defaults that depend on the device filled in."""
     parser = argparse.ArgumentParser(description="speed of the PoNet operators, checked first")
-    number = {"type": int, "metavar": "N"}
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    parser.add_argument("--seq-len", nargs="+", default=[512, 4096], **number)
-    batch = parser.add_mutually_exclusive_group()
-    batch.add_argument("--tokens", **number, help="in a batch (GPU: 65536, and 512 for latency)")
-    batch.add_argument("--batch-size", **number, help="sequences (CPU: 1)")
-    parser.add_argument("--width", default=768, **number)
-    parser.add_argument("--heads", default=12, **number)
-    parser.add_argument("--segments", nargs="+", choices=SHAPES, help="CPU: text; GPU: three")
-    parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, help="CPU: float32; GPU: bfloat16 too"
-    )
-    names = (*PARTS, SUB_LAYER)
-    parser.add_argument("--parts", nargs="+", choices=names, default=list(names))
-    parser.add_argument("--repeats", default=5, **number, help="turns of each candidate")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--compile-limit", default=120, **number, help="seconds a part and size")
-    add_output_flags(parser)
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="one thread, and the time it works: for a CPU that other programs use meanwhile",
-    )
-    parser.add_argument("--seed", default=0, **number)
-    options = parser.parse_args()
-    _check_options(parser, options)
+    add = parser.add_argument
+    add("--until", choices=("card", "check", "time"), default="time", help="how far to go [time]")
+    add("--seq-len", nargs="+", default=[512, 4096], **NUMBER, help="tokens [512 4096]")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--tokens", **NUMBER, help="of a batch [GPU: 65536]")
+    size.add_argument("--batch-size", **NUMBER, help="sequences [CPU: 1]")
+    add("--width", default=768, **NUMBER)
+    add("--heads", default=12, **NUMBER)
+    add("--segments", nargs="+", choices=SHAPES, help="[CPU: text; GPU: text ones documents]")
+    add("--dtype", nargs="+", choices=_DTYPES, help="[CPU: float32; GPU: bfloat16 float32]")
+    add("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    add("--repeats", default=5, **NUMBER, help="turns of each implementation [5]")
+    options = common.parse_flags(parser)
     on_gpu = options.device == "cuda"
     options.dtype = options.dtype or (["bfloat16", "float32"] if on_gpu else ["float32"])
     options.segments = options.segments or (["text", "ones", "documents"] if on_gpu else ["text"])
-    return options
-
-
-def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU")
-    if options.device == "cuda" and options.cpu_time:
-        parser.error("--cpu-time is for a CPU, found --device cuda")
-    for name in ("tokens", "batch_size", "width", "heads", "repeats", "compile_limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, found {value}")
+    if options.tokens is None and options.batch_size is None and on_gpu:
+        options.tokens = max(_GPU_TOKENS, *options.seq_len)
     if min(options.seq_len) < 8:
         parser.error(f"--seq-len must be at least 8, found {min(options.seq_len)}")
     if options.width % options.heads:
         parser.error(f"--width {options.width} is not a multiple of --heads {options.heads}")
     if options.tokens is not None and options.tokens < max(options.seq_len):
         parser.error(f"--tokens {options.tokens} is less than --seq-len {max(options.seq_len)}")
+    return options
 
 
-def sizes(options: argparse.Namespace) -> list[tuple[int, int]]:
-    """(sequences, tokens of each) to be measured."""
-    if options.batch_size is not None:
-        return [(options.batch_size, length) for length in options.seq_len]
-    if options.tokens is not None:
-        return [(options.tokens // length, length) for length in options.seq_len]
-    if options.device == "cpu":
-        return [(1, length) for length in options.seq_len]
-    # one short sequence shows what a call costs however little it does
-    return [(1, 512), *((max(GPU_TOKENS // length, 1), length) for length in options.seq_len)]
+def batches(options: argparse.Namespace) -> Iterator[Batch]:
+    """All batches, one at a time."""
+    for dtype in options.dtype:
+        for length in options.seq_len:
+            for shape in options.segments:
+                size = options.tokens // length if options.tokens else options.batch_size or 1
+                yield Batch(
+                    segments=shape,
+                    batch_size=size,
+                    seq_len=length,
+                    width=options.width,
+                    num_heads=options.heads,
+                    dtype=getattr(torch, dtype),
+                    device=torch.device(options.device),
+                    seed=options.seed,
+                )
 
 
-def _batch(options: argparse.Namespace, size: tuple[int, int], dtype: str, shape: str) -> Batch:
-    return make_batch(
-        shape,
-        *size,
-        width=options.width,
-        num_heads=options.heads,
-        dtype=DTYPES[dtype],
-        device=torch.device(options.device),
-        seed=options.seed,
-    )
+def time_in_turns(
+    implementations: list[Implementation],
+    device: torch.device,
+    repeats: int,
+    backward: bool,
+    drop: Callable[[str, str], None] | None = None,
+) -> dict[str, tuple[float, float, float]]:
+    """Median, 20th and 80th percentile of the milliseconds of a call, by name.
 
-
-def _clock(options: argparse.Namespace) -> Callable[[], float]:
-    return time.process_time if options.cpu_time else time.perf_counter
-
-
-def _stopwatch(batch: Batch, options: argparse.Namespace) -> tuple[Stopwatch, int]:
-    """How to time a batch, and how many input sets to take in turn.
-
-    On a GPU the sets together exceed its cache four times, as they would in a model; a batch that
-    fits in half the cache is timed for latency. On a CPU one set is used over and over.
+    Args:
+        implementations: to be timed; the first of them must run.
+        device: where they run.
+        repeats: turns of each; a GPU has the time of its own and needs none.
+        backward: forward and backward pass, or forward alone.
+        drop: called with the name of a later one that cannot run, and the reason; it is then left
+            out. None: nothing may fail.
     """
-    if batch.device.type == "cpu":
-        return Stopwatch(batch.device, options.repeats, False, _clock(options)), 1
-    cache = torch.cuda.get_device_properties(batch.device).L2_cache_size
-    unit = batch.num_tokens * batch.width * batch.dtype.itemsize
-    if 5 * unit < cache / 2:
-        return Stopwatch(batch.device, options.repeats, latency=True), 1
-    return Stopwatch(batch.device, options.repeats, latency=False), -(-4 * cache // unit)
+    calls: dict[str, Callable[[], Any]] = {}
+    for one in implementations:
+        call = one.run if backward and one.name != COPY else one.forward
+        try:
+            call()
+        # out of memory, or no such attention kernel
+        except RuntimeError as error:
+            if drop is None or one is implementations[0]:
+                raise
+            drop(one.name, first_line(error))
+            continue
+        calls[one.name] = call
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        # by events, with the cache cleared before each call, as it would be in a model
+        shares = (0.5, 0.2, 0.8)
+        return {name: cast(Any, do_bench(c, quantiles=shares)) for name, c in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            samples[name] += _turn(call)
+    return {name: percentiles(found) for name, found in samples.items()}
 
 
-def measure_case(case: Case, stopwatch: Stopwatch, num_sets: int, errors: Row) -> list[Row]:
-    """Rows of the table, one a mode."""
-    again = replace(case.ours, name="again")
-    rows = []
-    for mode in MODES:
-        backward = mode == "fwd+bwd"
-        num_bytes = case.forward_bytes + backward * case.backward_bytes
-        copies: list[Candidate] = []
-        if num_bytes and not stopwatch.latency:
-            copies = [copy_candidate(num_bytes, stopwatch.device, min(num_sets, 2))]
-        candidates = [*case.candidates, again, *copies]
-        load = OtherLoad()
-        timings = stopwatch.measure(candidates, backward, case.drop)
-        row = _row(case, mode, num_bytes, timings, errors)
-        rows.append({**row, "latency": stopwatch.latency, "other_cores": load.cores()})
-    return rows
+def _turn(call: Callable[[], Any]) -> list[float]:
+    """Milliseconds of each of some calls, without the first, which finds another's caches."""
+    found: list[float] = []
+    calls = 1
+    while len(found) <= calls:
+        start = time.perf_counter()
+        call()
+        found.append((time.perf_counter() - start) * 1e3)
+        calls = int(min(max(_TURN_MS / found[0], 1), _MOST_CALLS))
+    return found[1:]
 
 
-def _row(
-    case: Case,
-    mode: str,
-    num_bytes: int,
-    timings: dict[str, Timing],
-    errors: Row,
-) -> Row:
-    ours = timings["ours"]
-    row: Row = {
-        "part": case.part,
-        **_facts(case.batch),
-        "mode": mode,
-        "ms": {name: timing.ms for name, timing in timings.items()},
-        "p20_ms": {name: timing.p20 for name, timing in timings.items()},
-        "p80_ms": {name: timing.p80 for name, timing in timings.items()},
-        "over_ours": {n: t.ms / ours.ms for n, t in timings.items() if n not in ("ours", "copy")},
+def copy_of(num_bytes: int, device: torch.device) -> Implementation:
+    """A copy that moves so many bytes, half of them read and half written."""
+    half = max(num_bytes // 2 // 4, 1)
+    source, target = torch.randn(half, device=device), torch.zeros(half, device=device)
+    return Implementation(COPY, lambda _: target.copy_(source), {})
+
+
+def ceilings(options: argparse.Namespace) -> Row:
+    """What the device reaches at best: rates of a large copy and of matrix products."""
+    device = torch.device(options.device)
+    num_bytes = 2**28 if device.type == "cpu" else 2**32
+    copy_ms, _, _ = time_in_turns([copy_of(num_bytes, device)], device, 5, False)[COPY]
+    # some types are slow on a CPU
+    size = 256 if device.type == "cpu" and options.dtype != ["float32"] else None
+    rates = {n: matmul_rate(device, getattr(torch, n), size) / 1e12 for n in options.dtype}
+    return {"copy_gb_per_s": num_bytes / copy_ms / 1e6, "matmul_tflop_per_s": rates}
+
+
+def measure_operator(name: str, batch: Batch, options: argparse.Namespace) -> list[Row]:
+    """Check and time one operator on one batch: forward, then forward and backward."""
+    comparison = compare(name, batch)
+    facts = {"operator": name, **batch.facts, "errors": check(comparison)}
+    if options.until == "check":
+        return [facts]
+    return [_time(comparison, backward, options.repeats, facts) for backward in (False, True)]
+
+
+def _time(comparison: Comparison, backward: bool, repeats: int, facts: Row) -> Row:
+    batch = comparison.batch
+    units = comparison.units[0] + backward * comparison.units[1]
+    num_bytes = units * batch.num_tokens * batch.width * batch.dtype.itemsize
+    everything = list(comparison.implementations)
+    everything.append(replace(everything[0], name="again"))
+    if num_bytes:
+        everything.append(copy_of(num_bytes, batch.device))
+    times = time_in_turns(everything, batch.device, repeats, backward, comparison.drop)
+    ms = {name: median for name, (median, _, _) in times.items()}
+    return {
+        **facts,
+        "mode": "fwd+bwd" if backward else "forward",
+        "ms": ms,
+        "p20_ms": {name: low for name, (_, low, _) in times.items()},
+        "p80_ms": {name: high for name, (_, _, high) in times.items()},
+        "over_ours": {n: t / ms["ours"] for n, t in ms.items() if n not in ("ours", COPY)},
         "bytes": num_bytes,
-        "copy_share": None,
-        "backward_copy_share": None,
-        "errors": errors,
-        "notes": dict(case.notes),
+        "copy_share": ms[COPY] / ms["ours"] if COPY in ms else None,
+        "notes": dict(comparison.notes),
     }
-    if "copy" in timings:
-        copy_ms = timings["copy"].ms
-        row["copy_share"] = copy_ms / ours.ms
-        if ours.backward_ms is not None:
-            share = case.backward_bytes / num_bytes
-            row["backward_copy_share"] = copy_ms * share / ours.backward_ms
-    return row
 
 
-def measure_part(part: str, batch: Batch, options: argparse.Namespace) -> list[Row]:
-    """Check and time one part of one batch."""
-    stopwatch, num_sets = _stopwatch(batch, options)
-    case = build_case(part, batch, num_sets, options.seed)
-    errors = asdict(check(case))
-    if options.compile:
-        add_compiled(case, options.compile_limit)
-    return measure_case(case, stopwatch, num_sets, errors)
+class Results:
+    """Rows and failures, kept and printed while they come in."""
 
-
-class Measured:
-    """What a run has so far."""
-
-    def __init__(self, table: Table) -> None:
+    def __init__(self) -> None:
         self.rows: list[Row] = []
-        self.memory: list[Row] = []
-        self.padding: list[Row] = []
         self.failures: list[Row] = []
-        self._table = table
-
-    def add_rows(self, rows: list[Row]) -> None:
-        """Keep and print the timings of a part."""
-        self.rows += rows
-        self._table.print_rows(rows)
+        print(
+            f"\n{'operator':18} {'dtype':8} {'segments':9} {'batch x tokens':>14} {'mode':8} "
+            f"{'ours ms':>9} {'p20':>9} {'p80':>9} {'again':>6} {'published':>9} {'x':>6} "
+            f"{'GB/s':>6} {'% copy':>6}"
+        )
 
     @contextmanager
-    def attempt(self, what: str, batch: Batch) -> Iterator[None]:
+    def attempt(self, name: str, batch: Batch) -> Iterator[None]:
         """Note a failure and go on: others may be right."""
         try:
             yield
         except FAILURES as error:
             if not isinstance(error, CheckError):
                 traceback.print_exc()
-            self.failures.append({"part": what, **_facts(batch), "reason": first_line(error)})
-            self._table.print_failure(self.failures[-1])
+            self.failures.append({"operator": name, **batch.facts, "reason": first_line(error)})
+            print(f"{_what(self.failures[-1])} failed: {first_line(error)}", flush=True)
+
+    def add(self, rows: list[Row]) -> None:
+        """Keep and print the rows of an operator."""
+        self.rows += rows
+        for row in rows:
+            print(f"{_what(row)} {_times(row) if 'ms' in row else _errors(row)}")
+            for name, ratio in row.get("over_ours", {}).items():
+                if name not in ("again", "published"):
+                    print(f"    {name}: {row['ms'][name]:.3f} ms, {ratio:.2f} times ours")
+        for name, reason in rows[-1].get("notes", {}).items():
+            print(f"    {name}: not timed, {reason}")
+        sys.stdout.flush()
+
+    def summary(self, card: Row) -> str:
+        """The result in a line: what failed, how fast the mixer is, or what the device reaches."""
+        if self.failures:
+            return "failed: " + ", ".join(f"{r['operator']} {r['dtype']}" for r in self.failures)
+        mixers = [
+            f"mixer {row['batch_size']} x {row['seq_len']} {row['segments']}: "
+            f"{row['ms']['ours']:.2f} ms, {row['over_ours']['published']:.1f} x published"
+            for row in self.rows
+            if (row["operator"], row.get("mode")) == ("mixer", "fwd+bwd")
+        ]
+        right = [f"{len(self.rows)} comparisons, all right"] if self.rows else []
+        rates = [f"{name} {rate:.3g}" for name, rate in card["matmul_tflop_per_s"].items()]
+        ceiling = f"copy {card['copy_gb_per_s']:,.0f} GB/s; TFLOP/s: {', '.join(rates)}"
+        return "; ".join(mixers or right or [ceiling])
 
 
-def _facts(batch: Batch) -> Row:
-    return {
-        "seq_len": batch.seq_len,
-        "batch_size": batch.batch_size,
-        "dtype": dtype_name(batch.dtype),
-        "segments": batch.segments,
-    }
+def _what(row: Row) -> str:
+    batch = f"{row['batch_size']} x {row['seq_len']}"
+    return f"{row['operator']:18} {row['dtype']:8} {row['segments']:9} {batch:>14}"
 
 
-def measure_all(options: argparse.Namespace, dtype: str, found: Measured) -> None:
-    """Every part at every size; a part that segments do not matter to, with the first shape."""
-    for size in sizes(options):
-        for shape in options.segments:
-            batch = _batch(options, size, dtype, shape)
-            for part in options.parts:
-                first = shape == options.segments[0]
-                if first or (part in PARTS and PARTS[part].per_segment):
-                    with found.attempt(part, batch):
-                        found.add_rows(measure_part(part, batch, options))
+def _times(row: Row) -> str:
+    ms, over = row["ms"], row["over_ours"]
+    cells = [
+        f"{row['mode']:8} {ms['ours']:9.3f} {row['p20_ms']['ours']:9.3f}",
+        f"{row['p80_ms']['ours']:9.3f} {over['again']:6.2f}",
+    ]
+    cells.append(f"{ms['published']:9.3f} {over['published']:6.2f}")
+    if row["copy_share"] is not None:
+        cells.append(f"{row['bytes'] / ms['ours'] / 1e6:6.1f} {100 * row['copy_share']:6.1f}")
+    return " ".join(cells)
 
 
-def measure_more(options: argparse.Namespace, dtype: str, found: Measured) -> None:
-    """Peak memory of the sub-layer in training; the mixer on full rows and on half as many tokens.
-
-    The second are the same rows with half of the tokens taken out as padding.
-    """
-    for size in sizes(options):
-        batch = _batch(options, size, dtype, options.segments[0])
-        if SUB_LAYER in options.parts:
-            with found.attempt("peak memory", batch):
-                found.memory.append({**_facts(batch), "mib": peaks(batch, options.seed)})
-        if "mixer" in options.parts and size[0] % 2 == 0:
-            with found.attempt("padding", batch):
-                found.padding.append(_padding_row(options, size, dtype))
-
-
-def _padding_row(options: argparse.Namespace, size: tuple[int, int], dtype: str) -> Row:
-    padded = _batch(options, size, dtype, options.segments[0])
-    batch_size, length = size
-    generator = torch.Generator().manual_seed(options.seed)
-    short = torch.randint(3, length - 2, (batch_size // 2,), generator=generator).tolist()
-    lengths = [n for first in short for n in (first, length - first)]
-    layout = make_layout(padded.segments, lengths, padded.device, generator)
-    # only ours reads it, and ours reads the layout alone
-    packed = replace(padded, batch_size=batch_size // 2, layout=layout)
-    stopwatch, num_sets = _stopwatch(packed, options)
-    candidates = []
-    for name, batch in (("padded", padded), ("packed", packed)):
-        ours = build_case("mixer", batch, num_sets, options.seed).ours
-        candidates.append(replace(ours, name=name))
-    timings = stopwatch.measure(candidates, backward=True)
-    return {
-        "seq_len": length,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "padded_ms": timings["padded"].ms,
-        "packed_ms": timings["packed"].ms,
-    }
+def _errors(row: Row) -> str:
+    return "  ".join(f"{name} {x:.1e}" for name, x in row["errors"].items() if x is not None)
 
 
 def main() -> None:
     """Run the benchmark."""
     options = parse_options()
     torch.manual_seed(options.seed)
-    device = torch.device(options.device)
-    if options.cpu_time:
-        torch.set_num_threads(1)
-    card = describe(options)
-    card["copy_gb_per_s"] = copy_rate(device, _clock(options)) / 1e9
-    rates = {dtype: matmul_rate(device, DTYPES[dtype]) / 1e12 for dtype in options.dtype}
-    card["matmul_tflop_per_s"] = rates
-    print_card(card)
-    measured = Measured(Table(list(options.parts)))
-    for dtype in options.dtype:
-        measure_all(options, dtype, measured)
-    for dtype in options.dtype:
-        measure_more(options, dtype, measured)
-    rows, memory, padding = measured.rows, measured.memory, measured.padding
-    wrong = {row["dtype"] for row in measured.failures}
-    found = standings(rows, memory, padding, on_gpu=device.type == "cuda", wrong=wrong)
-    print_memory(memory)
-    print_goals(found)
-    record = {
-        "benchmark": "op_speed",
-        "card": card,
-        "rows": rows,
-        "memory": memory,
-        "padding": padding,
-        "failures": measured.failures,
-        "goals": [standing.as_row() for standing in found],
+    card = {
+        **common.machine_card(options.device),
+        "dtype": " ".join(options.dtype),
+        "width": options.width,
+        "heads": options.heads,
+        "segments": "; ".join(f"{name}: {SHAPES[name]}" for name in options.segments),
+        "seed": options.seed,
+        **ceilings(options),
     }
-    save(record, options.output)
-    print(json.dumps(record))
-    if measured.failures:
+    common.print_card(card)
+    results = Results()
+    for batch in batches(options) if options.until != "card" else ():
+        for name in options.operators:
+            # one that segments do not matter to, with the first shape alone
+            if batch.segments == options.segments[0] or name in PER_SEGMENT:
+                with results.attempt(name, batch):
+                    results.add(measure_operator(name, batch, options))
+    record = {"benchmark": "op_speed", "card": card}
+    record |= {"rows": results.rows, "failures": results.failures}
+    common.save_record(record, options.output)
+    print(f"\n{results.summary(card)}\n{json.dumps(record)}")
+    if results.failures:
         sys.exit(1)
 
 

@@ -1,130 +1,158 @@
-"""Figures made from the results files alone.
+"""Figures of `speed_memory` records, made from a file of results alone.
 
     python benchmarks/plot.py benchmarks/results/cpu-2core_20261121.jsonl
 
-draws the last record of each benchmark that has a figure, `FILE_BENCHMARK.png` beside the file.
+draws the last record of each model, a PNG beside the file.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if not __package__:
+    # run as a program: this checkout in place of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.common import Row
 from ponet.checkpoint import write_atomically
 
-Row = dict[str, Any]
-
 # Okabe and Ito's palette, told apart by colour-blind readers too
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_BLUE, _ORANGE, _GREEN = "#0072B2", "#E69F00", "#009E73"
+_PINK, _SKY, _RED = "#CC79A7", "#56B4E9", "#D55E00"
+_GREY, _BLACK = "#7F7F7F", "#000000"
+# (name in print, colour, marker, line); a colour is a family, markers and lines tell its members
+_STYLES: dict[str, tuple[str, str, str, str]] = {
+    "ponet": ("PoNet", _BLUE, "o", "-"),
+    "ponet_eager": ("PoNet, published form", _SKY, "o", "--"),
+    "ponet_published": ("PoNet, published form", _SKY, "o", "--"),
+    "fnet": ("FNet", _GREEN, "s", "-"),
+    "attention": ("Transformer, SDPA", _RED, "^", "-"),
+    "attention:flash": ("Transformer, SDPA flash", _RED, ">", "-."),
+    "attention:cudnn": ("Transformer, SDPA cuDNN", _RED, "8", "-."),
+    "attention_checkpointed": ("Transformer, published form", _RED, "v", "--"),
+    "attention_naive": ("Transformer, naive", _RED, "<", ":"),
+    "linear": ("Linear Transformer", _ORANGE, "D", "-"),
+    "performer": ("Performer", _ORANGE, "P", "--"),
+    "linformer": ("Linformer", _PINK, "X", "-"),
+    "nystromformer": ("Nystromformer", _PINK, "d", "--"),
+    "reformer": ("Reformer", _BLACK, "p", ":"),
+    "longformer": ("Longformer", _GREY, "h", "-"),
+    "bigbird": ("BigBird", _GREY, "*", "--"),
+}
+_MODELS = {
+    "lra": "Long Range Arena text classifier",
+    "base": "base encoder with masked-LM head",
+    "pretraining": "pre-training step of the base encoder",
+}
+# title, unit, figure and scale of the panels of `speed_memory`
+_PANELS = (
+    ("Training speed", "thousand tokens / s", "tokens_per_s", 1e-3),
+    ("Peak memory of a training step", "MiB", "peak_mib", 1.0),
+)
 
 
-def _grouped_bars(axes: Any, groups: list[str], series: dict[str, list[float | None]]) -> None:
-    """Bars of each series side by side in groups, the figure at the end of each bar."""
-    height = 0.8 / max(len(series), 1)
-    for number, (name, values) in enumerate(series.items()):
-        places = [group + number * height for group in range(len(groups))]
-        found = [(place, value) for place, value in zip(places, values, strict=True) if value]
-        bars = axes.barh(
-            [place for place, _ in found],
-            [value for _, value in found],
-            height=height,
-            align="edge",
-            color=PALETTE[number % len(PALETTE)],
-            label=name,
-        )
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-        axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=9, bbox=box)
-    axes.set_yticks([group + 0.4 for group in range(len(groups))], groups)
+def _style(mixer: str) -> tuple[str, str, str, str]:
+    """A mixer without an entry of its own has a style, too."""
+    return _STYLES.get(mixer, (mixer, _GREY, ".", "-."))
+
+
+def _lines(axes: Any, rows: list[Row], key: str, scale: float) -> None:
+    """Curves over the length; a hollow mark is a figure of a single step."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for mixer in dict.fromkeys(row["mixer"] for row in rows):
+        name, colour, marker, line = _style(mixer)
+        ours = [row for row in rows if row["mixer"] == mixer]
+        missing = [f" ({row['status']})" for row in ours if not row["train"]]
+        timed = [row for row in ours if row["train"]]
+        lengths = [row["seq_len"] for row in timed]
+        values = [row["train"][key] * scale for row in timed]
+        single = [n for n, row in enumerate(timed) if row["train"]["warm_up_only"]]
+        look = {"color": colour, "marker": marker, "ls": line}
+        look |= {"lw": 2.8 if mixer == "ponet" else 1.4, "label": name + "".join(missing[:1])}
+        axes.plot(lengths, values, **look)
+        hollow = {"color": colour, "marker": marker, "mfc": "white", "ls": ""}
+        axes.plot([lengths[n] for n in single], [values[n] for n in single], **hollow)
+    lengths = sorted({row["seq_len"] for row in rows})
+    axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
+    axes.minorticks_off()
+    # a tick per decade would be too few for panels that span one
+    axes.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_xlabel("tokens of a sequence")
+    axes.grid(alpha=0.25)
+
+
+def _bars(axes: Any, rows: list[Row], key: str, scale: float) -> None:
+    """A bar per mixer; a pale one is a figure of a single step."""
+    for place, row in enumerate(rows):
+        value, text = 0.0, row["status"]
+        if row["train"]:
+            value, single = row["train"][key] * scale, row["train"]["warm_up_only"]
+            text = f"{value:,.4g}" + (" (a single step)" if single else "")
+            alpha = 0.5 if single else 1.0
+            axes.barh(place, value, color=_style(row["mixer"])[1], height=0.7, alpha=alpha)
+        axes.text(value, place, f" {text}", fontsize=9, verticalalignment="center")
+    axes.set_yticks(range(len(rows)), [_style(row["mixer"])[0] for row in rows])
+    axes.margins(x=0.2)
     axes.invert_yaxis()
-    axes.margins(x=0.1)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
-def _series(rows: list[Row], parts: list[str], figure: Callable[[Row], float | None]) -> Any:
-    """A series a batch size: the figure of each part, None where there is none."""
-    series: dict[str, list[float | None]] = {}
-    for row in rows:
-        name = f"{row['batch_size']} x {row['seq_len']} tokens"
-        values = series.setdefault(name, [None] * len(parts))
-        if row["part"] in parts:
-            values[parts.index(row["part"])] = figure(row)
-    return series
-
-
-def _draw_op_speed(figure: Any, record: Row) -> None:
-    """A row of panels a dtype: speed-up over the published form, and share of the copy rate."""
-    dtypes = list(dict.fromkeys(row["dtype"] for row in record["rows"]))
-    shape = record["rows"][0]["segments"]
-    panels = figure.subplots(len(dtypes), 2, squeeze=False)
-    for (left, right), dtype in zip(panels, dtypes, strict=True):
-        rows = [
-            row
-            for row in record["rows"]
-            if (row["dtype"], row["segments"], row["mode"]) == (dtype, shape, "fwd+bwd")
-        ]
-        parts = list(dict.fromkeys(row["part"] for row in rows))
-        _grouped_bars(left, parts, _series(rows, parts, lambda row: row["over_ours"]["public"]))
-        left.axvline(1, color="black", linewidth=0.8)
-        left.set_xlabel("time of public / time of ours, forward + backward")
-        left.set_title(f"Speed-up over the published form, {dtype}")
-        left.legend(title="batch", fontsize=9)
-        moved = [row for row in rows if row["copy_share"]]
-        parts = list(dict.fromkeys(row["part"] for row in moved))
-        share = _series(moved, parts, lambda row: 100 * row["copy_share"])
-        _grouped_bars(right, parts, share)
-        right.axvline(100, color="black", linewidth=0.8)
-        right.set_xlabel("rate of ours / rate of a copy of as many bytes, %")
-        right.set_title(f"Bytes that must be moved, {dtype}")
-    card = record["card"]
+def _draw(figure: Any, record: Row) -> None:
+    """Training speed and peak memory, over the length or as bars when there is one length."""
+    rows, card = record["rows"], record["card"]
+    over_length = len({row["seq_len"] for row in rows}) > 1
+    figure.set_size_inches(14, 6.0 if over_length else 2.0 + 0.36 * len(rows))
+    panels = figure.subplots(1, 2)
+    for axes, (title, unit, key, scale) in zip(panels, _PANELS, strict=True):
+        (_lines if over_length else _bars)(axes, rows, key, scale)
+        axes.set_title(f"{title}, {unit}", loc="left")
+    if over_length:
+        names = panels[0].get_legend_handles_labels()
+        figure.legend(*names, loc="outside right center", frameon=False, fontsize=9)
+    length = "" if over_length else f"{rows[0]['seq_len']:,} tokens per sequence, "
+    threads = f", {card['threads']} threads" if "threads" in card else ""
+    single = any(row["train"] and row["train"]["warm_up_only"] for row in rows)
     figure.suptitle(
-        f"PoNet operators on {card['device']}, segments {shape}, commit {card['commit']}, "
-        f"{card['date']}"
+        f"{_MODELS[card['model']]}, {length}batch of {card['batch']}, {card['dtype']}\n"
+        f"{card.get('cpu', card['device'])}{threads}, torch {card['torch']}, "
+        f"commit {card['commit']}, {card['date']}"
+        + ("\nhollow or pale: time was short, a single step" if single else ""),
+        fontsize=10,
     )
 
 
-FIGURES: dict[str, Callable[[Any, Row], None]] = {"op_speed": _draw_op_speed}
-"""How a record is drawn, by its `benchmark`."""
-
-
-def draw_record(record: Row, path: Path) -> Path | None:
-    """Draw one record.
-
-    Args:
-        record: as in a results file.
-        path: the PNG to write.
-
-    Returns:
-        `path`, or None when matplotlib is not installed.
-    """
+def draw_record(record: Row, path: Path) -> None:
+    """Draw one record of `speed_memory` to a PNG."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return None
-    num_dtypes = len({row["dtype"] for row in record["rows"]})
-    figure = Figure(figsize=(13, 1 + 4.5 * num_dtypes), layout="constrained")
-    FIGURES[record["benchmark"]](figure, record)
+        print("no figure without matplotlib; benchmarks/plot.py draws it elsewhere from the file")
+        return
+    figure = Figure(layout="constrained")
+    _draw(figure, record)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-    return path
+    print(f"written: {path}")
 
 
 def main() -> None:
-    """Draw the figures of a results file."""
-    parser = argparse.ArgumentParser(description="figures of a results file")
+    """Draw the figures of a file of results."""
+    parser = argparse.ArgumentParser(description="figures of a file of results")
     parser.add_argument("file", type=Path, help="a JSONL file that a benchmark wrote")
     path = parser.parse_args().file
     if not path.is_file():
         parser.error(f"{path}: no such file")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    last = {record["benchmark"]: record for record in records if record["benchmark"] in FIGURES}
-    if not last:
-        parser.error(f"{path}: holds no record of {', '.join(FIGURES)}")
-    for name, record in last.items():
-        image = draw_record(record, path.with_name(f"{path.stem}_{name}.png"))
-        if image is None:
-            sys.exit("plot: matplotlib is missing, pip install matplotlib")
-        print(image)
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    # not every record is of this benchmark
+    found = [record for record in records if record.get("benchmark") == "speed_memory"]
+    if not found:
+        parser.error(f"{path}: holds no record of speed_memory")
+    for model, record in {record["card"]["model"]: record for record in found}.items():
+        draw_record(record, path.with_name(f"{path.stem}_speed_memory_{model}.png"))
 
 
 if __name__ == "__main__":

@@ -1,112 +1,131 @@
 """Training speed, inference speed and peak memory of token mixers over the length of the text.
 
-    python benchmarks/speed_memory.py --seq-len 4096                 # minutes on a CPU
-    python benchmarks/speed_memory.py                                # 512 to 16384 tokens
+    python benchmarks/speed_memory.py --quick                  # PoNet and a Transformer, a minute
+    python benchmarks/speed_memory.py --seq-len 4096           # every mixer, minutes on a CPU
+    python benchmarks/speed_memory.py                          # 512 to 16384 tokens
     python benchmarks/speed_memory.py --model base --tokens 65536    # the pre-training encoder
-    python benchmarks/speed_memory.py --mixers ponet attention:flash attention:cudnn
+    python benchmarks/speed_memory.py --model pretraining      # a step of pretrain/run.py
 
 The default is the setting of the published comparison (Table 2 of the paper): the text classifier
-of Long Range Arena with 32 sequences a batch (8 on a CPU). Each mixer and length runs in a process
-of its own; the processes of one length take turns (see `rounds.py`), so that what else the machine
-does hits all of them. Times are medians with 20th and 80th percentile. A case that runs out of
+of Long Range Arena with 32 sequences per batch (8 on a CPU). PoNet and the Transformer are measured
+before anything else. Times are medians with 20th and 80th percentile. A case that runs out of
 memory, takes too long or fails is a row; a failure makes the exit status 1. `attention` is softmax
 attention by the fused kernel that PyTorch picks; `attention:flash` and `attention:cudnn` force one,
-and the fastest of the three is what PoNet is held against.
+and the fastest of the three is the Transformer that the others are held against. A mixer that is
+added to `ponet.mixers.MIXERS` is measured like the others.
 """
 
 import argparse
 import json
+import math
+import statistics
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
-from case_client import FAILED
-from model_goals import standings
-from records import add_output_flags, append_record, machine_card, print_card
-from rounds import Runner
-from speed_plot import draw
-from speed_table import (
-    TRANSFORMER,
-    Table,
-    add_ratios,
-    exponents,
-    print_exponents,
-    print_notes,
-)
-from standing import print_goals
-from workloads import FORCED, SDPA, Case, known_mixers
 
-LENGTHS = [512, 1024, 2048, 4096, 8192, 16384]
+if not __package__:
+    # run as a program: this checkout in place of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import common
+from benchmarks.common import NUMBER, Row
+from benchmarks.harness import (
+    FAILED,
+    FORCED,
+    KINDS,
+    MODELS,
+    SDPA,
+    Case,
+    Harness,
+    known_mixers,
+    training_flops,
+)
+from benchmarks.plot import draw_record
+from ponet.run.device import matmul_rate
+
+PONET = "ponet"
+PUBLISHED_TRANSFORMER = "attention_checkpointed"
+"""The Transformer as the published comparison ran it."""
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 """Tokens of a sequence in the published comparison."""
-# they come first, so that there are ratios where time is short
-_FIRST = ("ponet", TRANSFORMER, SDPA, *FORCED)
+PUBLISHED_STEPS_PER_S: dict[str, tuple[float | None, ...]] = {
+    "transformer": (45.1, 19.4, 6.3, 1.8, None, None),
+    "performer": (39.4, 25.0, 14.3, 7.8, 4.0, 2.0),
+    "nystromformer": (39.1, 30.3, 20.0, 11.5, 6.1, 3.1),
+    "fnet": (83.4, 61.3, 38.1, 21.4, 11.0, 5.4),
+    "ponet": (50.4, 40.1, 27.8, 16.2, 8.7, 4.5),
+}
+"""Of training, per length; None: out of memory. The Transformer there computes attention in float32
+with activation checkpointing."""
+PUBLISHED_MEMORY_GB: dict[str, tuple[float | None, ...]] = {
+    "transformer": (1.4, 2.5, 6.7, 23.8, None, None),
+    "performer": (1.5, 2.1, 3.1, 5.4, 9.8, 18.7),
+    "nystromformer": (1.2, 1.5, 1.9, 2.8, 4.5, 8.2),
+    "fnet": (1.1, 1.2, 1.4, 1.7, 2.3, 3.8),
+    "ponet": (1.1, 1.3, 1.7, 2.4, 3.6, 6.5),
+}
+"""Peak of the GPU; all models hold about 1 GB before they hold a token, which keeps the ratios of
+short lengths near 1."""
+
+_QUICK_LENGTHS = (256, 1024, 2048, 4096)
+_QUICK_MINUTES, _MINUTES_PER_LENGTH, _MOST_MINUTES = 0.5, 4.0, 20.0
 # on a CPU nothing waits for launches, so ratios do not depend on the batch, but 32 sequences of
 # 4096 tokens would need over 20 GB in the published Transformer
 _LRA_BATCH = {"cuda": 32, "cpu": 8}
-_BASE_TOKENS_GPU = 65536
-_MINUTES_A_LENGTH, _MOST_MINUTES = 4.0, 20.0
+_TOKENS = {"cuda": 65536, "cpu": 1024}
+_EXPONENT_RANGE = range(1024, 4097)
 
 
 def parse_options() -> argparse.Namespace:
     """The command line, with defaults that depend on the machine filled in."""
-    parser = argparse.ArgumentParser(
-        description="speed and peak memory of token mixers over the length of the text"
-    )
-    number: Any = {"type": int, "metavar": "N"}
+    parser = argparse.ArgumentParser(description="speed and peak memory of token mixers")
     add = parser.add_argument
-    add("--mixers", nargs="+", metavar="NAME", help="default: all that are registered")
-    add("--seq-len", nargs="+", default=LENGTHS, **number, help="tokens of a sequence")
-    add("--model", choices=("lra", "base"), default="lra", help="see workloads.py")
+    add("--quick", action="store_true", help="PoNet and the Transformer, in less than a minute")
+    add("--model", choices=MODELS, default="lra", help="see benchmarks/harness.py")
+    add("--mixers", nargs="+", metavar="NAME", help="[all; pretraining: ponet attention fnet]")
+    add("--seq-len", nargs="+", **NUMBER, help="tokens [512 to 16384; pretraining 512]")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--batch-size", **number, help="sequences [lra 32, on a CPU 8; base 1]")
-    size.add_argument("--tokens", **number, help="in a batch [base on a GPU 65536]")
-    add("--layers", **number, help="instead of the model's own number")
-    add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16")
+    size.add_argument("--batch-size", **NUMBER, help="sequences [lra 32, on a CPU 8]")
+    size.add_argument("--tokens", **NUMBER, help="of a batch [1024, on a GPU 65536]")
+    add("--layers", **NUMBER, help="instead of the model's own number")
+    add("--dtype", choices=("float32", "bfloat16"), help="[float32, on a GPU bfloat16]")
     add("--compile", action="store_true", help="run the models through torch.compile")
-    add("--rounds", default=5, **number, help="turns of each case [5]")
-    add("--budget", type=float, metavar="MINUTES", help="of the run [4 a length, 20 at most]")
+    add("--rounds", **NUMBER, help="times that each case is measured [3]")
+    add("--budget", type=float, metavar="MINUTES", help="of the run [4 per length, 20 at most]")
     add("--memory-limit", type=float, metavar="MIB", help="of a case [what the machine has]")
-    add("--threads", **number, help="of the CPU")
-    add("--seed", default=0, **number)
-    add_output_flags(parser)
-    options = parser.parse_args()
-    _check(parser, options)
+    add("--threads", **NUMBER, help="of the CPU")
+    options = common.parse_flags(parser)
+    if options.budget is not None and not options.budget > 0:
+        parser.error(f"--budget: expected a number above 0, found {options.budget}")
     _fill_in(options)
-    return options
-
-
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    known = known_mixers()
-    options.mixers = list(dict.fromkeys(options.mixers or known))
-    known += FORCED
+    known = [*known_mixers(), *FORCED]
     for mixer in options.mixers:
         if mixer not in known:
             parser.error(f"--mixers: unknown mixer {mixer!r}; known are {', '.join(known)}")
-    for name in ("seq_len", "batch_size", "tokens", "layers", "rounds", "threads", "budget"):
-        given = getattr(options, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value <= 0:
-                flag = name.replace("_", "-")
-                parser.error(f"--{flag}: expected a number above 0, found {value}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU")
-    options.seq_len = sorted(set(options.seq_len))
+    return options
 
 
 def _fill_in(options: argparse.Namespace) -> None:
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = options.device == "cuda"
-    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    quick, pretraining = options.quick, options.model == "pretraining"
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    mixers = [PONET, SDPA] if quick else [PONET, SDPA, "fnet"] if pretraining else known_mixers()
+    options.mixers = list(dict.fromkeys(options.mixers or mixers))
+    lengths = _QUICK_LENGTHS if quick else [512] if pretraining else LENGTHS
+    options.seq_len = sorted(set(options.seq_len or lengths))
+    options.rounds = options.rounds or 3
     if options.budget is None:
-        options.budget = min(_MINUTES_A_LENGTH * len(options.seq_len), _MOST_MINUTES)
+        minutes = min(_MINUTES_PER_LENGTH * len(options.seq_len), _MOST_MINUTES)
+        options.budget = _QUICK_MINUTES if quick else minutes
     if options.tokens is None and options.batch_size is None:
         if options.model == "lra":
-            options.batch_size = _LRA_BATCH[options.device]
-        elif on_gpu:
-            options.tokens = _BASE_TOKENS_GPU
+            options.batch_size = 1 if quick else _LRA_BATCH[options.device]
         else:
-            options.batch_size = 1
+            options.tokens = _TOKENS[options.device]
 
 
 def case_of(options: argparse.Namespace, mixer: str, length: int) -> Case:
@@ -120,65 +139,247 @@ def case_of(options: argparse.Namespace, mixer: str, length: int) -> Case:
         dtype=options.dtype,
         layers=options.layers,
         compile=options.compile,
+        inference=options.model != "pretraining" and not options.quick,
         threads=options.threads,
         memory_limit_mib=options.memory_limit,
         seed=options.seed,
     )
 
 
-def card_of(options: argparse.Namespace) -> dict[str, Any]:
+def card_of(options: argparse.Namespace) -> Row:
     """What the figures depend on."""
     batch = f"{options.batch_size} sequences" if options.batch_size else f"{options.tokens} tokens"
-    segments = "2 tokens" if options.model == "lra" else "10 to 40 tokens, uniform"
-    dropout = "0.1, of attention 0.1 but 0 for SDPA" if options.model == "lra" else "0.1"
+    lra = options.model == "lra"
     return {
-        **machine_card(options.device, options.threads),
+        **common.machine_card(options.device, options.threads),
         "dtype": options.dtype if options.dtype == "float32" else f"{options.dtype} autocast",
         "model": options.model,
         "batch": batch,
-        "segments": segments,
-        "dropout": dropout,
+        "segments": "2 tokens" if lra else "10 to 40 tokens, uniform",
+        "dropout": "0.1, of attention 0.1 but 0 for SDPA" if lra else "0.1",
         "compile": options.compile,
         "seed": options.seed,
         "budget": f"{options.budget:g} min",
     }
 
 
+def _figure(row: Row | None, kind: str, name: str = "steps_per_s") -> float | None:
+    return row[kind][name] if row and row[kind] else None
+
+
+def _ratio(over: float | None, under: float | None) -> float | None:
+    return over / under if over and under else None
+
+
+def _activation_mib(row: Row | None) -> float | None:
+    """Memory of a training step beyond weights, gradients and moments."""
+    peak = _figure(row, "train", "peak_mib")
+    return None if peak is None or row is None else max(peak - row["state_mib"], 0.0)
+
+
+def against(row: Row, baseline: Row | None) -> Row:
+    """Speed and memory of a row over those of a baseline of the same length; None where unknown."""
+    return {
+        "speed": _ratio(_figure(row, "train"), _figure(baseline, "train")),
+        "infer_speed": _ratio(_figure(row, "infer"), _figure(baseline, "infer")),
+        "memory": _ratio(_activation_mib(row), _activation_mib(baseline)),
+    }
+
+
+def published_ratio(table: dict[str, tuple[float | None, ...]], row: Row) -> float | None:
+    """A published figure over that of the Transformer; None where the table has no such."""
+    mixer, length = row["mixer"].split("_")[0], row["seq_len"]
+    if row["model"] != "lra" or mixer not in table or length not in LENGTHS:
+        return None
+    number = LENGTHS.index(length)
+    return _ratio(table[mixer][number], table["transformer"][number])
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """Give the rows of one length their ratios to both Transformers, and the published ones."""
+    by_mixer = {row["mixer"]: row for row in rows}
+    fused = [by_mixer[mixer] for mixer in (SDPA, *FORCED) if mixer in by_mixer]
+    fastest = {
+        kind: max(fused, key=lambda row: _figure(row, kind) or 0.0, default=None) for kind in KINDS
+    }
+    for row in rows:
+        row["over_transformer"] = against(row, by_mixer.get(PUBLISHED_TRANSFORMER))
+        row["over_sdpa"] = against(row, fastest["train"])
+        row["over_sdpa"]["infer_speed"] = against(row, fastest["infer"])["infer_speed"]
+        row["published"] = {
+            "speed": published_ratio(PUBLISHED_STEPS_PER_S, row),
+            "memory": published_ratio(PUBLISHED_MEMORY_GB, row),
+        }
+
+
+def add_utilisation(row: Row, case: Case, peak_flops: float) -> None:
+    """Give a row the operations of its step, and their rate as a share of the device's.
+
+    Args:
+        row: of the case.
+        case: what was measured.
+        peak_flops: FLOP/s of a large matrix product.
+    """
+    row["flops"] = training_flops(case.config(), case.tokens, case.labelled, case.seq_len)
+    rate = _figure(row, "train")
+    row["utilisation"] = row["flops"] * rate / peak_flops if row["flops"] and rate else None
+
+
+def exponents(rows: Sequence[Row]) -> dict[str, float]:
+    """Power of the length that training time per sequence grows with, 1024 to 4096 tokens."""
+    found = {}
+    for mixer in dict.fromkeys(row["mixer"] for row in rows):
+        points = [
+            (math.log(row["seq_len"]), math.log(row["train"]["ms"] / row["batch_size"]))
+            for row in rows
+            if row["mixer"] == mixer and row["train"] and row["seq_len"] in _EXPONENT_RANGE
+        ]
+        if len(points) > 1:
+            found[mixer] = statistics.linear_regression(*zip(*points, strict=True)).slope
+    return found
+
+
+# head, width, keys of the figure, pattern and scale of the columns behind length and mixer
+Column = tuple[str, int, str, str, float]
+_COLUMNS: list[Column] = [
+    ("steps", 5, "train steps", ".0f", 1),
+    ("ms", 9, "train ms", ",.1f", 1),
+    ("p20", 9, "train p20_ms", ",.1f", 1),
+    ("p80", 9, "train p80_ms", ",.1f", 1),
+    ("k tok/s", 8, "train tokens_per_s", ",.1f", 1e-3),
+    ("MiB", 7, "train peak_mib", ",.0f", 1),
+    ("x SDPA", 7, "over_sdpa speed", ".2f", 1),
+    ("MiB x", 6, "over_sdpa memory", ".2f", 1),
+]
+_INFERENCE_COLUMNS: list[Column] = [
+    ("inf k tok/s", 11, "infer tokens_per_s", ",.1f", 1e-3),
+    ("inf MiB", 7, "infer peak_mib", ",.0f", 1),
+    ("x SDPA", 7, "over_sdpa infer_speed", ".2f", 1),
+]
+_PUBLISHED_COLUMNS: list[Column] = [
+    ("x Transf.", 9, "over_transformer speed", ".2f", 1),
+    ("paper", 6, "published speed", ".2f", 1),
+    ("MiB x", 6, "over_transformer memory", ".2f", 1),
+    ("paper", 6, "published memory", ".2f", 1),
+]
+_MATMUL_COLUMN: Column = ("% matmul", 8, "utilisation", ".1f", 100)
+
+
+def table_columns(options: argparse.Namespace) -> list[Column]:
+    """What the table of a run has."""
+    with_inference = options.model != "pretraining" and not options.quick
+    return [
+        *_COLUMNS,
+        *(_INFERENCE_COLUMNS if with_inference else []),
+        *([_MATMUL_COLUMN] if options.model != "lra" else []),
+        *(_PUBLISHED_COLUMNS if PUBLISHED_TRANSFORMER in options.mixers else []),
+    ]
+
+
+def _cell(row: Row, column: Column) -> str:
+    _, width, keys, pattern, scale = column
+    value: Any = row
+    for key in keys.split():
+        value = value[key] if value else None
+    return f"{'-' if value is None else format(value * scale, pattern):>{width}}"
+
+
+def print_table(rows: Sequence[Row], columns: Sequence[Column], head: bool) -> None:
+    """A line per row, below the names of the columns where these are wanted."""
+    width = max(len(row["mixer"]) for row in rows)
+    if head:
+        heads = " ".join(f"{column[0]:>{column[1]}}" for column in columns)
+        print(f"\n{'tokens':>6} {'mixer':{width}} {heads}")
+    for row in rows:
+        cells = " ".join(_cell(row, column) for column in columns)
+        if not row["train"] and not row["infer"]:
+            cells = ""
+        if row["train"] and row["train"]["warm_up_only"]:
+            cells += "  ~ a single step"
+        if row["reason"]:
+            cells += f"  {row['status']}: {row['reason']}"[:120]
+        print(f"{row['seq_len']:6} {row['mixer']:{width}} {cells}", flush=True)
+
+
+def print_notes(rows: Sequence[Row], growth: dict[str, float]) -> None:
+    """What the columns mean, and how times grow."""
+    print(
+        "\nMiB: peak of a training step with weights, gradients, moments and inputs; MiB x: of "
+        "activation memory alone, without these.\nx SDPA: times the speed of the Transformer on "
+        "PyTorch's fused attention."
+    )
+    if any(row["over_transformer"]["speed"] for row in rows):
+        print(f"x Transf.: that of {PUBLISHED_TRANSFORMER}; paper: what the paper has.")
+    if rows[0]["model"] != "lra":
+        print("% matmul: operations by formula, as a share of the rate of a large matrix product.")
+    if any(row["train"] and row["train"]["warm_up_only"] for row in rows):
+        print("~ time was short: the first step, which warms up, is all there is.")
+    if growth:
+        powers = ", ".join(f"{mixer} {power:.2f}" for mixer, power in growth.items())
+        print(f"time per sequence grows with this power of the length (1024 to 4096): {powers}")
+
+
+def _break_even(ratios: Sequence[tuple[int, float]]) -> float | None:
+    """The length from which on the ratio is above 1, between two that were measured."""
+    for (short, below), (long, above) in pairwise(ratios):
+        if below < 1 <= above:
+            share = -math.log(below) / (math.log(above) - math.log(below))
+            return short * (long / short) ** share
+    return None
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """PoNet beside the Transformer in one sentence that a person can act on."""
+    ratios = [
+        (row["seq_len"], row["over_sdpa"]["speed"])
+        for row in rows
+        if row["mixer"] == PONET and row["over_sdpa"]["speed"]
+    ]
+    if not ratios:
+        return "PoNet and the Transformer were not both measured: there is nothing to compare."
+    (length, ratio), *longest = ratios[-2:]
+    words = f"On this machine PoNet trains {ratio:.1f} times as fast as a Transformer at {length}"
+    words += f" tokens and {longest[0][1]:.1f} times at {longest[0][0]}" if longest else " tokens"
+    even, (shortest, least) = _break_even(ratios), ratios[0]
+    if even:
+        words += f"; below about {float(f'{even:.1g}'):.0f} tokens the Transformer is faster"
+    elif len(ratios) > 2:
+        words += f"; at {shortest} tokens "
+        words += "they are equal" if 0.9 <= least <= 1.1 else f"it is {least:.1f} times as fast"
+    return words + "."
+
+
 def main() -> None:
     """Run the benchmark."""
     options = parse_options()
     card = card_of(options)
-    print_card(card)
-    table = Table(options.mixers, published=options.model == "lra")
-    table.print_head()
-    runner = Runner(60 * options.budget, options.rounds)
-    rows: list[dict[str, Any]] = []
+    common.print_card(card)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    peak_flops = None if options.model == "lra" else matmul_rate(device, dtype)
+    harness, rows = Harness(60 * options.budget, options.rounds), []
+    # PoNet and the Transformer before anything else
+    order = (PONET, SDPA, *FORCED, PUBLISHED_TRANSFORMER)
+    mixers = [mixer for mixer in order if mixer in options.mixers]
+    mixers += [mixer for mixer in options.mixers if mixer not in order]
     for number, length in enumerate(options.seq_len):
-        order = sorted(options.mixers, key=lambda mixer: mixer not in _FIRST)
-        cases = [case_of(options, mixer, length) for mixer in order]
-        found = runner.measure(cases, len(options.seq_len) - number)
-        found.sort(key=lambda row: options.mixers.index(row["mixer"]))
+        cases = [case_of(options, mixer, length) for mixer in mixers]
+        found = harness.measure(cases, len(options.seq_len) - number)
         add_ratios(found)
-        table.print_rows(found)
+        if peak_flops:
+            for row, case in zip(found, cases, strict=True):
+                add_utilisation(row, case, peak_flops)
+        found.sort(key=lambda row: options.mixers.index(row["mixer"]))
+        print_table(found, table_columns(options), head=not rows)
         rows += found
-    print_notes(rows)
-    growth = exponents(rows, options.mixers)
-    print_exponents(growth, options.seq_len)
-    goals = standings(rows, growth, options.model, options.device)
-    print_goals(goals)
-    record = {
-        "benchmark": "speed_memory",
-        "card": card,
-        "rows": rows,
-        "exponents": growth,
-        "goals": [standing.as_row() for standing in goals],
-    }
-    path = append_record(record, options.output)
-    print(f"\nwritten: {path}")
-    name = f"{path.stem}_speed_memory_{options.model}.png"
-    image = draw(record, path.with_name(name))
-    print(f"written: {image}\n" if image else "no plot: install matplotlib\n")
-    print(json.dumps(record))
+    growth = exponents(rows)
+    print_notes(rows, growth)
+    record = {"benchmark": "speed_memory", "card": card, "rows": rows, "exponents": growth}
+    record |= {"matmul_flops_per_s": peak_flops}
+    path = common.save_record(record, options.output)
+    draw_record(record, path.with_name(f"{path.stem}_speed_memory_{options.model}.png"))
+    print(f"\n{summary(rows)}")
+    if not options.quick:
+        print(json.dumps(record))
     if any(row["status"] == FAILED for row in rows):
         sys.exit(1)
 

@@ -1,0 +1,248 @@
+"""What all benchmarks share: the machine's card, files of results, the clock, memory."""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import re
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ponet.checkpoint import write_text
+from ponet.run.device import peak_memory_mib, return_free_memory, source_commit
+from ponet_kernels import active_backend
+
+Row = dict[str, Any]
+"""Figures or facts by name, as they stand in the JSON documents."""
+
+RESULTS = Path(__file__).parent / "results"
+"""Measurements that the documentation quotes; they are tracked."""
+RUNS = Path("runs/benchmarks")
+"""Where everything else goes, below the current folder."""
+MIB = 2**20
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CGROUP = Path("/sys/fs/cgroup")
+# the rest is left to other programs, so that no machine starts to swap
+_USABLE_MEMORY = 0.85
+
+
+def above_zero(text: str) -> int:
+    """Type of a flag: a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text}")
+    return int(text)
+
+
+NUMBER: Row = {"type": above_zero, "metavar": "N"}
+"""Arguments of `add_argument` for such a flag."""
+
+
+def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line, with `--device` and where files go, which every benchmark has."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="[a GPU if there is one]")
+    parser.add_argument("--seed", default=0, type=int)
+    add_output_flags(parser)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return options
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a benchmark be told where its files go: `output` of what is parsed."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--output", type=Path, default=RUNS, metavar="DIR", help=f"folder of the files [{RUNS}]"
+    )
+    where.add_argument(
+        "--record",
+        dest="output",
+        action="store_const",
+        const=RESULTS,
+        default=RUNS,
+        help="keep the files in benchmarks/results, which is tracked",
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu_driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return run.stdout.splitlines()[0]
+
+
+def _triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def machine_card(device: str, threads: int | None = None) -> Row:
+    """What figures depend on: machine, versions, commit, command.
+
+    Args:
+        device: cpu or cuda.
+        threads: of the CPU; None: PyTorch's choice.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if device == "cuda":
+        found = torch.cuda.get_device_properties(0)
+        machine = {
+            "device": found.name,
+            "device memory": f"{found.total_memory / 2**30:.1f} GiB",
+            "capability": f"{found.major}.{found.minor}",
+            "driver": _gpu_driver(),
+            "cuda": torch.version.cuda or torch.version.hip,
+            "matmul precision": torch.get_float32_matmul_precision(),
+        }
+    else:
+        machine = {
+            "device": f"cpu-{cores}core",
+            "cpu": _cpu_name(),
+            "threads": threads or torch.get_num_threads(),
+            "load": f"{os.getloadavg()[0]:.1f} before the run",
+        }
+    return {
+        **machine,
+        "cores": cores,
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "commit": source_commit(),
+        "date": datetime.date.today().isoformat(),
+        "backend": active_backend(device),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def print_card(card: Row) -> None:
+    """One fact per line."""
+    width = max(len(name) for name in card)
+    for name, value in card.items():
+        print(f"{name:>{width}}: {value}", flush=True)
+
+
+def save_record(record: Row, folder: Path) -> Path:
+    """Append a record to the file of the device and day.
+
+    Args:
+        record: has a `card` with `device` and `date`.
+        folder: where the file is, made when missing.
+
+    Returns:
+        The file, `DEVICE_DATE.jsonl`.
+    """
+    card = record["card"]
+    device = re.sub(r"[^a-z0-9]+", "-", card["device"].lower()).strip("-")
+    path = folder / f"{device}_{card['date'].replace('-', '')}.jsonl"
+    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if earlier and not earlier.endswith("\n"):
+        earlier += "\n"
+    write_text(path, earlier + json.dumps(record) + "\n")
+    print(f"\nwritten: {path}")
+    return path
+
+
+def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    # of one sample there are none
+    fifths = statistics.quantiles([*samples, samples[-1]], n=5, method="inclusive")
+    return statistics.median(samples), fifths[0], fifths[3]
+
+
+def _status_mib(field: str) -> float:
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+    return int(lines[field].split()[0]) / 2**10
+
+
+def available_mib(device: torch.device) -> float:
+    """Memory in MiB that the device, or the container, can give without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / MIB
+    free = psutil.virtual_memory().available
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free / MIB
+
+
+class MemoryMeter:
+    """Peak memory above the level at which it was made: resident on a CPU, allocated on a GPU.
+
+    It also limits what this process may take, so that too much is an error and not the end of it.
+    """
+
+    def __init__(self, device: torch.device, limit_mib: float | None = None) -> None:
+        self.device = device
+        return_free_memory(device)
+        most = _USABLE_MEMORY * available_mib(device)
+        limit = most if limit_mib is None else min(limit_mib, most)
+        if device.type == "cuda":
+            self._start = torch.cuda.memory_allocated(device) / MIB
+            total = torch.cuda.get_device_properties(device).total_memory / MIB
+            torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+        else:
+            self._start = _status_mib("VmRSS")
+            bound = int((_status_mib("VmData") + limit) * MIB)
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
+
+    def begin(self) -> None:
+        """Forget the peak so far."""
+        return_free_memory(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        # where this is not permitted, the peak is that of the whole process so far
+        with contextlib.suppress(OSError):
+            _RESET.write_text("5")
+
+    def peak_mib(self) -> float:
+        """The highest level since `begin`, in MiB above the start."""
+        if self.device.type == "cuda":
+            return peak_memory_mib(self.device) - self._start
+        # unlike getrusage, not inherited from the parent process
+        return _status_mib("VmHWM") - self._start
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("can't allocate memory", "bad_alloc", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a row of a table: the bytes that were missing, or its first line."""
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+    if asked:
+        return f"no room for another {int(asked[1]) / MIB:,.0f} MiB"
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
