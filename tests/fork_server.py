@@ -4,6 +4,7 @@ Reads a job per line of standard input, `{"command", "folder", "output"}`, and a
 line, the exit status. The words after `python` are a file or `-m` and a module, then arguments.
 """
 
+import atexit
 import importlib
 import json
 import os
@@ -57,7 +58,12 @@ def main() -> None:
             files = os.open(os.devnull, os.O_RDONLY), os.open(job["output"], os.O_RDWR)
             for target, source in ((0, files[0]), (1, files[1]), (2, files[1])):
                 os.dup2(source, target)
-            sys.exit(run(job["command"]))
+            status = run(job["command"])
+            # as a program ends, but without taking all libraries apart, which costs seconds
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
