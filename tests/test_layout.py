@@ -1,18 +1,12 @@
-"""The tree as a whole: names that would shadow others, imports, the README's commands."""
+"""The tree as a whole: names that would shadow others, and imports."""
 
 import importlib
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-import glue.settings
-import lra.settings
-import pretrain.settings
-from ponet.run.cli import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
@@ -57,45 +51,3 @@ def test_imports_run_one_way():
         top = path.relative_to(ROOT).parts[0]
         for name in forbidden.get(top, ()):
             assert not re.search(rf"^(from|import) {name}\b", path.read_text(), re.M), path
-
-
-def readme_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text()
-    lines = [
-        line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.split("\n")
-    ]
-    return [part.strip() for line in lines if line for part in line.split("&&")]
-
-
-PARSERS = {
-    "pretrain/run.py": pretrain.settings.parse,
-    "lra/run.py": lra.settings.parse,
-    "glue/run.py": glue.settings.parse,
-}
-
-
-def test_readme_names_every_program():
-    commands = "\n".join(readme_commands())
-    for program in (
-        *PARSERS,
-        "lra/prepare.py",
-        "lra/report.py",
-        "glue/report.py",
-        "glue/predict.py",
-    ):
-        assert program in commands
-    for script in re.findall(r"python ([\w/]+\.py)", (ROOT / "README.md").read_text()):
-        assert (ROOT / script).is_file()
-
-
-@pytest.mark.parametrize("command", [c for c in readme_commands() if any(p in c for p in PARSERS)])
-def test_readme_commands_parse(command: str):
-    words = shlex.split(command, comments=True)
-    (program,) = [word for word in words if word in PARSERS]
-    arguments = words[words.index(program) + 1 :]
-    if "--resume" in arguments:
-        # unknown flags end the process; all else is right but for the run, which is not here
-        with pytest.raises(UsageError, match=r"--resume: .* holds no config\.yaml"):
-            PARSERS[program](arguments)
-    else:
-        PARSERS[program](arguments)
