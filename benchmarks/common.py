@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from ponet.checkpoint import write_text
+from ponet.files import write_text
 from ponet.run.device import peak_memory_mib, return_free_memory, source_commit
 from ponet_kernels import active_backend
 

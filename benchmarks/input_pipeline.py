@@ -34,9 +34,9 @@ from ponet.sentences import split_sentences
 from ponet.tokenizer import load_tokenizer
 from pretrain.batches import MicroBatchSampler, make_loader, pack_bins
 from pretrain.corpus import build_corpus, load_corpus
-from pretrain.objectives import ExampleSettings, TokenCorpus, draw_batch, plan_epoch
+from pretrain.examples import ExampleSettings, TokenCorpus, draw_batch, plan_epoch
 from pretrain.sources import iter_documents
-from pretrain.vocabulary import train_tokenizer
+from pretrain.tokenise import train_tokenizer
 
 # values of BERT's vocabulary; other ids cost the same time
 CLS, SEP, MASK = 101, 102, 103
@@ -134,9 +134,7 @@ def measure_tokenisation(options: argparse.Namespace) -> list[Row]:
 
     def build() -> int:
         with tempfile.TemporaryDirectory() as folder:
-            corpus = build_corpus(
-                documents, tokenizer, cache_dir=folder, key_parts={}, progress=False
-            )
+            corpus = build_corpus(documents, tokenizer, cache_dir=folder, key_parts={})
             return len(corpus.tokens)
 
     num_tokens = encode()

@@ -1,6 +1,6 @@
 """The operators of `ponet_kernels` beside the published form, and what each must compute.
 
-An operator takes named tensors (`draw_inputs`). The published form is `ponet.mixers.pooling_eager`
+An operator takes named tensors (`draw_inputs`). The published form is `ponet.mixers.published`
 with its projections' results given; it says what outputs must be. Outputs and gradients of ours
 are held against plain PyTorch operations in float64, which the tests hold against the formulas.
 `sub-layer` is the whole token mixer with its projections.
@@ -29,7 +29,7 @@ from benchmarks.harness import text_segment_ids
 from ponet.config import PoNetConfig
 from ponet.mixers import MIXERS
 from ponet.mixers.pooling import PoNetMixer
-from ponet.mixers.pooling_eager import EagerPoNetMixer
+from ponet.mixers.published import PublishedPoNetMixer
 from ponet.packing import BatchLayout, layout_of, stream_of_packed
 from ponet_kernels import fused_pooling, global_aggregation, segment_max, use_backend
 from ponet_kernels.layout import SPECIAL
@@ -143,7 +143,7 @@ class _Given(nn.Module):
         return rows if self.value is None else self.value
 
 
-class PublishedOperators(EagerPoNetMixer):
+class PublishedOperators(PublishedPoNetMixer):
     """The published form between its projections, whose results are given."""
 
     def __init__(self, batch: Batch) -> None:
@@ -300,7 +300,7 @@ def _compare_sub_layer(batch: Batch, inputs: Inputs) -> Comparison:
         return Implementation(name, lambda v: module(v["h"], batch.layout), inputs, parameters)
 
     torch.manual_seed(batch.seed)
-    modules = [form(batch.config) for form in (PoNetMixer, EagerPoNetMixer, PoNetMixer)]
+    modules = [form(batch.config) for form in (PoNetMixer, PublishedPoNetMixer, PoNetMixer)]
     for module in modules[1:]:
         module.load_state_dict(modules[0].to(batch.dtype).state_dict())
     ours, published, exact = modules

@@ -16,7 +16,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import Row
-from ponet.checkpoint import write_atomically
+from ponet.files import write_atomically
 
 # Okabe and Ito's palette, told apart by colour-blind readers too
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#E69F00", "#009E73"

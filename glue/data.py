@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from glue.tasks import TASKS, ColumnKey, FileColumns, HubData, TaskFiles, TextTask
-from ponet.checkpoint import write_text
+from ponet.files import write_text
 
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _FORMATS = (".tsv", ".csv", ".jsonl", ".txt")

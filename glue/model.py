@@ -14,11 +14,12 @@ from torch import Tensor
 from glue.encoding import EncodedExamples, batches_of_all, collect_examples
 from glue.tasks import Segments
 from ponet import CheckpointError, PoNetConfig, PoNetForSequenceClassification, PoolerConfig
-from ponet.checkpoint import CONFIG, read_weights, write_json
+from ponet.checkpoint import CONFIG, read_weights
+from ponet.files import write_json
 from ponet.run.trainer import autocast
 from ponet.tokenizer import SpecialTokens, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 
-_POSITIONS = "ponet.embeddings.position_embeddings.weight"
+_POSITIONS = "ponet.embeddings.position.weight"
 _POOLER = "ponet.pooler."
 # a pre-training run keeps its model in a folder of this name
 _UNTELLING_NAME = "model"
@@ -148,8 +149,8 @@ def build_classifier(
     fresh = PoNetForSequenceClassification.new_weights
     if not any(name.startswith(_POOLER) for name in entries):
         fresh = (*fresh, _POOLER)
-    new = {n: x for n, x in model.published_parameters().items() if n.startswith(fresh)}
-    model.load_published(entries | new, str(checkpoint.folder))
+    new = {n: x for n, x in model.named_weights().items() if n.startswith(fresh)}
+    model.load_weights(entries | new, str(checkpoint.folder))
     return model
 
 

@@ -38,7 +38,7 @@ from lra.settings import ArenaConfig, ArenaSettings, parse
 from lra.steps import PlainStep
 from lra.store import ArenaData, load_arena_data
 from lra.tasks import tasks_named
-from ponet.checkpoint import write_bytes
+from ponet.files import write_bytes
 from ponet.run.device import device_name
 from ponet.run.runs import RunFolder, choose_device, run_all, run_program, threads_per_run
 from ponet.run.trainer import Progress, RunOptions, Trainer, step_seed

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lra.tasks import TASKS, ArenaTask, ProtocolName
-from ponet.checkpoint import current_umask, write_json
+from ponet.files import current_umask, write_json
 
 DATA_DIR = "data/lra"
 """Where prepared tasks are kept, below the current folder."""

@@ -18,11 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ponet.config import PoNetConfig
-from ponet.files import current_umask as current_umask
-from ponet.files import write_atomically as write_atomically
-from ponet.files import write_bytes as write_bytes
-from ponet.files import write_json as write_json
-from ponet.files import write_text as write_text
+from ponet.files import write_bytes, write_json
 
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"

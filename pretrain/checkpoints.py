@@ -11,7 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ponet.checkpoint import CheckpointError, write_json
+from ponet.checkpoint import CheckpointError
+from ponet.files import write_json
 from pretrain.engine import Engine
 
 logger = logging.getLogger(__name__)

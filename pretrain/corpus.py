@@ -30,7 +30,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ponet.checkpoint import current_umask, write_json
+from ponet.files import current_umask, write_json
 from ponet.run.cli import UsageError
 from ponet.sentences import splitter_version
 from ponet.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint

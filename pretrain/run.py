@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ponet import PoNetForPreTraining
-from ponet.checkpoint import write_json, write_text
+from ponet.files import write_json, write_text
 from ponet.model import PreTrainingOutput
 from ponet.run.cli import UsageError, read_yaml
 from ponet.run.device import matmul_rate, peak_memory_mib, source_commit, training_flops

@@ -11,7 +11,7 @@ from typing import Self
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ponet.checkpoint import write_text
+from ponet.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +133,10 @@ def log_steps(
         f"step {step}/{steps}",
         " ".join(f"{key.removesuffix('_loss')} {value:.4f}" for key, value in losses.items()),
         f"lr {learning_rate:.1e}",
-        f"{step_seconds * 1e3:.3g} ms/step",
-        *([] if tokens_per_second is None else [f"{tokens_per_second / 1e3:.1f}k tokens/s"]),
+        f"{step_seconds * 1e3:.3g} ms",
+        *([] if tokens_per_second is None else [f"{tokens_per_second / 1e3:.1f}k tok/s"]),
         f"{peak_memory_mib:,.0f} MiB",
-        f"{_duration(remaining_seconds)} left",
+        f"eta {_duration(remaining_seconds)}",
     ]
     logger.info(" | ".join(parts))
 

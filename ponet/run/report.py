@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ponet.checkpoint import write_atomically, write_text
+from ponet.files import write_atomically, write_text
 from ponet.run.runs import RESULT
 
 if TYPE_CHECKING:

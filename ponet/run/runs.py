@@ -21,7 +21,8 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from ponet.checkpoint import CheckpointError, write_json
+from ponet.checkpoint import CheckpointError
+from ponet.files import write_json
 from ponet.run.cli import UsageError
 from ponet.run.device import source_commit
 from ponet.run.log import set_up_logging

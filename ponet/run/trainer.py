@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ponet.checkpoint import CheckpointError, write_bytes
+from ponet.checkpoint import CheckpointError
+from ponet.files import write_bytes
 from ponet.run.device import peak_memory_mib, return_free_memory, synchronise
 from ponet.run.log import MetricsWriter, describe, log_steps
 
