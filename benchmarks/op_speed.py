@@ -69,6 +69,7 @@ def parse_options() -> argparse.Namespace:
     add("--dtype", nargs="+", choices=_DTYPES, help="[CPU: float32; GPU: bfloat16 float32]")
     add("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     add("--repeats", default=5, **NUMBER, help="turns of each implementation [5]")
+    add("--threads", **NUMBER, help="of the CPU; 1 where other programs use it, too")
     options = common.parse_flags(parser)
     on_gpu = options.device == "cuda"
     options.dtype = options.dtype or (["bfloat16", "float32"] if on_gpu else ["float32"])
@@ -226,6 +227,8 @@ def main() -> None:
     """Run the benchmark."""
     options = parse_options()
     torch.manual_seed(options.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     card = {
         **common.machine_card(options.device),
         "dtype": " ".join(options.dtype),
