@@ -13,12 +13,17 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+try:
+    import triton
+    from triton.errors import TritonError
+except ModuleNotFoundError:
+    triton, TritonError = None, RuntimeError
 
 from ponet.files import write_text
 from ponet.run.device import peak_memory_mib, return_free_memory, source_commit
@@ -51,40 +56,26 @@ NUMBER: Row = {"type": above_zero, "metavar": "N"}
 
 
 def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line, with `--device` and where files go, which every benchmark has."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="[a GPU if there is one]")
-    parser.add_argument("--seed", default=0, type=int)
-    add_output_flags(parser)
+    """Read the command line, with the flags that every benchmark has."""
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="[a GPU if there is one]")
+    add("--seed", default=0, type=int)
+    add("--output", type=Path, metavar="DIR", help=f"folder of the files [{RUNS}]")
+    add("--record", action="store_true", help="keep them in benchmarks/results, which is tracked")
     options = parser.parse_args()
+    if options.output and options.record:
+        parser.error("--output: not allowed with argument --record")
+    options.output = options.output or (RESULTS if options.record else RUNS)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return options
 
 
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
-    """Let a benchmark be told where its files go: `output` of what is parsed."""
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--output", type=Path, default=RUNS, metavar="DIR", help=f"folder of the files [{RUNS}]"
-    )
-    where.add_argument(
-        "--record",
-        dest="output",
-        action="store_const",
-        const=RESULTS,
-        default=RUNS,
-        help="keep the files in benchmarks/results, which is tracked",
-    )
-
-
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"model name\s*: (.+)", info.read_text() if info.is_file() else "")
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _gpu_driver() -> str:
@@ -94,13 +85,6 @@ def _gpu_driver() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return run.stdout.splitlines()[0]
-
-
-def _triton_version() -> str:
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def machine_card(device: str, threads: int | None = None) -> Row:
@@ -134,7 +118,7 @@ def machine_card(device: str, threads: int | None = None) -> Row:
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": triton.__version__ if triton else "none",
         "commit": source_commit(),
         "date": datetime.date.today().isoformat(),
         "backend": active_backend(device),

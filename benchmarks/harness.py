@@ -87,8 +87,8 @@ class Case:
     compile: bool = False
     inference: bool = True
     threads: int | None = None
-    memory_limit_mib: float | None = None
-    """Beyond the imported libraries; None: what the machine has."""
+    memory_limit: float | None = None
+    """MiB beyond the imported libraries; None: what the machine has."""
     seed: int = 0
 
     @property
@@ -97,9 +97,9 @@ class Case:
         return self.batch_size * self.seq_len
 
     @property
-    def labelled(self) -> int:
-        """Masked tokens of a batch."""
-        return self.batch_size * _masked(self.seq_len)
+    def masked(self) -> int:
+        """Masked tokens of a sequence."""
+        return max(1, round(_MASKED_SHARE * self.seq_len))
 
     def config(self) -> PoNetConfig:
         """The architecture."""
@@ -117,10 +117,6 @@ class Case:
         return model_config(TASKS["text"], mixer, num_segments=self.seq_len, **changes)
 
 
-def _masked(seq_len: int) -> int:
-    return max(1, round(_MASKED_SHARE * seq_len))
-
-
 def known_mixers() -> list[str]:
     """Names of all registered token mixers, the Transformers last."""
     transformers = [name for name in MIXERS if name.startswith(SDPA)]
@@ -131,26 +127,21 @@ def training_flops(config: PoNetConfig, tokens: int, labelled: int, seq_len: int
     """Floating-point operations of a masked-LM training step; None: no formula for the mixer.
 
     Two per multiply-add, backward counted as twice forward. Per token and layer, with C the width,
-    F the feed-forward width, H the heads and N the length: feed-forward 2 C F in every model; the
-    Transformer 4 C^2 for its projections and 2 N C for scores and mixing; PoNet 4 C^2 for its
-    projections of tokens and 2 H C for global aggregation; FNet nothing more, transforms are not
-    counted. Per labelled token C^2 + C V. What fused attention computes a second time in the
-    backward pass is not counted either.
+    F the feed-forward width, H the heads and N the length: 2 C F in every model; the Transformer
+    4 C^2 for projections and 2 N C for scores and mixing; PoNet 4 C^2 for projections of tokens
+    and 2 H C for global aggregation; FNet nothing more, transforms are not counted. Per labelled
+    token C^2 + C V. What fused attention computes again in the backward pass is not counted.
     """
     c, f = config.hidden_size, config.intermediate_size
-    pooled = 2 + config.use_segment + config.use_local
-    aggregated = config.use_global and config.use_global_second_stage
-    mixing = {
-        "ponet": pooled * c * c + aggregated * 2 * config.num_attention_heads * c,
-        "attention": 4 * c * c + 2 * seq_len * c,
-        "attention_naive": 4 * c * c + 2 * seq_len * c,
-        "fnet": 0,
-    }
+    pooled = (2 + config.use_segment + config.use_local) * c * c
+    if config.use_global and config.use_global_second_stage:
+        pooled += 2 * config.num_attention_heads * c
+    attention = 4 * c * c + 2 * seq_len * c
+    mixing = {"ponet": pooled, "fnet": 0, "attention": attention, "attention_naive": attention}
     if config.mixer not in mixing:
         return None
     layers = config.num_hidden_layers * (mixing[config.mixer] + 2 * c * f)
-    head = c * c + c * config.vocab_size
-    return 6.0 * (tokens * layers + labelled * head)
+    return 6.0 * (tokens * layers + labelled * (c * c + c * config.vocab_size))
 
 
 def text_segment_ids(length: int, generator: torch.Generator) -> Tensor:
@@ -174,7 +165,7 @@ def draw_batch(case: Case, config: PoNetConfig, generator: torch.Generator) -> d
     ids[:, -1] = config.sep_token_id
     # the same number in each sequence
     order = torch.rand(shape, generator=generator).argsort(dim=1)
-    labels = torch.where(order < _masked(case.seq_len), ids, IGNORED_LABEL)
+    labels = torch.where(order < case.masked, ids, IGNORED_LABEL)
     segments = torch.stack([text_segment_ids(case.seq_len, generator) for _ in ids])
     batch = {"input_ids": ids, "segment_ids": segments, "labels": labels}
     if config.num_sentence_labels:
@@ -189,11 +180,8 @@ class Workload:
         torch.manual_seed(case.seed)
         self.case = case
         config = case.config()
-        model: Any = (
-            LongRangeClassifier(config, num_inputs=1)
-            if case.model == "lra"
-            else PoNetForPreTraining(config)
-        )
+        lra = case.model == "lra"
+        model: Any = LongRangeClassifier(config, 1) if lra else PoNetForPreTraining(config)
         self._model = model.to(case.device)
         generator = torch.Generator().manual_seed(case.seed)
         batches = [draw_batch(case, config, generator) for _ in range(_NUM_BATCHES)]
@@ -301,7 +289,7 @@ def _measure(case: Case, seconds: float, connection: Connection) -> None:
         # a tiny step, so that what libraries set up once is not counted
         tokens = min(case.seq_len, _REHEARSAL_TOKENS)
         Workload(replace(case, seq_len=tokens, batch_size=1, layers=1, compile=False)).train(0)
-        meter = MemoryMeter(torch.device(case.device), case.memory_limit_mib)
+        meter = MemoryMeter(torch.device(case.device), case.memory_limit)
         workload, expected = Workload(case), 0.0
         connection.send(workload.facts)
         for kind in KINDS if case.inference else ("train",):

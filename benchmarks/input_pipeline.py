@@ -24,8 +24,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-if not __package__:
-    # run as a program: this checkout in place of this folder
+if not __package__:  # a program: this checkout in place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import common
@@ -80,14 +79,8 @@ def measure_pipeline(
 ) -> tuple[list[Row], float]:
     """Rows of planning, packing, drawing and the whole loader, and the packing efficiency."""
     documents = np.arange(len(corpus.document_offsets) - 1)
-    sampler = MicroBatchSampler(
-        corpus,
-        documents,
-        settings,
-        seed=options.seed,
-        micro_batch_tokens=options.micro_batch_tokens,
-        micro_batches_per_step=1,
-    )
+    sizes = {"micro_batch_tokens": options.micro_batch_tokens, "micro_batches_per_step": 1}
+    sampler = MicroBatchSampler(corpus, documents, settings, seed=options.seed, **sizes)
     epoch = sampler.first_epoch
     order = np.random.default_rng(options.seed).permutation(len(epoch.plan))
     items = [epoch.item(step, 0)[3] for step in range(min(epoch.num_steps, 500))]
@@ -116,10 +109,8 @@ def measure_tokenisation(options: argparse.Namespace) -> list[Row]:
     """Time `build_corpus`, sentence splitting and writing included, against the bare tokenizer."""
     sources = [str(path) for path in options.tokenize]
     documents = list(iter_documents(sources, max_characters=options.max_characters))
-    if options.vocab:
-        tokenizer = load_tokenizer(options.vocab)
-    else:
-        tokenizer = train_tokenizer(documents, vocab_size=8192)
+    trained = None if options.vocab else train_tokenizer(documents, vocab_size=8192)
+    tokenizer = trained or load_tokenizer(options.vocab)
     bare = Tokenizer.from_str(tokenizer.to_str())
     sentences = list(chain.from_iterable(split_sentences(document) for document in documents))
 
@@ -129,21 +120,17 @@ def measure_tokenisation(options: argparse.Namespace) -> list[Row]:
         return num_tokens
 
     def encode() -> int:
-        encodings = bare.encode_batch(sentences, add_special_tokens=False)
-        return sum(len(encoding.ids) for encoding in encodings)
+        found = bare.encode_batch(sentences, add_special_tokens=False)
+        return sum(len(encoding.ids) for encoding in found)
 
     def build() -> int:
         with tempfile.TemporaryDirectory() as folder:
-            corpus = build_corpus(documents, tokenizer, cache_dir=folder, key_parts={})
-            return len(corpus.tokens)
+            where: Row = {"cache_dir": folder, "key_parts": {}, "progress": False}
+            return len(build_corpus(documents, tokenizer, **where).tokens)
 
     num_tokens = encode()
-    repeats = min(options.repeats, 3)
-    return [
-        measure("split_sentences", split, repeats),
-        measure("raw encode_batch", encode, repeats),
-        measure("build_corpus", build, repeats),
-    ]
+    stages = {"split_sentences": split, "raw encode_batch": encode, "build_corpus": build}
+    return [measure(name, run, min(options.repeats, 3)) for name, run in stages.items()]
 
 
 def parse_options() -> argparse.Namespace:
@@ -172,14 +159,9 @@ def main() -> None:
     else:
         corpus = load_corpus(options.corpus)
         vocab_size = int(corpus.metadata["vocab_size"])
-    settings = ExampleSettings(
-        seq_len=options.seq_len,
-        vocab_size=max(vocab_size, BERT_VOCAB_SIZE),
-        cls_id=CLS,
-        sep_id=SEP,
-        mask_id=MASK,
-        special_ids=(0, 100, CLS, SEP, MASK),
-    )
+    special: Row = {"cls_id": CLS, "sep_id": SEP, "mask_id": MASK}
+    special |= {"special_ids": (0, 100, CLS, SEP, MASK), "seq_len": options.seq_len}
+    settings = ExampleSettings(vocab_size=max(vocab_size, BERT_VOCAB_SIZE), **special)
     card = common.machine_card("cpu", threads=1)
     common.print_card(card)
     rows, efficiency = measure_pipeline(corpus, settings, options)
@@ -189,17 +171,11 @@ def main() -> None:
         figures = " ".join(f"{row[key]:9.2f}" for key in ("median", "p20", "p80"))
         print(f"{row['stage']:24} {row['tokens']:12,} {figures}")
     print(f"\npacking efficiency {efficiency:.4f}; M tok/s: million per CPU second of one core")
-    record = {
-        "benchmark": "input_pipeline",
-        "card": card,
-        "seq_len": options.seq_len,
-        "micro_batch_tokens": options.micro_batch_tokens,
-        "corpus": str(options.corpus or "synthetic"),
-        "corpus_tokens": len(corpus.tokens),
-        "unit": "million tokens per CPU second of one process",
-        "rows": rows,
-        "efficiency": efficiency,
-    }
+    names = ("seq_len", "micro_batch_tokens", "seed")
+    record = {"benchmark": "input_pipeline", "card": card, "rows": rows, "efficiency": efficiency}
+    record |= {name: getattr(options, name) for name in names}
+    record |= {"corpus": str(options.corpus or "synthetic"), "corpus_tokens": len(corpus.tokens)}
+    record["unit"] = "million tokens per CPU second of one process"
     common.save_record(record, options.output)
     print(f"\n{json.dumps(record)}")
 

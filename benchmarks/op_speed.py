@@ -6,12 +6,11 @@
     python benchmarks/op_speed.py --until check --dtype float32 float64 bfloat16 float16
 
 Implementations take turns in one process: `ours`; `again`, ours a second time, because differences
-smaller than between the two are noise; `published`, in eager PyTorch; for the sub-layer softmax
-attention in its place. Outputs and gradients of ours are checked
-before anything is timed, and two runs of it bit by bit; what is wrong or fails is named instead of
-timed, the rest is measured, and the exit status is 1. "% copy" is the rate at which ours moves the
-bytes it must move, as a share of what a copy of as many bytes reaches in the same turns; both
-directions of a copy count.
+smaller than between the two are noise; `published`, in eager PyTorch. Outputs and gradients of ours
+are checked before anything is timed, and two runs of it bit by bit; what is wrong or fails is named
+instead of timed, the rest is measured, and the exit status is 1. "% copy" is the rate at which ours
+moves the bytes it must move, as a share of what a copy of as many bytes reaches in the same turns;
+both directions of a copy count.
 """
 
 import argparse
@@ -20,15 +19,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-if not __package__:
-    # run as a program: this checkout in place of this folder
+if not __package__:  # a program: this checkout in place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import common
@@ -46,14 +44,7 @@ from benchmarks.operators import (
 )
 from ponet.run.device import matmul_rate
 
-try:
-    from triton.errors import TritonError
-except ModuleNotFoundError:
-    _COMPILER: tuple[type[Exception], ...] = ()
-else:
-    _COMPILER = (TritonError,)
-
-FAILURES = (CheckError, LookupError, RuntimeError, TypeError, ValueError, *_COMPILER)
+FAILURES = (CheckError, LookupError, RuntimeError, TypeError, ValueError, common.TritonError)
 """What one operator can fail with while others may still run: figures, PyTorch, a compiler."""
 COPY = "copy"
 
@@ -78,6 +69,7 @@ def parse_options() -> argparse.Namespace:
     add("--dtype", nargs="+", choices=_DTYPES, help="[CPU: float32; GPU: bfloat16 float32]")
     add("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     add("--repeats", default=5, **NUMBER, help="turns of each implementation [5]")
+    add("--threads", **NUMBER, help="of the CPU; 1 where other programs use it, too")
     options = common.parse_flags(parser)
     on_gpu = options.device == "cuda"
     options.dtype = options.dtype or (["bfloat16", "float32"] if on_gpu else ["float32"])
@@ -95,51 +87,29 @@ def parse_options() -> argparse.Namespace:
 
 def batches(options: argparse.Namespace) -> Iterator[Batch]:
     """All batches, one at a time."""
-    for dtype in options.dtype:
-        for length in options.seq_len:
-            for shape in options.segments:
-                size = options.tokens // length if options.tokens else options.batch_size or 1
-                yield Batch(
-                    segments=shape,
-                    batch_size=size,
-                    seq_len=length,
-                    width=options.width,
-                    num_heads=options.heads,
-                    dtype=getattr(torch, dtype),
-                    device=torch.device(options.device),
-                    seed=options.seed,
-                )
+    shared: Row = {"width": options.width, "num_heads": options.heads, "seed": options.seed}
+    shared["device"] = torch.device(options.device)
+    for name, length, shape in product(options.dtype, options.seq_len, options.segments):
+        size = options.tokens // length if options.tokens else options.batch_size or 1
+        dtype = getattr(torch, name)
+        yield Batch(segments=shape, batch_size=size, seq_len=length, dtype=dtype, **shared)
 
 
 def time_in_turns(
-    implementations: list[Implementation],
-    device: torch.device,
-    repeats: int,
-    backward: bool,
-    drop: Callable[[str, str], None] | None = None,
+    implementations: list[Implementation], device: torch.device, repeats: int, backward: bool
 ) -> dict[str, tuple[float, float, float]]:
     """Median, 20th and 80th percentile of the milliseconds of a call, by name.
 
     Args:
-        implementations: to be timed; the first of them must run.
+        implementations: to be timed.
         device: where they run.
         repeats: turns of each; a GPU has the time of its own and needs none.
         backward: forward and backward pass, or forward alone.
-        drop: called with the name of a later one that cannot run, and the reason; it is then left
-            out. None: nothing may fail.
     """
-    calls: dict[str, Callable[[], Any]] = {}
-    for one in implementations:
-        call = one.run if backward and one.name != COPY else one.forward
-        try:
-            call()
-        # out of memory, or no such attention kernel
-        except RuntimeError as error:
-            if drop is None or one is implementations[0]:
-                raise
-            drop(one.name, first_line(error))
-            continue
-        calls[one.name] = call
+    calls: dict[str, Callable[[], Any]] = {
+        one.name: one.run if backward and one.name != COPY else one.forward
+        for one in implementations
+    }
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -189,108 +159,76 @@ def measure_operator(name: str, batch: Batch, options: argparse.Namespace) -> li
     facts = {"operator": name, **batch.facts, "errors": check(comparison)}
     if options.until == "check":
         return [facts]
-    return [_time(comparison, backward, options.repeats, facts) for backward in (False, True)]
+    return [facts | _time(comparison, mode, options.repeats) for mode in ("forward", "fwd+bwd")]
 
 
-def _time(comparison: Comparison, backward: bool, repeats: int, facts: Row) -> Row:
-    batch = comparison.batch
-    units = comparison.units[0] + backward * comparison.units[1]
+def _time(comparison: Comparison, mode: str, repeats: int) -> Row:
+    batch, backward = comparison.batch, mode == "fwd+bwd"
+    units = sum(comparison.units) if backward else comparison.units[0]
     num_bytes = units * batch.num_tokens * batch.width * batch.dtype.itemsize
-    everything = list(comparison.implementations)
-    everything.append(replace(everything[0], name="again"))
-    if num_bytes:
-        everything.append(copy_of(num_bytes, batch.device))
-    times = time_in_turns(everything, batch.device, repeats, backward, comparison.drop)
+    again = replace(comparison.ours, name="again")
+    forms = [comparison.ours, comparison.published, again, copy_of(num_bytes, batch.device)]
+    times = time_in_turns(forms, batch.device, repeats, backward)
     ms = {name: median for name, (median, _, _) in times.items()}
     return {
-        **facts,
-        "mode": "fwd+bwd" if backward else "forward",
+        "mode": mode,
         "ms": ms,
         "p20_ms": {name: low for name, (_, low, _) in times.items()},
         "p80_ms": {name: high for name, (_, _, high) in times.items()},
-        "over_ours": {n: t / ms["ours"] for n, t in ms.items() if n not in ("ours", COPY)},
+        "over_ours": {name: ms[name] / ms["ours"] for name in ("published", "again")},
         "bytes": num_bytes,
-        "copy_share": ms[COPY] / ms["ours"] if COPY in ms else None,
-        "notes": dict(comparison.notes),
+        "copy_share": ms[COPY] / ms["ours"],
     }
 
 
-class Results:
-    """Rows and failures, kept and printed while they come in."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.failures: list[Row] = []
-        print(
-            f"\n{'operator':18} {'dtype':8} {'segments':9} {'batch x tokens':>14} {'mode':8} "
-            f"{'ours ms':>9} {'p20':>9} {'p80':>9} {'again':>6} {'published':>9} {'x':>6} "
-            f"{'GB/s':>6} {'% copy':>6}"
-        )
-
-    @contextmanager
-    def attempt(self, name: str, batch: Batch) -> Iterator[None]:
-        """Note a failure and go on: others may be right."""
-        try:
-            yield
-        except FAILURES as error:
-            if not isinstance(error, CheckError):
-                traceback.print_exc()
-            self.failures.append({"operator": name, **batch.facts, "reason": first_line(error)})
-            print(f"{_what(self.failures[-1])} failed: {first_line(error)}", flush=True)
-
-    def add(self, rows: list[Row]) -> None:
-        """Keep and print the rows of an operator."""
-        self.rows += rows
-        for row in rows:
-            print(f"{_what(row)} {_times(row) if 'ms' in row else _errors(row)}")
-            for name, ratio in row.get("over_ours", {}).items():
-                if name not in ("again", "published"):
-                    print(f"    {name}: {row['ms'][name]:.3f} ms, {ratio:.2f} times ours")
-        for name, reason in rows[-1].get("notes", {}).items():
-            print(f"    {name}: not timed, {reason}")
-        sys.stdout.flush()
-
-    def summary(self, card: Row) -> str:
-        """The result in a line: what failed, how fast the mixer is, or what the device reaches."""
-        if self.failures:
-            return "failed: " + ", ".join(f"{r['operator']} {r['dtype']}" for r in self.failures)
-        mixers = [
-            f"mixer {row['batch_size']} x {row['seq_len']} {row['segments']}: "
-            f"{row['ms']['ours']:.2f} ms, {row['over_ours']['published']:.1f} x published"
-            for row in self.rows
-            if (row["operator"], row.get("mode")) == ("mixer", "fwd+bwd")
-        ]
-        right = [f"{len(self.rows)} comparisons, all right"] if self.rows else []
-        rates = [f"{name} {rate:.3g}" for name, rate in card["matmul_tflop_per_s"].items()]
-        ceiling = f"copy {card['copy_gb_per_s']:,.0f} GB/s; TFLOP/s: {', '.join(rates)}"
-        return "; ".join(mixers or right or [ceiling])
+_HEAD = (
+    f"\n{'operator':18} {'dtype':8} {'segments':9} {'batch x tokens':>14} {'mode':8} "
+    f"{'ours ms':>9} {'p20':>9} {'p80':>9} {'again':>6} {'published':>9} {'x':>6} {'GB/s':>6} "
+    f"{'% copy':>6}"
+)
 
 
-def _what(row: Row) -> str:
+def line_of(row: Row) -> str:
+    """A row of the table: times, or only errors, or why there are neither."""
     batch = f"{row['batch_size']} x {row['seq_len']}"
-    return f"{row['operator']:18} {row['dtype']:8} {row['segments']:9} {batch:>14}"
-
-
-def _times(row: Row) -> str:
+    what = f"{row['operator']:18} {row['dtype']:8} {row['segments']:9} {batch:>14}"
+    if "reason" in row:
+        return f"{what} failed: {row['reason']}"
+    if "ms" not in row:
+        errors = [f"{name} {error:.1e}" for name, error in row["errors"].items()]
+        return f"{what} {'  '.join(errors)}"
     ms, over = row["ms"], row["over_ours"]
-    cells = [
-        f"{row['mode']:8} {ms['ours']:9.3f} {row['p20_ms']['ours']:9.3f}",
-        f"{row['p80_ms']['ours']:9.3f} {over['again']:6.2f}",
+    return (
+        f"{what} {row['mode']:8} {ms['ours']:9.3f} {row['p20_ms']['ours']:9.3f} "
+        f"{row['p80_ms']['ours']:9.3f} {over['again']:6.2f} {ms['published']:9.3f} "
+        f"{over['published']:6.2f} {row['bytes'] / ms['ours'] / 1e6:6.1f} "
+        f"{100 * row['copy_share']:6.1f}"
+    )
+
+
+def summary(record: Row) -> str:
+    """The result in a line: what failed, how fast the mixer is, or what the device reaches."""
+    card, rows = record["card"], record["rows"]
+    if record["failures"]:
+        return "failed: " + ", ".join(f"{r['operator']} {r['dtype']}" for r in record["failures"])
+    mixers = [
+        f"mixer {row['batch_size']} x {row['seq_len']} {row['segments']}: "
+        f"{row['ms']['ours']:.2f} ms, {row['over_ours']['published']:.1f} x published"
+        for row in rows
+        if (row["operator"], row.get("mode")) == ("mixer", "fwd+bwd")
     ]
-    cells.append(f"{ms['published']:9.3f} {over['published']:6.2f}")
-    if row["copy_share"] is not None:
-        cells.append(f"{row['bytes'] / ms['ours'] / 1e6:6.1f} {100 * row['copy_share']:6.1f}")
-    return " ".join(cells)
-
-
-def _errors(row: Row) -> str:
-    return "  ".join(f"{name} {x:.1e}" for name, x in row["errors"].items() if x is not None)
+    if mixers or rows:
+        return "; ".join(mixers) or f"{len(rows)} comparisons, all right"
+    rates = [f"{name} {rate:.3g}" for name, rate in card["matmul_tflop_per_s"].items()]
+    return f"copy {card['copy_gb_per_s']:,.0f} GB/s; TFLOP/s: {', '.join(rates)}"
 
 
 def main() -> None:
     """Run the benchmark."""
     options = parse_options()
     torch.manual_seed(options.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     card = {
         **common.machine_card(options.device),
         "dtype": " ".join(options.dtype),
@@ -301,18 +239,28 @@ def main() -> None:
         **ceilings(options),
     }
     common.print_card(card)
-    results = Results()
+    rows: list[Row] = []
+    failures: list[Row] = []
+    print(_HEAD)
     for batch in batches(options) if options.until != "card" else ():
         for name in options.operators:
             # one that segments do not matter to, with the first shape alone
-            if batch.segments == options.segments[0] or name in PER_SEGMENT:
-                with results.attempt(name, batch):
-                    results.add(measure_operator(name, batch, options))
-    record = {"benchmark": "op_speed", "card": card}
-    record |= {"rows": results.rows, "failures": results.failures}
+            if batch.segments != options.segments[0] and name not in PER_SEGMENT:
+                continue
+            try:
+                found = measure_operator(name, batch, options)
+                rows += found
+            # others may be right
+            except FAILURES as error:
+                if not isinstance(error, CheckError):
+                    traceback.print_exc()
+                found = [{"operator": name, **batch.facts, "reason": first_line(error)}]
+                failures += found
+            print("\n".join(map(line_of, found)), flush=True)
+    record = {"benchmark": "op_speed", "card": card, "rows": rows, "failures": failures}
     common.save_record(record, options.output)
-    print(f"\n{results.summary(card)}\n{json.dumps(record)}")
-    if results.failures:
+    print(f"\n{summary(record)}\n{json.dumps(record)}")
+    if failures:
         sys.exit(1)
 
 

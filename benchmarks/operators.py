@@ -3,7 +3,7 @@
 An operator takes named tensors (`draw_inputs`). The published form is `ponet.mixers.published`
 with its projections' results given; it says what outputs must be. Outputs and gradients of ours
 are held against plain PyTorch operations in float64, which the tests hold against the formulas.
-`sub-layer` is the whole token mixer with its projections.
+`mixer` is everything between the projections.
 
 Bytes are what must cross the memory bus once if everything else is free, in units of one `[T, C]`
 tensor; terms of one row per segment or sequence are left out.
@@ -15,20 +15,17 @@ tensor; terms of one row per segment or sequence are left out.
     mixer                h, s, o, l; out              dout, o, l, h; ds, do, dl, dh
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import MIB, Row, available_mib
+from benchmarks.common import Row
 from benchmarks.harness import text_segment_ids
 from ponet.config import PoNetConfig
-from ponet.mixers import MIXERS
-from ponet.mixers.pooling import PoNetMixer
 from ponet.mixers.published import PublishedPoNetMixer
 from ponet.packing import BatchLayout, layout_of, stream_of_packed
 from ponet_kernels import fused_pooling, global_aggregation, segment_max, use_backend
@@ -42,10 +39,9 @@ SHAPES = {
     "documents": "one per sequence",
 }
 """Segment shapes by name; special tokens are segments of their own in each."""
+OPERATORS = ("segment-max", "pooling", "global-aggregation", "mixer")
 PER_SEGMENT = ("segment-max", "pooling", "mixer")
 """Operators whose time may depend on the shape of segments."""
-SUB_LAYER = "sub-layer"
-OPERATORS = ("segment-max", "pooling", "global-aggregation", "mixer", SUB_LAYER)
 
 # errors against float64 are about this large, relative to the largest value
 _LIMIT = {
@@ -54,9 +50,8 @@ _LIMIT = {
     torch.bfloat16: 4e-3,
     torch.float16: 1e-3,
 }
-# beyond so many times that something is wrong: with outputs; with gradients, whose sums cancel,
-# and with the sub-layer and its matrix products
-_OUTPUT_SLACK, _SLACK = 3, 30
+# beyond so many times that something is wrong: with outputs; with gradients, whose sums cancel
+_OUTPUT_SLACK, _GRADIENT_SLACK = 3, 30
 # the published form rounds more often; this tells only that it computes the same function
 _PUBLISHED_LIMIT = {
     torch.float64: 1e-10,
@@ -64,10 +59,6 @@ _PUBLISHED_LIMIT = {
     torch.bfloat16: 5e-2,
     torch.float16: 1e-2,
 }
-# gradients of the sub-layer: rounded projections let another token win here and there
-_NORM_LIMIT = 1e-2
-# tensors of the size of the scores that naive attention holds at once in training
-_SCORE_TENSORS = 4
 
 Inputs = dict[str, Tensor]
 Call = Callable[[Inputs], Tensor]
@@ -110,7 +101,6 @@ class Batch:
             hidden_size=self.width,
             num_attention_heads=self.num_heads,
             max_position_embeddings=self.seq_len,
-            attention_probs_dropout_prob=0.0,
         )
 
     @cached_property
@@ -184,7 +174,6 @@ class Implementation:
     name: str
     call: Call
     inputs: Inputs
-    parameters: Sequence[Tensor] = ()
 
     def forward(self) -> Tensor:
         """The output, without recording a graph."""
@@ -194,32 +183,21 @@ class Implementation:
     def run(self, upstream: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Output and gradients; None: of the sum of the output."""
         out = self.call(self.inputs)
-        upstream = torch.ones_like(out) if upstream is None else upstream
-        leaves = [x for x in self.inputs.values() if x.requires_grad] + [*self.parameters]
-        return out.detach(), torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+        upstream = torch.ones_like(out) if upstream is None else upstream.to(out.dtype)
+        return out.detach(), torch.autograd.grad(out, list(self.inputs.values()), upstream)
 
 
 @dataclass
 class Comparison:
-    """One operator on one batch: ours first, then the published form, then others."""
+    """One operator on one batch."""
 
-    operator: str
     batch: Batch
-    implementations: list[Implementation]
-    exact: Implementation
-    """Ours in float64, to be run by plain PyTorch operations."""
+    ours: Implementation
+    published: Implementation
     repeatable: Implementation
     """What must give equal bits twice."""
-    units: tuple[int, int] = (0, 0)
-    """Bytes that must be moved forward and backward, in units of one `[T, C]` tensor; 0 where
-    matrix products, not bytes, take the time."""
-    notes: dict[str, str] = field(default_factory=dict)
-    """Why an implementation is missing, by name."""
-
-    def drop(self, name: str, reason: str) -> None:
-        """Take an implementation out and say why."""
-        self.notes[name] = reason
-        self.implementations = [one for one in self.implementations if one.name != name]
+    units: tuple[int, int]
+    """Bytes that must be moved forward and backward, in units of one `[T, C]` tensor."""
 
 
 def draw_inputs(batch: Batch) -> Inputs:
@@ -255,9 +233,6 @@ def compare(name: str, batch: Batch) -> Comparison:
     def leaves(names: str) -> Inputs:
         return {name: drawn[name].detach().requires_grad_() for name in names.split()}
 
-    if name == SUB_LAYER:
-        return _compare_sub_layer(batch, leaves("h"))
-
     def maxima(v: Inputs) -> Tensor:
         return segment_max(v["s"], layout)
 
@@ -285,89 +260,40 @@ def compare(name: str, batch: Batch) -> Comparison:
     second = Implementation("published", published, leaves(published_takes))
     # the gradient of spreading rows over tokens is PyTorch's, and on a GPU not repeatable
     repeatable = replace(first, call=maxima) if name == "segment-max" else first
-    exact = replace(first, inputs=_in_double(first.inputs))
-    return Comparison(name, batch, [first, second], exact, repeatable, units)
-
-
-def _in_double(values: Inputs) -> Inputs:
-    return {name: x.detach().double().requires_grad_() for name, x in values.items()}
-
-
-def _compare_sub_layer(batch: Batch, inputs: Inputs) -> Comparison:
-    def sub_layer(name: str, module: nn.Module, inputs: Inputs = inputs) -> Implementation:
-        module = module.to(batch.device, inputs["h"].dtype)
-        parameters = [x for _, x in sorted(module.named_parameters())]
-        return Implementation(name, lambda v: module(v["h"], batch.layout), inputs, parameters)
-
-    torch.manual_seed(batch.seed)
-    modules = [form(batch.config) for form in (PoNetMixer, PublishedPoNetMixer, PoNetMixer)]
-    for module in modules[1:]:
-        module.load_state_dict(modules[0].to(batch.dtype).state_dict())
-    ours, published, exact = modules
-    forms = [sub_layer("ours", ours), sub_layer("published", published)]
-    sdpa = sub_layer("sdpa", MIXERS["attention"](batch.config))
-    if batch.device.type == "cuda" and batch.dtype != torch.float32:
-        forms += [_by_kernel(sdpa, SDPBackend.FLASH_ATTENTION, "sdpa flash")]
-        forms += [_by_kernel(sdpa, SDPBackend.CUDNN_ATTENTION, "sdpa cudnn")]
-    else:
-        forms.append(sdpa)
-    forms.append(sub_layer("naive attention", MIXERS["attention_naive"](batch.config)))
-    double = sub_layer("exact", exact, _in_double(inputs))
-    found = Comparison(SUB_LAYER, batch, forms, double, forms[0])
-    scores = batch.batch_size * batch.num_heads * batch.seq_len**2 * batch.dtype.itemsize
-    needed, free = _SCORE_TENSORS * scores / MIB, available_mib(batch.device)
-    if needed > free / 2:
-        found.drop("naive attention", f"scores need {needed:,.0f} of {free:,.0f} MiB that are free")
-    return found
-
-
-def _by_kernel(attention: Implementation, kernel: SDPBackend, name: str) -> Implementation:
-    def call(v: Inputs) -> Tensor:
-        with sdpa_kernel(kernel):
-            return attention.call(v)
-
-    return replace(attention, name=name, call=call)
+    return Comparison(batch, first, second, repeatable, units)
 
 
 def check(comparison: Comparison) -> Row:
     """Compare ours with float64, with the published form and with itself.
 
-    Gradients of the sub-layer are compared in norm, and in half precision not at all: there rounded
-    projections are tied, and which token wins is chance.
-
     Returns:
-        Largest relative errors: `output`, `gradient` (None: not compared), `published_output`.
+        Largest relative errors: `output`, `gradient`, `published_output`.
 
     Raises:
         CheckError: an error is beyond rounding, or two runs of ours differ.
     """
-    dtype, whole = comparison.batch.dtype, comparison.operator == SUB_LAYER
-    ours, published = comparison.implementations[:2]
-    upstream, theirs = torch.randn_like(ours.forward()), published.forward()
+    dtype, ours = comparison.batch.dtype, comparison.ours
+    upstream, theirs = torch.randn_like(ours.forward()), comparison.published.forward()
+    doubled = {name: x.detach().double().requires_grad_() for name, x in ours.inputs.items()}
     with use_backend("torch"):
-        expected, gradients = comparison.exact.run(upstream)
+        expected, gradients = replace(ours, inputs=doubled).run(upstream)
     actual, actual_gradients = ours.run(upstream)
-    found: Row = {"gradient": None}
-    error = found["published_output"] = relative_error(theirs.view_as(expected), expected)
-    _require(error, _PUBLISHED_LIMIT[dtype], "output of the published form")
-    error = found["output"] = relative_error(actual, expected)
-    _require(error, (_SLACK if whole else _OUTPUT_SLACK) * _LIMIT[dtype], "output of ours")
-    if not whole or dtype in (torch.float32, torch.float64):
-        measure = _norm_error if whole else relative_error
-        error = found["gradient"] = max(map(measure, actual_gradients, gradients))
-        _require(error, _NORM_LIMIT if whole else _SLACK * _LIMIT[dtype], "gradient of ours")
+    found = {
+        "output": relative_error(actual, expected),
+        "gradient": max(map(relative_error, actual_gradients, gradients)),
+        "published_output": relative_error(theirs.view_as(expected), expected),
+    }
+    limits = {
+        "output": _OUTPUT_SLACK * _LIMIT[dtype],
+        "gradient": _GRADIENT_SLACK * _LIMIT[dtype],
+        "published_output": _PUBLISHED_LIMIT[dtype],
+    }
+    for name, error in found.items():
+        # a NaN compares false, so it fails too
+        if not error <= limits[name]:
+            raise CheckError(f"{name}: relative error {error:.3g} exceeds {limits[name]:.3g}")
     first, second = comparison.repeatable.run(), comparison.repeatable.run()
     for a, b in zip((first[0], *first[1]), (second[0], *second[1]), strict=True):
         if not torch.equal(a, b):
             raise CheckError("two runs of ours differ in bits")
     return found
-
-
-def _norm_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
-
-
-def _require(error: float, limit: float, what: str) -> None:
-    # a NaN compares false, so it fails too
-    if not error <= limit:
-        raise CheckError(f"{what}: relative error {error:.3g} exceeds {limit:.3g}")

@@ -27,8 +27,7 @@ from typing import Any
 
 import torch
 
-if not __package__:
-    # run as a program: this checkout in place of this folder
+if not __package__:  # a program: this checkout in place of this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import common
@@ -53,24 +52,20 @@ PUBLISHED_TRANSFORMER = "attention_checkpointed"
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 """Tokens of a sequence in the published comparison."""
-PUBLISHED_STEPS_PER_S: dict[str, tuple[float | None, ...]] = {
-    "transformer": (45.1, 19.4, 6.3, 1.8, None, None),
-    "performer": (39.4, 25.0, 14.3, 7.8, 4.0, 2.0),
-    "nystromformer": (39.1, 30.3, 20.0, 11.5, 6.1, 3.1),
-    "fnet": (83.4, 61.3, 38.1, 21.4, 11.0, 5.4),
-    "ponet": (50.4, 40.1, 27.8, 16.2, 8.7, 4.5),
+# training steps per second and peak memory of a GPU in GB at these lengths; -: out of memory. The
+# Transformer there computes attention in float32 with activation checkpointing, and all models hold
+# about 1 GB before they hold a token, which keeps the ratios of short lengths near 1
+_PUBLISHED = """
+transformer    45.1 19.4  6.3  1.8   -    -    1.4  2.5  6.7 23.8   -    -
+performer      39.4 25.0 14.3  7.8  4.0  2.0   1.5  2.1  3.1  5.4  9.8 18.7
+nystromformer  39.1 30.3 20.0 11.5  6.1  3.1   1.2  1.5  1.9  2.8  4.5  8.2
+fnet           83.4 61.3 38.1 21.4 11.0  5.4   1.1  1.2  1.4  1.7  2.3  3.8
+ponet          50.4 40.1 27.8 16.2  8.7  4.5   1.1  1.3  1.7  2.4  3.6  6.5
+"""
+_PUBLISHED_FIGURES = {
+    name: [None if word == "-" else float(word) for word in words]
+    for name, *words in map(str.split, _PUBLISHED.strip().splitlines())
 }
-"""Of training, per length; None: out of memory. The Transformer there computes attention in float32
-with activation checkpointing."""
-PUBLISHED_MEMORY_GB: dict[str, tuple[float | None, ...]] = {
-    "transformer": (1.4, 2.5, 6.7, 23.8, None, None),
-    "performer": (1.5, 2.1, 3.1, 5.4, 9.8, 18.7),
-    "nystromformer": (1.2, 1.5, 1.9, 2.8, 4.5, 8.2),
-    "fnet": (1.1, 1.2, 1.4, 1.7, 2.3, 3.8),
-    "ponet": (1.1, 1.3, 1.7, 2.4, 3.6, 6.5),
-}
-"""Peak of the GPU; all models hold about 1 GB before they hold a token, which keeps the ratios of
-short lengths near 1."""
 
 _QUICK_LENGTHS = (256, 1024, 2048, 4096)
 _QUICK_MINUTES, _MINUTES_PER_LENGTH, _MOST_MINUTES = 0.5, 4.0, 20.0
@@ -130,35 +125,24 @@ def _fill_in(options: argparse.Namespace) -> None:
 
 def case_of(options: argparse.Namespace, mixer: str, length: int) -> Case:
     """What one process measures."""
-    return Case(
-        model=options.model,
-        mixer=mixer,
-        seq_len=length,
-        batch_size=options.batch_size or max(1, options.tokens // length),
-        device=options.device,
-        dtype=options.dtype,
-        layers=options.layers,
-        compile=options.compile,
-        inference=options.model != "pretraining" and not options.quick,
-        threads=options.threads,
-        memory_limit_mib=options.memory_limit,
-        seed=options.seed,
-    )
+    names = ("model", "device", "dtype", "layers", "compile", "threads", "memory_limit", "seed")
+    shared = {name: getattr(options, name) for name in names}
+    size = options.batch_size or max(1, options.tokens // length)
+    inference = options.model != "pretraining" and not options.quick
+    return Case(mixer=mixer, seq_len=length, batch_size=size, inference=inference, **shared)
 
 
 def card_of(options: argparse.Namespace) -> Row:
     """What the figures depend on."""
-    batch = f"{options.batch_size} sequences" if options.batch_size else f"{options.tokens} tokens"
     lra = options.model == "lra"
+    size, tokens = options.batch_size, options.tokens
     return {
         **common.machine_card(options.device, options.threads),
+        **{name: getattr(options, name) for name in ("model", "compile", "seed")},
         "dtype": options.dtype if options.dtype == "float32" else f"{options.dtype} autocast",
-        "model": options.model,
-        "batch": batch,
+        "batch": f"{size} sequences" if size else f"{tokens} tokens",
         "segments": "2 tokens" if lra else "10 to 40 tokens, uniform",
         "dropout": "0.1, of attention 0.1 but 0 for SDPA" if lra else "0.1",
-        "compile": options.compile,
-        "seed": options.seed,
         "budget": f"{options.budget:g} min",
     }
 
@@ -186,13 +170,13 @@ def against(row: Row, baseline: Row | None) -> Row:
     }
 
 
-def published_ratio(table: dict[str, tuple[float | None, ...]], row: Row) -> float | None:
-    """A published figure over that of the Transformer; None where the table has no such."""
+def published_ratio(row: Row, memory: bool) -> float | None:
+    """A published speed or memory over that of the Transformer; None where there is no such."""
     mixer, length = row["mixer"].split("_")[0], row["seq_len"]
-    if row["model"] != "lra" or mixer not in table or length not in LENGTHS:
+    if row["model"] != "lra" or mixer not in _PUBLISHED_FIGURES or length not in LENGTHS:
         return None
-    number = LENGTHS.index(length)
-    return _ratio(table[mixer][number], table["transformer"][number])
+    number = LENGTHS.index(length) + memory * len(LENGTHS)
+    return _ratio(*(_PUBLISHED_FIGURES[name][number] for name in (mixer, "transformer")))
 
 
 def add_ratios(rows: list[Row]) -> None:
@@ -207,20 +191,15 @@ def add_ratios(rows: list[Row]) -> None:
         row["over_sdpa"] = against(row, fastest["train"])
         row["over_sdpa"]["infer_speed"] = against(row, fastest["infer"])["infer_speed"]
         row["published"] = {
-            "speed": published_ratio(PUBLISHED_STEPS_PER_S, row),
-            "memory": published_ratio(PUBLISHED_MEMORY_GB, row),
+            "speed": published_ratio(row, memory=False),
+            "memory": published_ratio(row, memory=True),
         }
 
 
 def add_utilisation(row: Row, case: Case, peak_flops: float) -> None:
-    """Give a row the operations of its step, and their rate as a share of the device's.
-
-    Args:
-        row: of the case.
-        case: what was measured.
-        peak_flops: FLOP/s of a large matrix product.
-    """
-    row["flops"] = training_flops(case.config(), case.tokens, case.labelled, case.seq_len)
+    """Give a row the operations of its step, and their rate as a share of `peak_flops` per s."""
+    labelled = case.batch_size * case.masked
+    row["flops"] = training_flops(case.config(), case.tokens, labelled, case.seq_len)
     rate = _figure(row, "train")
     row["utilisation"] = row["flops"] * rate / peak_flops if row["flops"] and rate else None
 
@@ -250,30 +229,27 @@ _COLUMNS: list[Column] = [
     ("MiB", 7, "train peak_mib", ",.0f", 1),
     ("x SDPA", 7, "over_sdpa speed", ".2f", 1),
     ("MiB x", 6, "over_sdpa memory", ".2f", 1),
-]
-_INFERENCE_COLUMNS: list[Column] = [
     ("inf k tok/s", 11, "infer tokens_per_s", ",.1f", 1e-3),
     ("inf MiB", 7, "infer peak_mib", ",.0f", 1),
     ("x SDPA", 7, "over_sdpa infer_speed", ".2f", 1),
-]
-_PUBLISHED_COLUMNS: list[Column] = [
+    ("% matmul", 8, "utilisation", ".1f", 100),
     ("x Transf.", 9, "over_transformer speed", ".2f", 1),
     ("paper", 6, "published speed", ".2f", 1),
     ("MiB x", 6, "over_transformer memory", ".2f", 1),
     ("paper", 6, "published memory", ".2f", 1),
 ]
-_MATMUL_COLUMN: Column = ("% matmul", 8, "utilisation", ".1f", 100)
 
 
 def table_columns(options: argparse.Namespace) -> list[Column]:
     """What the table of a run has."""
-    with_inference = options.model != "pretraining" and not options.quick
-    return [
-        *_COLUMNS,
-        *(_INFERENCE_COLUMNS if with_inference else []),
-        *([_MATMUL_COLUMN] if options.model != "lra" else []),
-        *(_PUBLISHED_COLUMNS if PUBLISHED_TRANSFORMER in options.mixers else []),
-    ]
+    unwanted = []
+    if options.model == "pretraining" or options.quick:
+        unwanted.append("infer")
+    if options.model == "lra":
+        unwanted.append("utilisation")
+    if PUBLISHED_TRANSFORMER not in options.mixers:
+        unwanted += ["over_transformer", "published"]
+    return [column for column in _COLUMNS if not any(word in column[2] for word in unwanted)]
 
 
 def _cell(row: Row, column: Column) -> str:
@@ -303,20 +279,21 @@ def print_table(rows: Sequence[Row], columns: Sequence[Column], head: bool) -> N
 
 def print_notes(rows: Sequence[Row], growth: dict[str, float]) -> None:
     """What the columns mean, and how times grow."""
-    print(
+    notes = [
         "\nMiB: peak of a training step with weights, gradients, moments and inputs; MiB x: of "
-        "activation memory alone, without these.\nx SDPA: times the speed of the Transformer on "
-        "PyTorch's fused attention."
-    )
+        "activation memory alone.",
+        "x SDPA: times the speed of the Transformer on PyTorch's fused attention.",
+    ]
     if any(row["over_transformer"]["speed"] for row in rows):
-        print(f"x Transf.: that of {PUBLISHED_TRANSFORMER}; paper: what the paper has.")
+        notes.append(f"x Transf.: that of {PUBLISHED_TRANSFORMER}; paper: what the paper has.")
     if rows[0]["model"] != "lra":
-        print("% matmul: operations by formula, as a share of the rate of a large matrix product.")
+        notes.append("% matmul: of the rate of a large matrix product, operations by formula.")
     if any(row["train"] and row["train"]["warm_up_only"] for row in rows):
-        print("~ time was short: the first step, which warms up, is all there is.")
+        notes.append("~ time was short: the first step, which warms up, is all there is.")
     if growth:
         powers = ", ".join(f"{mixer} {power:.2f}" for mixer, power in growth.items())
-        print(f"time per sequence grows with this power of the length (1024 to 4096): {powers}")
+        notes.append(f"time per sequence over length, 1024 to 4096, grows with the power: {powers}")
+    print("\n".join(notes))
 
 
 def _break_even(ratios: Sequence[tuple[int, float]]) -> float | None:
