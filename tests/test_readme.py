@@ -1,5 +1,6 @@
 """README and docs as a newcomer uses them: commands and Python run in their order on tiny data."""
 
+import contextlib
 import csv
 import json
 import lzma
@@ -48,8 +49,7 @@ SMALLER = {
     "lra/run.py": "--batch-size 2 --eval-every 2 --eval-batches 1 --test-examples 4 --seeds 1",
     "glue/run.py": "--epochs 1 --max-train-examples 16 --max-length 32",
     "benchmarks/speed_memory.py": "--seq-len 64 --batch-size 1 --rounds 1 --budget 1",
-    "benchmarks/op_speed.py": "--batch-size 2 --seq-len 40 --width 24 --heads 3 --repeats 1 "
-    "--parts mixer",
+    "benchmarks/op_speed.py": "--batch-size 2 --seq-len 40 --width 24 --heads 3 --repeats 1",
     "benchmarks/input_pipeline.py": "--synthetic-tokens 200000 --repeats 1",
 }
 """Flags that make any command of a program small."""
@@ -249,15 +249,15 @@ class Newcomer:
             for command in commands_in(block):
                 skipped = found_in(command, ONLY_PARSED | ({} if self._patient else SLOW))
                 if not skipped and command not in self._done:
-                    self._command(command)
                     self._done.add(command)
+                    self._command(command)
 
     def _python(self, name: str, block: str) -> None:
         path = re.match(r"# (\S+\.py)\n", block)
         (self.folder / (path[1] if path else name)).write_text(block)
         if not path and block not in self._done:
-            self._fork([name], block)
             self._done.add(block)
+            self._fork([name], block)
 
     def _command(self, command: str) -> None:
         words = shlex.split(command)
@@ -302,7 +302,10 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_python_work_in_their_order(page: str, newcomer: Newcomer):
-    newcomer.follow("README.md")
+    if page != "README.md":
+        # which has a test of its own
+        with contextlib.suppress(AssertionError):
+            newcomer.follow("README.md")
     newcomer.follow(page)
 
 
