@@ -120,12 +120,7 @@ def _documents_of_file(path: Path) -> list[list[str]]:
     except (OSError, UnicodeDecodeError):
         # an installation may hold unreadable files and other encodings; they are no fault of ours
         return []
-    if path.suffix == ".py":
-        strings = list(strings_of_python(text))
-    elif path.name == "METADATA":
-        strings = [text.partition("\n\n")[2]]
-    else:
-        strings = [text]
+    strings = strings_of_python(text) if path.suffix == ".py" else [text]
     module: list[str] = []
     documents = [module]
     for paragraphs in map(prose_of_markup, strings):
