@@ -28,7 +28,7 @@ An empty sequence counts as one token with the state zero.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -147,15 +147,9 @@ class FirstTokenPooler(SentencePooler):
 class SwapPooler(FirstTokenPooler):
     """mswap: each feature weighted by a softmax over its window, then ReLU."""
 
-    def __init__(
-        self,
-        config: PoolerConfig,
-        hidden_size: int,
-        layer_rule: LayerRule,
-        dense: nn.Linear | None,
-    ) -> None:
-        super().__init__(config, hidden_size, layer_rule, dense)
-        _require_divisor("window", config.window, hidden_size)
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        _require_divisor("window", self.config.window, self.output_size)
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         vectors = super()._pool(layers, layout)
@@ -222,17 +216,12 @@ class StochasticPooler(SentencePooler):
 class AttentionPooler(SentencePooler):
     """mha, maxseq_mha, meanseq_mha: attention of the first token, without residual or norm."""
 
-    def __init__(
-        self,
-        config: PoolerConfig,
-        hidden_size: int,
-        layer_rule: LayerRule,
-        dense: nn.Linear | None,
-    ) -> None:
-        super().__init__(config, hidden_size, layer_rule, dense)
-        _require_divisor("num_heads", config.num_heads, hidden_size)
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        width, num_heads = self.output_size, self.config.num_heads
+        _require_divisor("num_heads", num_heads, width)
         # PyTorch's initial weights, as published, in place of BERT's
-        self.attention = nn.MultiheadAttention(hidden_size, config.num_heads, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         rows = _rows(_join_layers(layers, self.layer_rule), layout)

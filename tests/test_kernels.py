@@ -1,7 +1,5 @@
 """Operators: the fast path against the reference formulas, values and gradients."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -387,23 +385,3 @@ def test_layout_of_sequences(lengths):
     assert layout.token_marks.tolist() == marks
     assert layout.has_empty_segments
     assert PackedLayout.of_sequences(offsets(lengths), sum(lengths), 9).max_segment_len == 9
-
-
-def test_layout_by_its_tensors():
-    layout = layout_of([[2, 1], [], [4]], seed=3)
-    tensors = layout.tensors()
-    assert set(tensors) == {
-        "cu_seqlens",
-        "cu_segments",
-        "token_segments",
-        "segment_sequences",
-        "token_marks",
-    }
-    copy = layout.with_tensors({name: tensor.clone() for name, tensor in tensors.items()})
-    assert copy.tensors().keys() == tensors.keys()
-    for name, tensor in copy.tensors().items():
-        assert torch.equal(tensor, tensors[name])
-        assert tensor is not tensors[name]
-    assert replace(copy, **tensors) == layout
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        layout.with_tensors({"cu_runs": tensors["cu_seqlens"]})

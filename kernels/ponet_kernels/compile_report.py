@@ -243,12 +243,11 @@ def outcome_of(result: Future[Binary]) -> Binary:
     return Binary(error=f"{type(error).__name__}: {message.partition(chr(10))[0]}")
 
 
-def compile_all(compilations: list[Compilation]) -> Iterator[tuple[Compilation, Binary]]:
-    """Each with its outcome, in their order, compiled in one process per core."""
+def compile_all(compilations: list[Compilation]) -> Iterator[Binary]:
+    """Outcomes in the order of the compilations, in one process per core."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
-        results = [pool.submit(build, compilation) for compilation in compilations]
-        yield from zip(compilations, map(outcome_of, results), strict=True)
+        yield from map(outcome_of, [pool.submit(build, each) for each in compilations])
 
 
 def rows_of(built: list[tuple[Compilation, Binary]]) -> Iterator[dict[str, Any]]:
@@ -273,7 +272,7 @@ def print_report(compilations: list[Compilation]) -> tuple[list[dict[str, Any]],
     """Compile, print the table as it grows and a summary; the rows, and whether all is well."""
     start, rows, binaries = time.perf_counter(), [], []
     print(f"\n{LINE.format(**HEAD)}", flush=True)
-    built = compile_all(compilations)
+    built = zip(compilations, compile_all(compilations), strict=True)
     for _, group in itertools.groupby(built, lambda pair: _kernel_and_target(pair[0])):
         pairs = list(group)
         binaries += [binary for _, binary in pairs]
