@@ -260,7 +260,7 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
         for title, seeds in scores.groupby("column", sort=False):
             point = seeds.iloc[0]
             logger.info(
-                "%s, %s: %s, %d seeds at batch size %d, learning rate %g",
+                "%s, %s: %s (seeds: %d, batch size %d, learning rate %g)",
                 title,
                 model.pooler,
                 _percent_text(means[title]),
