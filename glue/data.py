@@ -520,7 +520,7 @@ def class_counts(task: TextTask, examples: TextExamples) -> str:
     if task.is_regression:
         return f"labels from {labels.min():g} to {labels.max():g}"
     counts = np.bincount(labels, minlength=len(task.labels))
-    return ", ".join(f"{n:,} {name}" for name, n in zip(task.labels, counts, strict=True))
+    return ", ".join(f"{n:,} of {name}" for name, n in zip(task.labels, counts, strict=True))
 
 
 def write_submission(

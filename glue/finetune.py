@@ -118,24 +118,28 @@ def encode_task(
     tokenizer = cached_checkpoint(checkpoint).tokenizer
     encoder = ExampleEncoder(tokenizer, max_length=max_length, segments=segments)
 
-    def encode(examples: TextExamples) -> EncodedExamples:
+    def encode(split: str, examples: TextExamples) -> EncodedExamples:
         encoded = encoder.encode(examples)
         if encoded.num_truncated:
+            share = encoded.num_truncated / len(encoded)
             logger.warning(
-                "%s: %.1f %% of %d examples are cut to %d tokens (see --max-length)",
-                examples.origin,
-                100 * encoded.num_truncated / len(encoded),
+                "%s | %s: %.1f %% of %d examples are cut to %d tokens (see --max-length)",
+                source.task,
+                split,
+                100 * share,
                 len(encoded),
                 max_length,
             )
         return encoded
 
     train = _subset(data.train, max_train_examples)
-    logger.info("%s | %d examples: %s", source.task, len(train), class_counts(data.task, train))
+    logger.info(
+        "%s | train: %d examples, %s", source.task, len(train), class_counts(data.task, train)
+    )
     return EncodedTask(
-        train=encode(train),
-        evaluation={name: encode(examples) for name, examples in data.evaluation.items()},
-        submissions={name: encode(examples) for name, examples in data.submissions.items()},
+        train=encode("train", train),
+        evaluation={name: encode(name, examples) for name, examples in data.evaluation.items()},
+        submissions={name: encode(name, examples) for name, examples in data.submissions.items()},
     )
 
 

@@ -1,9 +1,9 @@
 """Label texts with a fine-tuned model: `python glue/predict.py --model DIR new.csv > labels.csv`.
 
-FILE is a .csv, .tsv or .jsonl with the text columns of the training file; without it, each line of
-standard input is a text, or the two texts of a pair with a tab between them. Standard output is a
-CSV file with one row per example: the label and the probability of each class, or the number that
-a regression predicts.
+FILE is a .csv, .tsv or .jsonl with the text columns of the training file. Each line of a .txt, or
+of standard input where there is no FILE, is a text, or the two texts of a pair with a tab between
+them. Standard output is a CSV file with one row per example: the label and the probability of each
+class, or the number that a regression predicts.
 """
 
 import argparse
@@ -64,17 +64,17 @@ class Predictor:
                 yield [labels[outputs.argmax()], *figures] if labels else figures
 
 
-def read_lines(lines: Iterable[str], num_texts: int) -> TextExamples:
+def read_lines(lines: Iterable[str], num_texts: int, origin: str) -> TextExamples:
     """Take each line as an example.
 
     Args:
         lines: with or without their ends.
         num_texts: 1, or 2 for pairs with a tab between them.
+        origin: what to name in errors.
 
     Raises:
         DataError: there is no line, or one has another number of texts, or an empty one.
     """
-    origin = "standard input"
     rows = [line.rstrip("\r\n").split("\t") for line in lines]
     expected = "one text" if num_texts == 1 else "two texts with a tab between them"
     for number, row in enumerate(rows, start=1):
@@ -97,15 +97,19 @@ def read_input(file: str, columns: Sequence[ColumnKey]) -> TextExamples:
 
     Raises:
         DataError: the input cannot be read, is empty, or lacks a column or a text.
+        OSError: a file of lines cannot be opened.
     """
-    if file != "-":
+    is_stdin = file == "-"
+    if not is_stdin and Path(file).suffix.lower() != ".txt":
         return read_table(Path(file), FileColumns(file=file, texts=tuple(columns)), ())
+    origin = "standard input" if is_stdin else file
+    raw = sys.stdin.buffer if is_stdin else Path(file).open("rb")  # noqa: SIM115
     try:
         # texts may hold characters other than "\n" that Python would break lines at
-        with io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", newline="\n") as lines:
-            return read_lines(lines, len(columns))
+        with io.TextIOWrapper(raw, "utf-8-sig", newline="\n") as lines:
+            return read_lines(lines, len(columns), origin)
     except UnicodeDecodeError as error:
-        raise DataError(f"standard input: expected UTF-8 ({error})") from error
+        raise DataError(f"{origin}: expected UTF-8 ({error})") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,9 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="label texts with a fine-tuned model", allow_abbrev=False
     )
     parser.add_argument("--model", type=Path, required=True, help="model folder of a glue run")
-    parser.add_argument(
-        "file", nargs="?", default="-", help=".csv, .tsv or .jsonl to label [lines of stdin]"
-    )
+    parser.add_argument("file", nargs="?", default="-", help="to label [lines of stdin]")
     parser.add_argument(
         "--text-column", nargs="+", help="column of the text, or of the two [as in training]"
     )

@@ -63,7 +63,7 @@ _PUBLISHED_STYLE: dict[str, Any] = {"color": "#D55E00", "marker": "D", "linestyl
 
 logger = logging.getLogger(__name__)
 
-Table = Any
+_Table = Any
 """A pandas table, whose types checkers cannot follow."""
 
 
@@ -129,7 +129,7 @@ def _encoder_title(run: FineTuningResult) -> str:
     return title + ("" if run.segments == published else f", segments {run.segments}")
 
 
-def read_scores(folder: Path) -> Table:
+def read_scores(folder: Path) -> _Table:
     """The scores of all finished runs below a folder, in the order of a report's rows.
 
     Returns:
@@ -181,14 +181,14 @@ def _percent(value: float | None) -> float:
     return float("nan") if value is None else 100 * value
 
 
-def _titles(scores: Table) -> list[str]:
+def _titles(scores: _Table) -> list[str]:
     """Columns with a score: the nine of the published average, other tasks, own ones."""
     known = dict.fromkeys([*NINE_COLUMNS, *(task.title for task in TASKS.values())])
     found = set(scores["column"])
     return [title for title in [*known, *sorted(found - known.keys())] if title in found]
 
 
-def best_points(scores: Table, *further: str) -> Table:
+def best_points(scores: _Table, *further: str) -> _Table:
     """The scores at the best point of each model's grid per task, by the mean over seeds.
 
     Only runs on the best data count: the published, the most examples. Points with fewer seeds than
@@ -210,13 +210,13 @@ def best_points(scores: Table, *further: str) -> Table:
     return scores.merge(best[["model", "task", *_POINT]])
 
 
-def _cell_text(values: Table, complete: bool) -> str:
+def _cell_text(values: _Table, complete: bool) -> str:
     missing = int(values.isna().sum())
     text = f"undefined in {missing} of {len(values)}" if missing else scores_text(list(values))
     return text + ("" if complete else _DAGGER)
 
 
-def _cells(scores: Table, *by: str) -> dict[Any, str]:
+def _cells(scores: _Table, *by: str) -> dict[Any, str]:
     """Text of the scores of each group of runs."""
     return {
         key: _cell_text(runs["value"], runs["complete"].all())
@@ -224,7 +224,7 @@ def _cells(scores: Table, *by: str) -> dict[Any, str]:
     }
 
 
-def _means(scores: Table) -> dict[str, float | None]:
+def _means(scores: _Table) -> dict[str, float | None]:
     """Mean by column of one model; None where the score of a seed is undefined."""
     means = scores.groupby("column", sort=False)["value"].agg(lambda x: x.mean(skipna=False))
     return {title: None if pd.isna(mean) else mean for title, mean in means.items()}
@@ -260,7 +260,7 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
         for title, seeds in scores.groupby("column", sort=False):
             point = seeds.iloc[0]
             logger.info(
-                "%s, %s: %s, %d seeds at batch size %d, learning rate %g",
+                "%s, %s: %s (seeds: %d, batch size %d, learning rate %g)",
                 title,
                 model.pooler,
                 _percent_text(means[title]),
@@ -277,7 +277,7 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
     return summary
 
 
-def _published_beside(scores: Table) -> list[PublishedScores]:
+def _published_beside(scores: _Table) -> list[PublishedScores]:
     """The published rows that measured ones stand beside: same pooler, or same mixer."""
     # BERT is what poolers were studied on; whatever the encoder here, its figures are the only ones
     mixers = {*scores["mixer"], "attention"}
@@ -289,7 +289,7 @@ def _italic(texts: list[str]) -> list[str]:
     return [f"*{text}*" if text else "" for text in texts]
 
 
-def _main_table(scores: Table) -> str:
+def _main_table(scores: _Table) -> str:
     titles, best = _titles(scores), best_points(scores)
     cells = _cells(best, "model", "column")
     # on the best data that there are runs on
@@ -310,7 +310,7 @@ def _main_table(scores: Table) -> str:
     return markdown_table(["model", *titles, "average"], rows)
 
 
-def _batch_size_tables(scores: Table) -> str:
+def _batch_size_tables(scores: _Table) -> str:
     """A table for each encoder that several poolers or batch sizes were tried on."""
     titles, tables = _titles(scores), []
     for encoder, best in best_points(scores, "batch_size").groupby("encoder", sort=False):
@@ -341,7 +341,7 @@ def _published_at(title: str, batch_size: int, pooler: str) -> str:
     )
 
 
-def draw(scores: Table) -> Figure:
+def draw(scores: _Table) -> Figure:
     """A panel per column: models by batch size, hollow on other data, and published rows."""
     titles, best = _titles(scores), best_points(scores, "batch_size")
     published = [row for row in _published_beside(scores) if row.figures.keys() & set(titles)]
@@ -390,7 +390,7 @@ def draw(scores: Table) -> Figure:
     return figure
 
 
-def _differences(scores: Table) -> str:
+def _differences(scores: _Table) -> str:
     """Why figures of some runs cannot stand beside published ones."""
     runs = scores.drop_duplicates("path")
     others = runs[~runs["complete"]]

@@ -1,7 +1,7 @@
 """What a command is told, and what each of its runs is: recipe < YAML < flags."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -217,19 +217,16 @@ class GlueConfig:
             "max_train_examples": None,
             "precision": "bf16" if device == "cuda" else "fp32",
         }
-        chosen = dict(usual)
-        for source, names in ((recipe, _OF_RECIPE), (self, usual)):
-            values = {name: getattr(source, name) for name in names}
-            chosen |= {n: x for n, x in values.items() if x not in (None, "published", "auto")}
+        chosen = usual | _said(recipe, _OF_RECIPE) | _said(self, usual)
         changes = [
-            f"-{mark}{chosen[name]}".removesuffix(".0")
+            f"{mark}{chosen[name]}".removesuffix(".0")
             for name, mark in _MARKS.items()
             if chosen[name] != usual[name]
         ]
         return [
             FineTuningSettings(
                 **chosen,
-                name=f"{task.name}-{pooler_label(pooler)}-b{size}-lr{rate:g}{''.join(changes)}-seed{seed}",
+                name="-".join([*point, *changes, f"seed{seed}"]),
                 task=task.name,
                 from_scratch=self.from_scratch,
                 pooler=pooler,
@@ -240,6 +237,7 @@ class GlueConfig:
             for pooler in self.poolers()
             for size in dict.fromkeys(self.batch_size or recipe.batch_sizes)
             for rate in dict.fromkeys(self.learning_rate or recipe.learning_rates)
+            for point in [(task.name, pooler_label(pooler), f"b{size}", f"lr{rate:g}")]
             for seed in range(self.seeds)
         ]
 
@@ -266,6 +264,12 @@ class FineTuningSettings:
     max_train_examples: int | None
     """None: all."""
     precision: Literal["fp32", "bf16"]
+
+
+def _said(source: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Those of some values that the grid or the command line says."""
+    values = {name: getattr(source, name) for name in names}
+    return {name: x for name, x in values.items() if x not in (None, "published", "auto")}
 
 
 def pooler_label(pooler: PoolerConfig) -> str:

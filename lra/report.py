@@ -129,7 +129,7 @@ def report_text(runs: Table) -> str:
         complete, incomplete = group[group["complete"]], group[~group["complete"]]
         parts.append(f"## Protocol: {name}")
         if len(complete):
-            speeds = _cells(complete, "step_ms", lambda ms: f"{ms.median():.3g}")
+            speeds = _cells(complete, "step_ms", lambda ms: f"{ms.median():.4g}")
             head = ["model", *map(TITLES.get, speeds.columns)]
             rows = [[model_title(model), *row] for model, *row in speeds.itertuples()]
             parts += [_accuracy_table(group, complete), "Milliseconds per training step:"]
@@ -184,7 +184,7 @@ def _incomplete_table(incomplete: Table) -> str:
             model_title(run["model"]),
             *(str(run[name]) for name in ("seed", "steps", "published_steps")),
             *(figure_text(run[name]) for name in ("test_accuracy", "majority_rate")),
-            f"{run['step_ms']:.3g}",
+            f"{run['step_ms']:.4g}",
             ", ".join(run["differences"]) or "data",
         ]
         for run in incomplete.to_dict("records")

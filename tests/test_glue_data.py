@@ -267,6 +267,16 @@ class TestSources:
         both = first.train.texts[0] + first.evaluation["dev"].texts[0]
         assert sorted(both) == sorted(f"premise {i}" for i in range(50))
 
+    def test_reviews_by_place_in_quoted_files(self, tmp_path):
+        for split in ("train", "test"):
+            file = tmp_path / "yelp_review_full_csv" / f"{split}.csv"
+            written(file, '"5","So ""good"".\\nYes"\n"1","Bad, bad"\n')
+        data = load_task(TASKS["yelp5"], tmp_path)
+        assert data.train.texts == (['So "good".\\nYes', "Bad, bad"],)
+        assert data.train.labels is not None
+        assert data.train.labels.tolist() == [4, 0]
+        assert "train has 2 of 650,000 rows" in data.differences
+
     def test_no_data(self, tmp_path):
         with pytest.raises(DataError, match=r"--task hnd has no data: expected train\.jsonl in"):
             load_task(TASKS["hnd"], tmp_path)

@@ -72,7 +72,7 @@ def predictor(folder: Path) -> Predictor:
 
 def examples(*texts: list[str]) -> TextExamples:
     lines = ["\t".join(row) for row in zip(*texts, strict=True)]
-    return read_lines(lines, len(texts))
+    return read_lines(lines, len(texts), "a test")
 
 
 @torch.inference_mode()
@@ -127,6 +127,8 @@ def test_files_by_column_and_lines_give_the_same(tmp_path: Path, run: Any):
         assert label == ("y,es" if float(yes) > float(no) else "no")
     tabbed = "\r\n".join("\t".join(pair) for pair in pairs[:2])
     assert run("--model", folder, stdin=tabbed.encode())[0].splitlines() == out.splitlines()[:3]
+    (tmp_path / "new.txt").write_text(tabbed, encoding="utf-8-sig")
+    assert run("--model", folder, tmp_path / "new.txt")[0].splitlines() == out.splitlines()[:3]
     (tmp_path / "new.tsv").write_text("x\ty\n" + tabbed, encoding="utf-8")
     out = run("--model", folder, tmp_path / "new.tsv", "--text-column", "x", "y")[0]
     assert list(csv.reader(io.StringIO(out))) == [header, *rows[:2]]
@@ -154,8 +156,8 @@ def test_bad_lines_are_named():
         (["a\n", "\n"], 1, "line 2: expected one text, found an empty text"),
         (["a\t \n"], 2, "line 1: .*found an empty text"),
     ):
-        with pytest.raises(DataError, match=f"standard input, {message}"):
-            read_lines(lines, num_texts)
+        with pytest.raises(DataError, match=f"x, {message}"):
+            read_lines(lines, num_texts, "x")
 
 
 def test_bad_input_leaves_nothing_on_standard_output(tmp_path: Path, run: Any):
@@ -166,6 +168,7 @@ def test_bad_input_leaves_nothing_on_standard_output(tmp_path: Path, run: Any):
         ([], b"", "standard input: holds no lines"),
         ([], b"\xff\xfe", "expected UTF-8"),
         ([tmp_path / "absent.csv"], b"", "absent.csv: cannot be read"),
+        ([tmp_path / "absent.txt"], b"", "absent.txt"),
         ([tmp_path], b"", f"{tmp_path}: expected a name that ends in .tsv"),
         ([tmp_path / "x.csv"], b"", "x.csv, line 3: the text in column 'a' is empty"),
         ([tmp_path / "x.csv", "--text-column", "t"], b"", "no column 't'; its header has a"),

@@ -99,7 +99,7 @@ def test_best_point_of_a_grid_by_its_mean(tmp_path: Path, caplog):
     assert row(report(tmp_path), "small (ponet), cls")[1] == "81.50 ± 0.71 (2)"
     (summary,) = summarise(tmp_path)
     assert summary["columns"] == {"SST-2": pytest.approx(81.5)}
-    assert "2 seeds at batch size 32, learning rate 0.0001" in caplog.text
+    assert "81.50 % (seeds: 2, batch size 32, learning rate 0.0001)" in caplog.text
 
 
 def test_undefined_scores_are_no_numbers(tmp_path: Path):

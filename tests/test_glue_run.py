@@ -237,7 +237,7 @@ def test_it_learns_what_there_is_to_learn(command, workplace):
     assert result["metrics"]["accuracy"] == 1.0
     assert result["majority"] == 0.5
     assert not (Path(result["run"]) / "model").exists()
-    assert "sst2 | 160 examples: 80 0, 80 1" in found["log"]
+    assert "sst2 | train: 160 examples, 80 of 0, 80 of 1" in found["log"]
 
 
 class Interrupted(Exception):
@@ -476,7 +476,7 @@ def test_own_pairs_with_numbers(command, workplace):
     (result,) = found["runs"]
     assert (result["num_train"], result["num_eval"]) == (18, 2)
     assert set(result["metrics"]) == {"pearson", "spearman"}
-    assert "mine.csv: 100.0 % of 18 examples are cut to 9 tokens" in found["log"]
+    assert "mine | train: 100.0 % of 18 examples are cut to 9 tokens" in found["log"]
     lines = (Path(result["run"]) / "submission" / "mine.tsv").read_text().splitlines()
     assert len(lines) == 2
     _, _, spec = load_classifier(Path(result["run"]) / "model", CPU)
