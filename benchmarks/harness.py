@@ -123,27 +123,6 @@ def known_mixers() -> list[str]:
     return [name for name in MIXERS if name not in transformers] + transformers
 
 
-def training_flops(config: PoNetConfig, tokens: int, labelled: int, seq_len: int) -> float | None:
-    """Floating-point operations of a masked-LM training step; None: no formula for the mixer.
-
-    Two per multiply-add, backward counted as twice forward. Per token and layer, with C the width,
-    F the feed-forward width, H the heads and N the length: 2 C F in every model; the Transformer
-    4 C^2 for projections and 2 N C for scores and mixing; PoNet 4 C^2 for projections of tokens
-    and 2 H C for global aggregation; FNet nothing more, transforms are not counted. Per labelled
-    token C^2 + C V. What fused attention computes again in the backward pass is not counted.
-    """
-    c, f = config.hidden_size, config.intermediate_size
-    pooled = (2 + config.use_segment + config.use_local) * c * c
-    if config.use_global and config.use_global_second_stage:
-        pooled += 2 * config.num_attention_heads * c
-    attention = 4 * c * c + 2 * seq_len * c
-    mixing = {"ponet": pooled, "fnet": 0, "attention": attention, "attention_naive": attention}
-    if config.mixer not in mixing:
-        return None
-    layers = config.num_hidden_layers * (mixing[config.mixer] + 2 * c * f)
-    return 6.0 * (tokens * layers + labelled * (c * c + c * config.vocab_size))
-
-
 def text_segment_ids(length: int, generator: torch.Generator) -> Tensor:
     """Text-like segments of 10 to 40 tokens: `[N]` int64 ids, from 0."""
     starts = torch.zeros(length, dtype=torch.long)

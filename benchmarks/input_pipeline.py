@@ -29,7 +29,7 @@ if not __package__:  # a program: this checkout in place of this folder
 
 from benchmarks import common
 from benchmarks.common import NUMBER, Row, percentiles
-from ponet.sentences import split_sentences
+from ponet.tokenizer import split_sentences
 from ponet.tokenizer import load_tokenizer
 from pretrain.batches import MicroBatchSampler, make_loader, pack_bins
 from pretrain.corpus import build_corpus, load_corpus

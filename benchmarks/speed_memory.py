@@ -41,10 +41,9 @@ from benchmarks.harness import (
     Case,
     Harness,
     known_mixers,
-    training_flops,
 )
 from benchmarks.plot import draw_record
-from ponet.run.device import matmul_rate
+from ponet.run.device import matmul_rate, training_flops
 
 PONET = "ponet"
 PUBLISHED_TRANSFORMER = "attention_checkpointed"

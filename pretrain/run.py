@@ -33,15 +33,14 @@ import torch.distributed as dist
 import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from ponet import PoNetForPreTraining
 from ponet.files import write_json, write_text
 from ponet.model import PreTrainingOutput
 from ponet.run.cli import UsageError, read_yaml
 from ponet.run.device import matmul_rate, peak_memory_mib, source_commit, training_flops
-from ponet.run.log import MetricsWriter, set_up_logging
-from ponet.run.trainer import TrainingError
+from ponet.run.log import MetricsWriter, log_steps, set_up_logging
+from ponet.run.trainer import TrainingError, progress_bar
 from ponet.tokenizer import SpecialTokens, save_tokenizer, tokenizer_fingerprint
 from pretrain.batches import MicroBatch, MicroBatchSampler, evaluation_batches, make_loader
 from pretrain.checkpoints import CheckpointStore, RunPosition
@@ -160,19 +159,10 @@ def train(
         CheckpointError: a checkpoint cannot be written.
     """
     device = engine.device
-    # the formula of operations is PoNet's; other mixers execute others
-    peak_rate = None
-    if config.mixer == "ponet":
-        peak_rate = matmul_rate(device, _DTYPES[config.arithmetic]) * ranks.world_size
+    peak_rate = matmul_rate(device, _DTYPES[config.arithmetic]) * ranks.world_size
     loader = make_loader(sampler, num_workers=config.num_workers, pin_memory=device.type == "cuda")
     batches = iter(loader)
-    bar = tqdm(
-        initial=position.step,
-        total=config.steps,
-        unit="step",
-        disable=ranks.rank != 0 or not sys.stderr.isatty(),
-        dynamic_ncols=True,
-    )
+    bar = progress_bar(position.step, config.steps, shown=ranks.rank == 0)
     evaluation: dict[str, float] = {}
     tokens, seconds = position.tokens, position.seconds
     logged, sums, began = position.step, LossSums(device), time.perf_counter()
@@ -193,13 +183,15 @@ def train(
             metrics["grad_norm"] = float(norm)
         metrics["step_ms"] = elapsed / steps * 1e3
         metrics["tokens_per_second"] = sums.tokens / elapsed
-        if peak_rate is not None:
+        flops = training_flops(engine.model.config, sums.tokens, sums.masked, config.seq_len)
+        if flops is not None:
             # executed operations over what a plain matrix product reaches on this device
-            flops = training_flops(engine.model.config, sums.tokens, sums.masked)
             metrics["flops_utilisation"] = flops / elapsed / peak_rate
         metrics["peak_memory_mib"] = peak_memory_mib(device)
-        writer.write("train", step, metrics)
-        logger.info(log_line(step, config.steps, metrics))
+        left = (config.steps - step) * elapsed / steps
+        log_steps(
+            writer, name="", step=step, steps=config.steps, metrics=metrics, remaining_seconds=left
+        )
         tokens, seconds = tokens + sums.tokens, seconds + elapsed
 
         if saves:
@@ -329,18 +321,6 @@ class LossSums:
                 "or raise --warmup-steps, and --resume from the last checkpoint"
             )
         return {"loss": loss, **means}
-
-
-def log_line(step: int, steps: int, metrics: dict[str, float]) -> str:
-    """A line of the log on the steps since the one before."""
-    seconds_left = (steps - step) * metrics["step_ms"] / 1e3
-    eta = f"{seconds_left / 60:.0f}m" if seconds_left >= 60 else f"{seconds_left:.0f}s"
-    return (
-        f"step {step}/{steps} | loss {metrics['loss']:.3f} mlm {metrics['mlm_loss']:.3f} "
-        f"sso {metrics.get('sso_loss', 0.0):.3f} | lr {metrics['learning_rate']:.1e} | "
-        f"{metrics['step_ms']:.0f} ms | {metrics['tokens_per_second'] / 1e3:.1f}k tok/s | "
-        f"{metrics['peak_memory_mib']:,.0f} MiB | eta {eta}"
-    )
 
 
 def evaluation_line(step: int, evaluation: dict[str, float], baselines: dict[str, float]) -> str:

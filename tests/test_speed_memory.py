@@ -13,10 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness, input_pipeline, plot, speed_memory
-from benchmarks.harness import Case, CaseRun, Workload, draw_batch, refusal, training_flops
+from benchmarks.harness import Case, CaseRun, Workload, draw_batch, refusal
 from ponet import PoNetConfig, PoNetForPreTraining
 from ponet.mixers import MIXERS
 from ponet.packing import layout_of, stream_of_rows
+from ponet.run.device import training_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--batch-size 2 --threads 1 --device cpu --rounds 1"

@@ -3,7 +3,6 @@
 import ctypes
 import resource
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -31,8 +30,7 @@ def peak_memory_mib(device: torch.device) -> float:
     """Peak memory so far in MiB: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _MIB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / _MIB if sys.platform == "darwin" else peak / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def return_free_memory(device: torch.device) -> None:
@@ -47,24 +45,25 @@ def return_free_memory(device: torch.device) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def training_flops(config: PoNetConfig, tokens: int, labelled: int) -> float:
-    """Floating-point operations executed in a PoNet training step, by formula.
+def training_flops(config: PoNetConfig, tokens: int, labelled: int, seq_len: int) -> float | None:
+    """Floating-point operations of a masked-LM training step; None: no formula for the mixer.
 
-    Two per multiply-add, backward counted as twice forward. Per token and layer: output, segment,
-    local and dense projections 4 C^2, feed-forward 2 C F, global aggregation 2 H C; per labelled
-    token: C^2 + C V. Element-wise work, and the projections of one vector a sequence, are left out.
-
-    Args:
-        config: the model.
-        tokens: tokens in the step.
-        labelled: masked tokens in the step.
+    Two per multiply-add, backward counted as twice forward. Per token and layer, with C the width,
+    F the feed-forward width, H the heads and N the length: 2 C F in every model; the Transformer
+    4 C^2 for projections and 2 N C for scores and mixing; PoNet 4 C^2 for projections of tokens
+    and 2 H C for global aggregation; FNet nothing more, transforms are not counted. Per labelled
+    token C^2 + C V. What fused attention computes again in the backward pass is not counted.
     """
     c, f = config.hidden_size, config.intermediate_size
-    projections = 2 + config.use_segment + config.use_local
-    mixing = 2 * config.num_attention_heads * c if config.use_global_second_stage else 0
-    layer = projections * c * c + 2 * c * f + mixing * config.use_global
-    head = c * c + c * config.vocab_size
-    return 6.0 * (tokens * config.num_hidden_layers * layer + labelled * head)
+    pooled = (2 + config.use_segment + config.use_local) * c * c
+    if config.use_global and config.use_global_second_stage:
+        pooled += 2 * config.num_attention_heads * c
+    attention = 4 * c * c + 2 * seq_len * c
+    mixing = {"ponet": pooled, "fnet": 0, "attention": attention, "attention_naive": attention}
+    if config.mixer not in mixing:
+        return None
+    layers = config.num_hidden_layers * (mixing[config.mixer] + 2 * c * f)
+    return 6.0 * (tokens * layers + labelled * (c * c + c * config.vocab_size))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:

@@ -96,49 +96,33 @@ def log_steps(
     name: str,
     step: int,
     steps: int,
-    losses: Mapping[str, float],
-    learning_rate: float,
-    step_seconds: float,
-    peak_memory_mib: float,
+    metrics: Mapping[str, float],
     remaining_seconds: float,
-    tokens_per_second: float | None = None,
-    further: Mapping[str, float] | None = None,
 ) -> None:
     """Record and log the steps since the last time: the one line of all programs.
 
     Args:
         writer: of the metrics.
-        name: of the run; the line does not repeat an empty one.
+        name: of the run, empty where a program has one run only.
         step: the last one, counted from 1.
         steps: of the whole run.
-        losses: means over the steps, the first one the whole loss.
-        learning_rate: in the last step.
-        step_seconds: mean.
-        peak_memory_mib: so far.
+        metrics: `loss` and its parts (`mlm_loss`), `learning_rate`, `step_ms`, `peak_memory_mib`,
+            where tokens are counted `tokens_per_second`, and others for the records alone.
         remaining_seconds: until the end of the run.
-        tokens_per_second: over all processes; None where the program does not count tokens.
-        further: figures for the records alone.
     """
-    values = {
-        **losses,
-        "learning_rate": learning_rate,
-        "step_ms": step_seconds * 1e3,
-        "tokens_per_second": tokens_per_second,
-        "peak_memory_mib": peak_memory_mib,
-        **(further or {}),
-    }
-    writer.write("train", step, values)
+    writer.write("train", step, metrics)
+    losses = [(key, value) for key, value in metrics.items() if key.endswith("loss")]
     parts = [
-        *([name] if name else []),
+        name,
         f"step {step}/{steps}",
-        " ".join(f"{key.removesuffix('_loss')} {value:.4f}" for key, value in losses.items()),
-        f"lr {learning_rate:.1e}",
-        f"{step_seconds * 1e3:.3g} ms",
-        *([] if tokens_per_second is None else [f"{tokens_per_second / 1e3:.1f}k tok/s"]),
-        f"{peak_memory_mib:,.0f} MiB",
+        " ".join(f"{key.removesuffix('_loss')} {value:.4f}" for key, value in losses),
+        f"lr {metrics['learning_rate']:.1e}",
+        f"{metrics['step_ms']:.3g} ms",
+        f"{metrics['tokens_per_second'] / 1e3:.1f}k tok/s" if "tokens_per_second" in metrics else "",
+        f"{metrics['peak_memory_mib']:,.0f} MiB",
         f"eta {_duration(remaining_seconds)}",
     ]
-    logger.info(" | ".join(parts))
+    logger.info(" | ".join(filter(None, parts)))
 
 
 def describe(scores: Mapping[str, float | None]) -> str:
@@ -150,4 +134,4 @@ def describe(scores: Mapping[str, float | None]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f}m" if seconds >= 60 else f"{seconds:.0f}s"

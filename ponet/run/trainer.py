@@ -257,10 +257,12 @@ class Trainer:
             name=self._name,
             step=progress.step,
             steps=self._steps,
-            losses={"loss": loss},
-            learning_rate=self._step.learning_rate(progress.step - 1),
-            step_seconds=seconds / interval.steps,
-            peak_memory_mib=peak_memory_mib(device),
+            metrics={
+                "loss": loss,
+                "learning_rate": self._step.learning_rate(progress.step - 1),
+                "step_ms": seconds / interval.steps * 1e3,
+                "peak_memory_mib": peak_memory_mib(device),
+            },
             remaining_seconds=(self._steps - progress.step) * progress.seconds / progress.step,
         )
 
