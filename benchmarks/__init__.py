@@ -1,16 +1,14 @@
 """Speed and memory of the operators, the models and the input pipeline; programs of this checkout.
 
-Each program runs as `python benchmarks/PROGRAM.py` from any folder, installed or not.
+Each program runs as `python benchmarks/PROGRAM.py` from any folder after `pip install -e .`.
 """
 
 import os
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = [str(ROOT), str(ROOT / "kernels")]
-"""Where this checkout's packages are found."""
+"""Where child processes find the packages of this checkout."""
 
-sys.path[:] = PATHS + [path for path in sys.path if path not in PATHS]
 # threads that wait for each other by spinning take many times as long where cores are shared
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -37,9 +37,6 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-if not __package__:  # a program: this checkout in place of this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from benchmarks import PATHS, ROOT
 from benchmarks.common import RUNS, Row, first_line
 from benchmarks.harness import Case, Workload

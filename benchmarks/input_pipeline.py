@@ -24,13 +24,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-if not __package__:  # a program: this checkout in place of this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from benchmarks import common
 from benchmarks.common import NUMBER, Row, percentiles
-from ponet.tokenizer import split_sentences
-from ponet.tokenizer import load_tokenizer
+from ponet.tokenizer import load_tokenizer, split_sentences
 from pretrain.batches import MicroBatchSampler, make_loader, pack_bins
 from pretrain.corpus import build_corpus, load_corpus
 from pretrain.examples import ExampleSettings, TokenCorpus, draw_batch, plan_epoch

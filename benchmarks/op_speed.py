@@ -26,9 +26,6 @@ from typing import Any, cast
 
 import torch
 
-if not __package__:  # a program: this checkout in place of this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from benchmarks import common
 from benchmarks.common import NUMBER, Row, first_line, percentiles
 from benchmarks.operators import (

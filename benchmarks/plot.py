@@ -11,9 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # a program: this checkout in place of this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from benchmarks.common import Row
 from ponet.files import write_atomically
 

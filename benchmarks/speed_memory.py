@@ -27,9 +27,6 @@ from typing import Any
 
 import torch
 
-if not __package__:  # a program: this checkout in place of this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from benchmarks import common
 from benchmarks.common import NUMBER, Row
 from benchmarks.harness import (

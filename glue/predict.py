@@ -14,8 +14,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # threads that wait for work without a core of their own are ten times slower when they spin
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

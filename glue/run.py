@@ -7,12 +7,9 @@ document.
 
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # threads that wait for work without a core of their own are ten times slower when they spin
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -6,13 +6,6 @@ comparison, without Path-X, whose 200,000 images take hours to generate. What is
 kept. The last line of stdout is one JSON document.
 """
 
-import sys
-from pathlib import Path
-
-# the checkout first, installed or not
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import argparse
 import itertools
 import json
@@ -20,11 +13,13 @@ import logging
 import os
 import random
 import shutil
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np

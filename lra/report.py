@@ -4,14 +4,8 @@ Reads every `result.json` below the folder, prints Markdown and writes it to `re
 Protocols, and runs with and without self-pretraining, are reported apart.
 """
 
-import sys
-from pathlib import Path
-
-# the checkout first, installed or not
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd

@@ -12,12 +12,9 @@ result.json         the figures, when the run is finished
 """
 
 import os
-import sys
 from pathlib import Path
 
-# the checkout first, installed or not; waiting threads must not keep other processes from a core
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# threads that wait for work without a core of their own are ten times slower when they spin
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import logging

@@ -8,10 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    # a script finds its own folder first; the packages of the checkout lie beside that
-    _ROOT = Path(__file__).resolve().parents[1]
-    sys.path[:1] = [str(_ROOT), str(_ROOT / "kernels")]
 # read when torch is imported: threads that spin while they wait for work make every step up to ten
 # times as long on a machine with other work
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

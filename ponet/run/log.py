@@ -112,13 +112,14 @@ def log_steps(
     """
     writer.write("train", step, metrics)
     losses = [(key, value) for key, value in metrics.items() if key.endswith("loss")]
+    speed = metrics.get("tokens_per_second")
     parts = [
         name,
         f"step {step}/{steps}",
         " ".join(f"{key.removesuffix('_loss')} {value:.4f}" for key, value in losses),
         f"lr {metrics['learning_rate']:.1e}",
         f"{metrics['step_ms']:.3g} ms",
-        f"{metrics['tokens_per_second'] / 1e3:.1f}k tok/s" if "tokens_per_second" in metrics else "",
+        "" if speed is None else f"{speed / 1e3:.1f}k tok/s",
         f"{metrics['peak_memory_mib']:,.0f} MiB",
         f"eta {_duration(remaining_seconds)}",
     ]
