@@ -39,8 +39,8 @@ def build(sources: Path, kind: str) -> zipfile.ZipFile:
 
 
 def python(code: str, *paths: Path, folder: Path) -> str:
-    """Run code in a folder, whose modules come before those of `paths`."""
-    lines = [f"import sys; sys.path += {list(map(str, paths))!r}", code]
+    """Run code in a folder, whose modules come before those of `paths`, and these before others."""
+    lines = [f"import sys; sys.path[1:1] = {list(map(str, paths))!r}", code]
     command = [sys.executable, "-c", "\n".join(lines)]
     environment = {"PYTHONPATH": ""}
     return subprocess.run(
