@@ -43,7 +43,7 @@ from benchmarks.harness import Case, Workload
 from benchmarks.op_speed import FAILURES
 from benchmarks.operators import Batch
 from ponet.config import PoNetConfig
-from ponet.encoder import Encoder
+from ponet.model import Encoder
 from ponet.run.device import return_free_memory, synchronise
 from ponet_kernels.testing import relative_error
 

@@ -11,7 +11,6 @@ all its threads together, so that other programs on the machine disturb little.
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable

@@ -21,7 +21,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any, cast
 
 import torch

@@ -7,7 +7,6 @@ draws the last record of each model, a PNG beside the file.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ _GREY, _BLACK = "#7F7F7F", "#000000"
 # (name in print, colour, marker, line); a colour is a family, markers and lines tell its members
 _STYLES: dict[str, tuple[str, str, str, str]] = {
     "ponet": ("PoNet", _BLUE, "o", "-"),
-    "ponet_eager": ("PoNet, published form", _SKY, "o", "--"),
     "ponet_published": ("PoNet, published form", _SKY, "o", "--"),
+    # its name in older records
+    "ponet_eager": ("PoNet, published form", _SKY, "o", "--"),
     "fnet": ("FNet", _GREEN, "s", "-"),
     "attention": ("Transformer, SDPA", _RED, "^", "-"),
     "attention:flash": ("Transformer, SDPA flash", _RED, ">", "-."),

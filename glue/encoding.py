@@ -18,8 +18,7 @@ from glue.tasks import Segments
 from ponet import PoNetConfig
 from ponet.batch import HostBatch
 from ponet.packing import layout_for, stream_of_packed
-from ponet.sentences import split_sentences
-from ponet.tokenizer import SpecialTokens
+from ponet.tokenizer import SpecialTokens, split_sentences
 
 # texts that the tokenizer sees at once: it keeps far more of them than their ids
 _CHUNK = 10_000

@@ -23,7 +23,7 @@ from ponet.packing import BatchLayout
 from ponet_kernels import token_marks
 
 # one looks at its layout, the other keeps the state of the random generator
-NOT_CAPTURED = ("ponet_eager", "ponet_published", "attention_checkpointed")
+NOT_CAPTURED = ("ponet_published", "attention_checkpointed")
 # T is a multiple of it, which suits matrix products
 _TILE = 64
 

@@ -32,8 +32,7 @@ from tqdm import tqdm
 
 from ponet.files import current_umask, write_json
 from ponet.run.cli import UsageError
-from ponet.sentences import splitter_version
-from ponet.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from ponet.tokenizer import load_tokenizer, save_tokenizer, splitter_version, tokenizer_fingerprint
 from pretrain.engine import Ranks
 from pretrain.settings import PretrainConfig
 from pretrain.sources import SourceReport, content_key, in_turn, iter_documents

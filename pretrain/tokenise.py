@@ -16,8 +16,13 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.trainers import WordPieceTrainer
 
-from ponet.sentences import split_sentences
-from ponet.tokenizer import SPECIAL_TOKENS, WORD_PIECE_PREFIX, bare_tokenizer, bert_tokenizer
+from ponet.tokenizer import (
+    SPECIAL_TOKENS,
+    WORD_PIECE_PREFIX,
+    bare_tokenizer,
+    bert_tokenizer,
+    split_sentences,
+)
 
 # words kept for reuse by `SentenceEncoder`; a word takes about 200 bytes with its ids
 _MAX_CACHED_WORDS = 1_000_000

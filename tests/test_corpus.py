@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from ponet.sentences import split_sentences
+from ponet.tokenizer import split_sentences
 from pretrain import tokenise
 from pretrain.corpus import Corpus, DamagedCorpusError, build_corpus, load_corpus
 from pretrain.sources import SourceReport

@@ -178,10 +178,10 @@ def test_a_run_of_captured_steps_is_the_same_run(tiny, capsys, task):
 
 
 def test_a_run_that_cannot_be_captured_says_so(tiny, capsys):
-    flags = ["--task", "listops", "--model", "ponet_eager", *TINY, "--capture", "on"]
+    flags = ["--task", "listops", "--model", "ponet_published", *TINY, "--capture", "on"]
     found = run(capsys, *flags)
     assert found["status"] == 0
-    assert found["log"].count("steps are not captured: mixer ponet_eager reads") == 1
+    assert found["log"].count("steps are not captured: mixer ponet_published reads") == 1
 
 
 def entries(path: Path) -> list[dict[str, Any]]:

@@ -313,7 +313,7 @@ def test_a_captured_step_never_waits(small, monkeypatch, mixer):
 @pytest.mark.parametrize("protocol", ["published", "clean"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_step_on_a_batch_from_the_host_never_waits(small, monkeypatch, mixer, protocol):
-    if mixer in ("ponet_eager", "ponet_published"):
+    if mixer == "ponet_published":
         pytest.skip("the readable form of PoNet looks at its layout")
     classification = classification_of(mixer, protocol, resident=False)
     step = classification.training_step(0)
@@ -443,7 +443,7 @@ def test_what_cannot_be_captured_is_named(small):
     assert obstacle(settings_of("ponet", "published"), data, device) is None
     for mixer, protocol, changes, reason in (
         ("ponet", "clean", {}, "shapes differ from step to step"),
-        ("ponet_eager", "published", {}, "mixer ponet_eager reads from the device"),
+        ("ponet_published", "published", {}, "mixer ponet_published reads from the device"),
         ("ponet", "published", {"compile": True}, "--compile was given"),
     ):
         found = obstacle(settings_of(mixer, protocol, **changes), data, device)

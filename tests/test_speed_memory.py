@@ -112,7 +112,7 @@ def test_sentence(speeds, ending):
 
 
 def test_pretraining_step_has_its_utilisation(run):
-    flags = "--model pretraining --layers 1 --seq-len 64 --mixers ponet ponet_eager"
+    flags = "--model pretraining --layers 1 --seq-len 64 --mixers ponet ponet_published"
     status, rows, printed = run(flags)
     assert status == 0, printed
     assert [row["infer"] for row in rows] == [None, None]

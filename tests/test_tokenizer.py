@@ -15,7 +15,7 @@ from ponet.tokenizer import (
     save_tokenizer,
     tokenizer_fingerprint,
 )
-from pretrain.vocabulary import train_tokenizer
+from pretrain.tokenise import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BERT_VOCABULARY = ROOT.parent / "shared" / "data" / "vocab" / "bert-base-uncased-vocab.txt"

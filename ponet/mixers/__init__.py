@@ -39,9 +39,6 @@ MIXERS: dict[str, type[nn.Module]] = {
 # names in configurations that were stored before the mixer got its present one
 _FORMER_NAMES = {"ponet_eager": "ponet_published"}
 
-# for callers that look the name up themselves
-MIXERS["ponet_eager"] = PublishedPoNetMixer
-
 
 def mixer_class(name: str) -> type[nn.Module]:
     """The mixer that a configuration names.

@@ -1,3 +1,0 @@
-"""The former place of `Encoder`."""
-
-from ponet.model import Encoder as Encoder
