@@ -8,13 +8,14 @@ import pytest
 
 # threads that wait for work must not take the processor from those that work; read by torch
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# programs that tests start find this checkout, installed or not
-_ROOT = Path(__file__).resolve().parents[1]
-os.environ["PYTHONPATH"] = f"{_ROOT}{os.pathsep}{_ROOT / 'kernels'}"
 # nothing here may reach for the network
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+
+# programs that tests start find this checkout, installed or not
+_ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = f"{_ROOT}{os.pathsep}{_ROOT / 'kernels'}"
 
 # without a GPU the kernels run in Triton's interpreter; it reads this when triton is imported
 if not torch.cuda.is_available():
