@@ -131,7 +131,7 @@ def text_segment_ids(length: int, generator: torch.Generator) -> Tensor:
     return starts.cumsum(0)
 
 
-def draw_batch(case: Case, config: PoNetConfig, generator: torch.Generator) -> dict[str, Tensor]:
+def random_batch(case: Case, config: PoNetConfig, generator: torch.Generator) -> dict[str, Tensor]:
     """A random batch: ids with class labels, or rows `[CLS] A [SEP] B [SEP]` with masked ones."""
     shape, size = (case.batch_size, case.seq_len), (case.batch_size,)
     if case.model == "lra":
@@ -163,7 +163,7 @@ class Workload:
         model: Any = LongRangeClassifier(config, 1) if lra else PoNetForPreTraining(config)
         self._model = model.to(case.device)
         generator = torch.Generator().manual_seed(case.seed)
-        batches = [draw_batch(case, config, generator) for _ in range(_NUM_BATCHES)]
+        batches = [random_batch(case, config, generator) for _ in range(_NUM_BATCHES)]
         self._batches = [{k: x.to(case.device) for k, x in batch.items()} for batch in batches]
         # on a CPU, too, four times as fast as the default
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -1,5 +1,6 @@
 """The tree as a whole: names that would shadow others, and imports."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -32,13 +33,28 @@ def test_script_folders_shadow_no_library(path):
     assert path.stem not in taken | set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("package", ["ponet", "ponet_kernels", "pretrain", "lra", "glue"])
+@pytest.mark.parametrize(
+    "package", ["ponet", "ponet_kernels", "pretrain", "lra", "glue", "benchmarks"]
+)
 def test_every_module_imports(package):
     folder = ROOT / ("kernels/ponet_kernels" if package == "ponet_kernels" else package)
     for path in folder.rglob("*.py"):
         parts = path.relative_to(folder).with_suffix("").parts
         if parts != ("__init__",):
             importlib.import_module(".".join((package, *parts)))
+
+
+def test_a_public_name_means_one_thing():
+    """Apart from what every program has, and from backends, which have functions in common."""
+    roles = {"main", "parse", "parse_options", "report", "summary"}
+    owners: dict[str, Path] = {}
+    for path in SOURCES:
+        if path.parent.name == "vectorised":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                assert node.name in roles or node.name not in owners, (node.name, path)
+                owners[node.name] = path
 
 
 def test_imports_run_one_way():

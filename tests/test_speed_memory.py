@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness, input_pipeline, plot, speed_memory
-from benchmarks.harness import Case, CaseRun, Workload, draw_batch, refusal
+from benchmarks.harness import Case, CaseRun, Workload, random_batch, refusal
 from ponet import PoNetConfig, PoNetForPreTraining
 from ponet.mixers import MIXERS
 from ponet.packing import layout_of, stream_of_rows
@@ -244,7 +244,7 @@ def test_segments_of_the_lra_model_have_two_tokens(length):
 def test_workloads_have_the_published_size_and_text_like_batches():
     assert Workload(a_case(seq_len=4096)).facts["parameters"] == 387_202
     case = a_case(model="pretraining", seq_len=100, batch_size=3)
-    batch = draw_batch(case, case.config(), torch.Generator().manual_seed(0))
+    batch = random_batch(case, case.config(), torch.Generator().manual_seed(0))
     assert (batch["labels"] != -100).sum(dim=1).tolist() == [15, 15, 15]
     assert batch["sso_labels"].shape == (3,)
     for row in batch["segment_ids"]:

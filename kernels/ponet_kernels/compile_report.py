@@ -46,7 +46,7 @@ HEAD |= {"spilled": "spilled B", "shared": "shared B"}
 
 
 @dataclass(frozen=True)
-class BatchShape:
+class StreamShape:
     """A batch whose sequences and segments are equally long."""
 
     num_channels: int
@@ -57,8 +57,8 @@ class BatchShape:
 
 
 SHAPES = {
-    "base": (BatchShape(768, 12, 128, 512, 25), BatchShape(768, 12, 16, 4096, 25)),
-    "lra": (BatchShape(64, 2, 32, 4096, 2),),
+    "base": (StreamShape(768, 12, 128, 512, 25), StreamShape(768, 12, 16, 4096, 25)),
+    "lra": (StreamShape(64, 2, 32, 4096, 2),),
 }
 SMALL_SHAPE = "lra"
 """The only one for float64, in which tests compute and models do not."""
@@ -90,7 +90,7 @@ class Binary:
     error: str | None = None
 
 
-def call_every_function(functions: Backend, shape: BatchShape, dtype: torch.dtype) -> None:
+def call_every_function(functions: Backend, shape: StreamShape, dtype: torch.dtype) -> None:
     """Call a backend in all the ways that the operators do, on tensors without storage.
 
     Args:
@@ -126,7 +126,7 @@ def call_every_function(functions: Backend, shape: BatchShape, dtype: torch.dtyp
     call_sequence_functions(functions, shape, grad)
 
 
-def call_sequence_functions(functions: Backend, shape: BatchShape, x: Tensor) -> None:
+def call_sequence_functions(functions: Backend, shape: StreamShape, x: Tensor) -> None:
     """Attention over H rows and its backward pass, the backward pass of the mean."""
     C, H, B = shape.num_channels, shape.num_heads, shape.num_sequences
     T, acc = B * shape.seq_len, accumulation_dtype(x.dtype)
@@ -250,7 +250,7 @@ def compile_all(compilations: list[Compilation]) -> Iterator[Binary]:
         yield from map(outcome_of, [pool.submit(build, each) for each in compilations])
 
 
-def rows_of(built: list[tuple[Compilation, Binary]]) -> Iterator[dict[str, Any]]:
+def report_rows(built: list[tuple[Compilation, Binary]]) -> Iterator[dict[str, Any]]:
     """Rows of one kernel and target, per type of input."""
     kernel, target = _kernel_and_target(built[0][0])
     for dtype in DTYPES:
@@ -276,7 +276,7 @@ def print_report(compilations: list[Compilation]) -> tuple[list[dict[str, Any]],
     for _, group in itertools.groupby(built, lambda pair: _kernel_and_target(pair[0])):
         pairs = list(group)
         binaries += [binary for _, binary in pairs]
-        for row in rows_of(pairs):
+        for row in report_rows(pairs):
             rows.append(row)
             print("  ".join([LINE.format(**row), *row["errors"]]), flush=True)
     num_failed = sum(binary.error is not None for binary in binaries)
