@@ -22,7 +22,7 @@ from ponet import PoNetForPreTraining
 from ponet.checkpoint import CheckpointError
 from ponet.model import PreTrainingOutput
 from ponet.run.cli import UsageError
-from ponet.run.trainer import autocast
+from ponet.run.trainer import autocast, linear_schedule, matrices_and_vectors
 from pretrain.settings import PretrainConfig
 
 logger = logging.getLogger(__name__)
@@ -140,22 +140,11 @@ def learning_rate_factor(config: PretrainConfig) -> Callable[[int], float]:
     """Share of the peak learning rate at each step, counted from 0."""
 
     def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        if config.schedule == "constant":
+        if config.schedule == "constant" and step >= config.warmup_steps:
             return 1.0
-        return max(0.0, (config.steps - step) / max(1, config.steps - config.warmup_steps))
+        return linear_schedule(step, steps=config.steps, warmup_steps=config.warmup_steps)
 
     return factor
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; biases and LayerNorm, which have one dimension, without."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 class Engine:
@@ -172,7 +161,7 @@ class Engine:
         self._max_grad_norm = config.max_grad_norm
         self._parameters = list(model.parameters())
         self._optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.weight_decay),
+            matrices_and_vectors(model, config.weight_decay),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,

@@ -52,13 +52,13 @@ def linear_schedule(step: int, *, steps: int, warmup_steps: int) -> float:
     """Share of the peak learning rate: up in a line, then down to nothing after the last step.
 
     Args:
-        step: from 0 to `steps - 1`.
+        step: from 0.
         steps: of the run.
         warmup_steps: the peak is reached in the last of these.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return (steps - step) / (steps - warmup_steps)
+    return max(0.0, (steps - step) / max(1, steps - warmup_steps))
 
 
 def matrices_and_vectors(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
