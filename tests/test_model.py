@@ -23,13 +23,7 @@ from ponet import (
 from ponet.checkpoint import module_entries, published_name
 from ponet.convert import write_published
 from ponet.mixers import MIXERS, register_mixer
-from ponet.packing import (
-    BatchLayout,
-    layout_for,
-    layout_of,
-    stream_of_packed,
-    stream_of_rows,
-)
+from ponet.packing import BatchLayout, layout_for, layout_of, stream_of_packed, stream_of_rows
 from ponet_kernels import fused_pooling, global_aggregation, global_mean, use_backend
 from ponet_kernels.testing import assert_close
 
@@ -63,8 +57,10 @@ def pair(a: int, b: int, seed: int) -> tuple[list[int], list[int]]:
     return ids, [0] * (a + 2) + [1] * (b + 1)
 
 
-def rows(sequences: list[list[int]], length: int, fill: int = 0) -> Tensor:
-    return torch.tensor([s + [fill] * (length - len(s)) for s in sequences])
+def rows(sequences: list[list[int]], length: int, left: bool = False) -> Tensor:
+    gaps = [[0] * (length - len(s)) for s in sequences]
+    pairs = zip(gaps, sequences, strict=True)
+    return torch.tensor([gap + s if left else s + gap for gap, s in pairs])
 
 
 @pytest.mark.parametrize("mixer", ["ponet", "ponet_published"])
@@ -151,52 +147,19 @@ def test_parameter_counts_of_base():
     assert counts == [123_065_856, 123_656_448, 124_281_405, 147_722_301]
 
 
-@settings(deadline=None, max_examples=10)
-@given(
-    sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4),
-    padding=st.integers(0, 5),
-    left=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_padding_and_neighbours_change_nothing(sizes, padding, left, seed):
-    """Alone, in a batch with padding on either side, and packed: the same states."""
-    model = build(seed=seed)
-    sequences = [pair(a, b, seed + i) for i, (a, b) in enumerate(sizes)]
-    alone = [model(torch.tensor([i]), token_type_ids=torch.tensor([t])) for i, t in sequences]
-    longest = max(len(ids) for ids, _ in sequences) + padding
-    ids, types = (rows([s[k] for s in sequences], longest, fill=k * 7) for k in (0, 1))
-    batch = [ids, types, rows([[1] * len(i) for i, _ in sequences], longest)]
-    if left:
-        shifts = [longest - len(i) for i, _ in sequences]
-        batch = [torch.stack([r.roll(n) for r, n in zip(x, shifts, strict=True)]) for x in batch]
-    ids, types, mask = batch
-    # padding ids are real words here: nothing may read them
-    batched = model(ids.clamp(min=9), attention_mask=mask, token_type_ids=types % 2)
-    stream = torch.tensor([token for ids, _ in sequences for token in ids])
-    types = torch.tensor([t for _, ts in sequences for t in ts])
-    ends = torch.tensor([len(ids) for ids, _ in sequences]).cumsum(0)
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), ends]).int()
-    packed = model(stream, token_type_ids=types, cu_seqlens=cu_seqlens)
-    expected = torch.cat([out.last_hidden_state[0] for out in alone])
-    assert_close(batched.last_hidden_state[mask.bool()], expected, 1e-12, "batched")
-    assert_close(packed.last_hidden_state, expected, 1e-12, "packed")
-    assert not batched.last_hidden_state[~mask.bool()].any()
-    poolers = torch.cat([out.pooler_output for out in alone])
-    assert_close(batched.pooler_output, poolers, 1e-12, "pooled")
-    assert_close(packed.pooler_output, poolers, 1e-12, "pooled, packed")
-
-
 PAIRS = [(4, 5), (1, 0), (9, 3)]
 
 
 class Batch:
     """The same sequences as rows, as a stream with offsets, and as a stream with a layout."""
 
-    def __init__(self, config: PoNetConfig = SMALL, with_segments: bool = False) -> None:
-        sequences = [pair(a, b, seed) for seed, (a, b) in enumerate(PAIRS)]
-        longest = max(len(ids) for ids, _ in sequences)
-        ids, types = (rows([s[k] for s in sequences], longest) for k in (0, 1))
-        mask = rows([[1] * len(i) for i, _ in sequences], longest)
+    def __init__(
+        self, config=SMALL, with_segments=False, sizes=PAIRS, padding=0, left=False, seed=0
+    ) -> None:
+        self.sequences = [pair(a, b, seed + i) for i, (a, b) in enumerate(sizes)]
+        longest = max(len(ids) for ids, _ in self.sequences) + padding
+        parts = [(ids, types, [1] * len(ids)) for ids, types in self.sequences]
+        ids, types, mask = (rows(list(x), longest, left) for x in zip(*parts, strict=True))
         self.mask, self.real = mask, mask.bool()
         self.labels = torch.where(self.real & (ids % 3 == 0), (ids + 7) % 120, -100)
         self.sso_labels = torch.tensor([0, 2, 1])
@@ -214,13 +177,38 @@ class Batch:
         self.given = {**stream, "layout": self.layout}
 
 
-def results_of(model, inputs: dict, fields: tuple[str, ...]) -> dict[str, Tensor]:
-    """Fields of the output, and the gradient of every parameter."""
+@settings(deadline=None, max_examples=10)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4),
+    padding=st.integers(0, 5),
+    left=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_padding_and_neighbours_change_nothing(sizes, padding, left, seed):
+    """Alone, in a batch with padding on either side, and packed: the same states."""
+    model, batch = build(seed=seed), Batch(sizes=sizes, padding=padding, left=left, seed=seed)
+    pairs = [map(torch.tensor, ([ids], [types])) for ids, types in batch.sequences]
+    alone = [model(ids, token_type_ids=types) for ids, types in pairs]
+    # padding ids are real words here: nothing may read them
+    words = {"input_ids": 9, "token_type_ids": 1}
+    filled = {n: batch.rows[n].masked_fill(~batch.real, word) for n, word in words.items()}
+    batched, packed = model(**(batch.rows | filled)), model(**batch.packed)
+    assert not batched.last_hidden_state[~batch.real].any()
+    expected = torch.cat([out.last_hidden_state[0] for out in alone])
+    assert_close(batched.last_hidden_state[batch.real], expected, 1e-12, "batched")
+    assert_close(packed.last_hidden_state, expected, 1e-12, "packed")
+    poolers = torch.cat([out.pooler_output for out in alone])
+    assert_close(batched.pooler_output, poolers, 1e-12, "pooled")
+    assert_close(packed.pooler_output, poolers, 1e-12, "pooled, packed")
+
+
+def results_of(model, inputs: dict) -> dict[str, Tensor]:
+    """Tensors of the output, and the gradient of every parameter."""
     model.zero_grad()
     out = model(**inputs)
     loss = out.last_hidden_state.square().sum() if isinstance(model, PoNetModel) else out.loss
     loss.backward()
-    found = {name: getattr(out, name) for name in fields}
+    found = {name: value for name, value in vars(out).items() if isinstance(value, Tensor)}
     return found | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -230,17 +218,12 @@ def test_layout_in_place_of_offsets_or_rows_changes_no_bit(mixer, with_segments)
     config = SMALL.replace(mixer=mixer)
     batch = Batch(config, with_segments)
     classes = torch.where(batch.labels < 0, batch.labels, batch.labels % 3)
-    for cls, fields, labels, others in (
-        (
-            PoNetForPreTraining,
-            ("loss", "mlm_loss", "sso_loss", "mlm_logits", "sso_logits"),
-            batch.labels,
-            {"sso_labels": batch.sso_labels},
-        ),
-        (PoNetForMaskedLM, ("loss", "logits"), batch.labels, {}),
-        (PoNetForTokenClassification, ("loss", "logits"), classes, {}),
-        (PoNetForSequenceClassification, ("loss", "logits"), None, {"labels": batch.sso_labels}),
-        (PoNetModel, ("pooler_output",), None, {}),
+    for cls, labels, others in (
+        (PoNetForPreTraining, batch.labels, {"sso_labels": batch.sso_labels}),
+        (PoNetForMaskedLM, batch.labels, {}),
+        (PoNetForTokenClassification, classes, {}),
+        (PoNetForSequenceClassification, None, {"labels": batch.sso_labels}),
+        (PoNetModel, None, {}),
     ):
         model = build(cls, config.replace(num_labels=3))
         by_rows, packed, given = (x | others for x in (batch.rows, batch.packed, batch.given))
@@ -252,10 +235,10 @@ def test_layout_in_place_of_offsets_or_rows_changes_no_bit(mixer, with_segments)
                 places = (stream != -100).nonzero().squeeze(1)
                 positions = {"labels": stream[places], "label_positions": places}
                 ways += [given | positions, packed | positions]
-        expected = results_of(model, packed, fields)
-        assert len(expected) > len(fields) + 10
+        expected = results_of(model, packed)
+        assert len(expected) > 12
         for inputs in ways:
-            found = results_of(model, inputs, fields)
+            found = results_of(model, inputs)
             assert found.keys() == expected.keys()
             for key, tensor in found.items():
                 ours = tensor[batch.real] if tensor.ndim == 3 else tensor
@@ -263,7 +246,9 @@ def test_layout_in_place_of_offsets_or_rows_changes_no_bit(mixer, with_segments)
         # labels that are all ignored give a loss and gradients of zero
         ignored = {n: torch.full_like(x, -100) for n, x in by_rows.items() if "labels" in n}
         if ignored:
-            assert not any(map(torch.any, results_of(model, by_rows | ignored, ("loss",)).values()))
+            found = results_of(model, by_rows | ignored)
+            assert found["loss"] == 0
+            assert not any(x.any() for name, x in found.items() if "logits" not in name)
 
 
 def test_states_and_positions_with_a_layout():
@@ -313,16 +298,15 @@ def test_decoder_filled_up_to_a_fast_width(monkeypatch, tied, dtype):
     """Loss, gradients and logits are those of the vocabulary, and logits are as wide."""
     config = SMALL.replace(tie_word_embeddings=tied)
     batch, model = Batch(config), build(PoNetForPreTraining, config).to(dtype)
-    fields = ("loss", "mlm_loss", "mlm_logits")
     inputs = {**batch.rows, "labels": batch.labels, "sso_labels": batch.sso_labels}
-    expected, states = results_of(model, inputs, fields), torch.randn(5, 24, dtype=dtype)
+    expected, states = results_of(model, inputs), torch.randn(5, 24, dtype=dtype)
     whole = model.mlm_head(states)
     assert torch.equal(model.mlm_head.padded(states), whole)
     widths = []
     monkeypatch.setattr(
         "ponet.model.fast_width", lambda width, _: widths.append(width) or -(-width // 64) * 64
     )
-    found = results_of(model, inputs, fields)
+    found = results_of(model, inputs)
     assert widths == [120]
     assert found["mlm_logits"].shape[1] == 120
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
@@ -469,22 +453,25 @@ def test_classifiers_train(cls, num_labels, labels):
 
 
 def test_save_and_load_every_class(tmp_path):
-    for cls in (
-        PoNetModel,
-        PoNetForPreTraining,
-        PoNetForMaskedLM,
-        PoNetForSequenceClassification,
-        PoNetForTokenClassification,
+    bare = SMALL.replace(type_vocab_size=0, embedding_norm=False)
+    for cls, config in (
+        (PoNetModel, SMALL),
+        (PoNetForPreTraining, SMALL),
+        (PoNetForMaskedLM, SMALL),
+        (PoNetForSequenceClassification, SMALL),
+        (PoNetForTokenClassification, SMALL),
+        (PoNetModel, bare),
     ):
-        model, folder = build(cls).float(), tmp_path / cls.__name__
+        model, folder = build(cls, config).float(), tmp_path / f"{cls.__name__}{config is bare}"
         model.save_pretrained(folder)
         again = cls.from_pretrained(folder)
         assert again.config == model.config
-        for name, parameter in again.named_parameters():
-            assert torch.equal(parameter, model.get_parameter(name)), name
+        parameters = dict(model.named_parameters())
         # in files parameters bear the names that they have in modules
-        stored = load_file(folder / "model.safetensors")
-        assert stored.keys() == dict(model.named_parameters()).keys()
+        assert load_file(folder / "model.safetensors").keys() == parameters.keys()
+        for name, parameter in again.named_parameters():
+            assert torch.equal(parameter, parameters.pop(name)), name
+        assert not parameters
         assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -549,7 +536,7 @@ def test_published_names_are_written_and_read_back(tmp_path, mixer):
         write_published(tmp_path / "ours", tmp_path / "ours")
 
 
-def test_embedding_without_types_and_norm(tmp_path):
+def test_embedding_without_types_and_norm():
     model = build(config=SMALL.replace(type_vocab_size=0, embedding_norm=False))
     embeddings = model.embeddings
     assert {name for name, _ in embeddings.named_parameters()} == {"word.weight", "position.weight"}
@@ -558,48 +545,48 @@ def test_embedding_without_types_and_norm(tmp_path):
     assert torch.equal(states[0], embeddings.word(ids) + embeddings.position(torch.arange(3)))
     with pytest.raises(ValueError, match="token_type_ids given to a model with type_vocab_size 0"):
         model(ids, token_type_ids=torch.zeros_like(ids))
-    model.float().save_pretrained(tmp_path)
-    again = PoNetModel.from_pretrained(tmp_path)
-    assert again.config == model.config
-    assert torch.equal(again(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
 def test_damaged_and_foreign_checkpoints(tmp_path):
     PoNetForPreTraining(SMALL).save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    pickled = tmp_path / "pytorch_model.bin"
     whole, fields = weights.read_bytes(), json.loads(config.read_text())
 
     def change(**changes):
         return lambda: config.write_text(json.dumps(fields | changes))
 
+    def damage(name: str, content: bytes):
+        return lambda: (tmp_path / name).write_bytes(content)
+
+    torch.save({"x": Exploit()}, tmp_path / "exploit")
+    exploit = (tmp_path / "exploit").read_bytes()
+    half = whole[: len(whole) // 2]
     shapes = r"embeddings.word.weight: expected \(120, 48\), found \(120, 24\)"
-    for damage, error, message in (
+    for error, steps in (
         (
-            lambda: weights.write_bytes(whole[: len(whole) // 2]),
             CheckpointError,
-            r"model\.safetensors: damaged",
+            {
+                r"model\.safetensors: damaged": damage("model.safetensors", half),
+                "found neither": weights.unlink,
+                r"pytorch_model\.bin: damaged": damage("pytorch_model.bin", b"not a checkpoint"),
+                "damaged or not a checkpoint": damage("pytorch_model.bin", exploit),
+                shapes: lambda: weights.write_bytes(whole) and change(hidden_size=48)(),
+                r"encoder\.layers\.2.*: missing": change(num_hidden_layers=3),
+            },
         ),
-        (weights.unlink, CheckpointError, "found neither"),
         (
-            lambda: pickled.write_bytes(b"not a checkpoint"),
-            CheckpointError,
-            r"pytorch_model\.bin: damaged",
+            ConfigError,
+            {
+                "model_type is 'roberta'": change(model_type="roberta"),
+                "not a JSON document": damage("config.json", b"{"),
+                "no such file": config.unlink,
+            },
         ),
-        (
-            lambda: torch.save({"x": Exploit()}, pickled),
-            CheckpointError,
-            "damaged or not a checkpoint",
-        ),
-        (lambda: weights.write_bytes(whole) and change(hidden_size=48)(), CheckpointError, shapes),
-        (change(num_hidden_layers=3), CheckpointError, r"encoder\.layers\.2.*: missing"),
-        (change(model_type="roberta"), ConfigError, "model_type is 'roberta'"),
-        (lambda: config.write_text("{"), ConfigError, "not a JSON document"),
-        (config.unlink, ConfigError, "no such file"),
     ):
-        damage()
-        with pytest.raises(error, match=message):
-            PoNetForPreTraining.from_pretrained(tmp_path)
+        for message, step in steps.items():
+            step()
+            with pytest.raises(error, match=message):
+                PoNetForPreTraining.from_pretrained(tmp_path)
 
 
 class Exploit:
@@ -644,27 +631,20 @@ def test_contradictory_configurations(fields, message):
 
 
 @pytest.mark.parametrize(
-    ("ids", "inputs", "message"),
+    ("name", "value", "message"),
     [
-        ([[5, 120]], {}, "input_ids hold 5 to 120, vocab_size is 120"),
-        ([[7] * 65], {}, "position 64, max_position_embeddings is 64"),
-        (
-            [[5, 7]],
-            {"token_type_ids": [[0, 2]]},
-            "token_type_ids hold 0 to 2, type_vocab_size is 2",
-        ),
-        ([[5, 7]], {"position_ids": [[-1, 3]]}, "position_ids hold -1 to 3, max_position_embed"),
-        (
-            [[7] * 3],
-            {"attention_mask": [[1, 1]]},
-            r"attention_mask has shape \(1, 2\), input_ids \(1, 3\)",
-        ),
-        ([7] * 4, {"cu_seqlens": [0, 3]}, "ascend from 0 to 4"),
+        ("input_ids", [[5, 120]], "input_ids hold 5 to 120, vocab_size is 120"),
+        ("input_ids", [[7] * 65], "position 64, max_position_embeddings is 64"),
+        ("token_type_ids", [[0, 2]], "token_type_ids hold 0 to 2, type_vocab_size is 2"),
+        ("position_ids", [[-1, 3]], "position_ids hold -1 to 3, max_position_embeddings"),
+        ("attention_mask", [[1] * 3], r"attention_mask has shape \(1, 3\), input_ids \(1, 2\)"),
     ],
 )
-def test_wrong_inputs_are_named(ids, inputs, message):
+def test_wrong_inputs_are_named(name, value, message):
     with pytest.raises(ValueError, match=message):
-        build()(torch.tensor(ids), **{name: torch.tensor(x) for name, x in inputs.items()})
+        build()(**{"input_ids": torch.tensor([[5, 7]]), name: torch.tensor(value)})
+    with pytest.raises(ValueError, match="ascend from 0 to 4"):
+        build()(torch.full((4,), 7), cu_seqlens=torch.tensor([0, 3], dtype=torch.int32))
 
 
 class AverageMixer(torch.nn.Module):
@@ -679,7 +659,7 @@ class AverageMixer(torch.nn.Module):
         return self.dense(means.index_select(0, layout.token_sequences))
 
 
-def test_mixer_from_outside(tmp_path, monkeypatch):
+def test_mixer_from_outside_and_former_name(tmp_path, monkeypatch):
     monkeypatch.delitem(MIXERS, "average", raising=False)
     config = SMALL.replace(mixer="average")
     with pytest.raises(ConfigError, match="mixer must be one of"):
@@ -693,10 +673,7 @@ def test_mixer_from_outside(tmp_path, monkeypatch):
     for name in ("ponet", "ponet_eager"):
         with pytest.raises(ValueError, match=f"'{name}' is the name of another mixer"):
             register_mixer(name, AverageMixer)
-
-
-def test_former_name_of_the_published_form(tmp_path):
-    """It stands in configurations that were stored before."""
+    # the former name of the published form stands in configurations that were stored before
     build(config=SMALL.replace(mixer="ponet_published")).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(file.read_text().replace("ponet_published", "ponet_eager"))
