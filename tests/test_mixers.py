@@ -55,32 +55,26 @@ def gradients(mixer, hidden: Tensor, out: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize(
-    "layout",
-    [packed(LENGTHS), padded(LENGTHS, 64, left=True), padded(LENGTHS, 150)],
-    ids=["packed", "padded-left", "wide-rows"],
+    ("lengths", "layout"),
+    [
+        pytest.param(LENGTHS, packed(LENGTHS), id="packed"),
+        pytest.param(LENGTHS, padded(LENGTHS, 64, left=True), id="padded-left"),
+        pytest.param(LENGTHS, padded(LENGTHS, 150), id="wide-rows"),
+        *(pytest.param([n] * 3, packed([n] * 3), id=f"no-padding-{n}") for n in (3, 21, 32)),
+        *(pytest.param([n] * 3, padded([n] * 3, n + 5), id=f"equal-{n}") for n in (3, 21, 32)),
+    ],
 )
-def test_neighbours_and_padding_change_nothing(name, layout):
-    mixer, hidden = build(name), states(sum(LENGTHS))
-    alone = torch.cat([mixer(part, packed([len(part)])) for part in hidden.split(LENGTHS)])
+def test_neighbours_and_padding_change_nothing(name, lengths, layout):
+    """Rows have a mask where there is padding only; each sequence alone has none."""
+    assert (layout.rows.mask is None) is (layout.rows.length * len(lengths) == sum(lengths))
+    mixer, hidden = build(name), states(sum(lengths))
+    alone = torch.cat([mixer(part, packed([len(part)])) for part in hidden.split(lengths)])
     together = mixer(hidden, layout)
     assert_close(together, alone, 1e-12, "output")
     found, expected = gradients(mixer, hidden, together), gradients(mixer, hidden, alone)
     scale = max(float(x.abs().max()) for x in expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert float((ours - theirs).abs().max()) < 1e-11 * scale
-
-
-@pytest.mark.parametrize("name", ATTENTION)
-@pytest.mark.parametrize("length", [3, 21, 32])
-def test_rows_with_a_mask_and_without(name, length):
-    mixer, hidden = build(name), states(3 * length)
-    assert packed([length] * 3).rows.mask is None
-    assert padded([length] * 3, length + 5).rows.mask is not None
-    masked, plain = (
-        mixer(hidden, layout) for layout in (padded([length] * 3, length + 5), packed([length] * 3))
-    )
-    assert_close(masked, plain, 1e-12)
-    assert_close(gradients(mixer, hidden, masked)[0], gradients(mixer, hidden, plain)[0], 1e-11)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -16,7 +16,6 @@ from ponet.mixers import attention
 from ponet.mixers.attention import (
     CheckpointedAttention,
     NaiveAttention,
-    QueryKeyValueMixer,
     SoftmaxAttention,
 )
 from ponet.mixers.fnet import FNetMixer
@@ -74,73 +73,38 @@ def check_against(mixer, expected_of, lengths: list[int] = LENGTHS) -> None:
         assert_close(torch.cat([ours[name], floor]), torch.cat([gradient, floor]), 1e-11, name)
 
 
-def by_sequence(mixer: QueryKeyValueMixer, attend):
-    """A formula `attend(q, k, v)` on `[H, N, D]` as a function of the stream, without padding."""
+REAL = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)
 
-    def expected_of(hidden: Tensor) -> Tensor:
-        mixed = []
-        for sequence in hidden.split(LENGTHS):
-            projected = (mixer.query(sequence), mixer.key(sequence), mixer.value(sequence))
-            q, k, v = (x.unflatten(1, (mixer.num_heads, -1)).transpose(0, 1) for x in projected)
-            mixed.append(attend(q, k, v).transpose(0, 1).flatten(1))
-        return mixer.dense(torch.cat(mixed))
 
-    return expected_of
+def in_rows(hidden: Tensor) -> Tensor:
+    rows = torch.zeros(*REAL.shape, 24, dtype=torch.float64)
+    return rows.masked_scatter(REAL.unsqueeze(-1), hidden)
 
 
 @pytest.mark.parametrize("cls", SOFTMAX)
 def test_softmax_attention_is_that_of_bert(cls):
     mixer = build(cls)
-    settings = BertConfig(
-        hidden_size=24,
-        num_attention_heads=3,
-        attention_probs_dropout_prob=0.0,
-        attn_implementation="eager",
-    )
-    bert = BertSelfAttention(settings).double()
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "attention_probs_dropout_prob": 0.0}
+    bert = BertSelfAttention(BertConfig(**sizes, attn_implementation="eager")).double()
     bert.query, bert.key, bert.value = mixer.query, mixer.key, mixer.value
-    real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)
-    excluded = torch.zeros(real.shape, dtype=torch.float64)
-    excluded = excluded.masked_fill(~real, torch.finfo(torch.float64).min)[:, None, None]
-
-    def expected_of(hidden: Tensor) -> Tensor:
-        rows = torch.zeros(*real.shape, 24, dtype=torch.float64)
-        rows = rows.masked_scatter(real.unsqueeze(-1), hidden)
-        return mixer.dense(bert(rows, excluded)[0][real])
-
-    check_against(mixer, expected_of)
+    lowest = torch.finfo(torch.float64).min
+    excluded = torch.zeros(REAL.shape, dtype=torch.float64).masked_fill(~REAL, lowest)
+    excluded = excluded[:, None, None]
+    check_against(mixer, lambda hidden: mixer.dense(bert(in_rows(hidden), excluded)[0][REAL]))
+    parts = ("query", "key", "value", "dense")
+    names = [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]
+    assert list(mixer.state_dict()) == names
 
 
-def test_fnet_is_that_of_transformers():
+def test_fnet_is_that_of_transformers_and_sees_padding_as_zero_vectors():
     fourier = FNetBasicFourierTransform(FNetConfig(use_tpu_fourier_optimizations=False))
-    real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)
-
-    def expected_of(hidden: Tensor) -> Tensor:
-        rows = torch.zeros(*real.shape, 24, dtype=torch.float64)
-        return fourier(rows.masked_scatter(real.unsqueeze(-1), hidden))[0][real]
-
-    check_against(build(FNetMixer), expected_of)
-
-
-def test_linear_attention_is_its_quadratic_formula():
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = (F.elu(q) + 1) @ (F.elu(k) + 1).mT
-        return weights / weights.sum(dim=-1, keepdim=True) @ v
-
-    mixer = build(LinearAttention)
-    check_against(mixer, by_sequence(mixer, attend))
-
-
-def test_linformer_is_its_formula():
-    mixer = build(LinformerAttention)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        length = k.shape[1]
-        k = torch.einsum("kn,hnd->hkd", mixer.key_projection[:, :length], k)
-        v = torch.einsum("kn,hnd->hkd", mixer.value_projection[:, :length], v)
-        return (q @ k.mT / 8**0.5).softmax(dim=-1) @ v
-
-    check_against(mixer, by_sequence(mixer, attend))
+    mixer = build(FNetMixer)
+    check_against(mixer, lambda hidden: fourier(in_rows(hidden))[0][REAL])
+    assert not list(mixer.parameters())
+    hidden = tokens(18)
+    rows = F.pad(hidden.view(2, 9, 24), (0, 0, 0, 4))
+    expected = torch.fft.fft2(rows).real[:, :9].flatten(0, 1)
+    assert_close(mixer(hidden, padded([9, 9], 13)), expected, 1e-12)
 
 
 def positive_features(x: Tensor, features: Tensor) -> Tensor:
@@ -149,69 +113,74 @@ def positive_features(x: Tensor, features: Tensor) -> Tensor:
     return exponents.exp() / len(features) ** 0.5
 
 
-def test_performer_is_its_quadratic_formula():
-    mixer = build(PerformerAttention)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = positive_features(q / 8**0.25, mixer.features)
-        k = positive_features(k / 8**0.25, mixer.features)
-        weights = q @ k.mT
-        return weights / weights.sum(dim=-1, keepdim=True) @ v
-
-    check_against(mixer, by_sequence(mixer, attend))
+def normalised(weights: Tensor) -> Tensor:
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def test_fnet_sees_padding_as_zero_vectors():
-    hidden = tokens(18)
-    long = padded([9, 9], 13)
-    rows = F.pad(hidden.view(2, 9, 24), (0, 0, 0, 4))
-    expected = torch.fft.fft2(rows).real[:, :9].flatten(0, 1)
-    assert_close(FNetMixer(SMALL)(hidden, long), expected, 1e-12)
+def linear_of_one(mixer: LinearAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return normalised((F.elu(q) + 1) @ (F.elu(k) + 1).mT) @ v
 
 
-def test_linear_attention_of_many_tokens_fits_float16():
-    mixer = build(LinearAttention).half()
-    hidden = torch.ones(20000, 24, dtype=torch.float16)
+def linformer_of_one(mixer: LinformerAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = torch.einsum("kn,hnd->hkd", mixer.key_projection[:, : k.shape[1]], k)
+    v = torch.einsum("kn,hnd->hkd", mixer.value_projection[:, : v.shape[1]], v)
+    return (q @ k.mT / 8**0.5).softmax(dim=-1) @ v
+
+
+def performer_of_one(mixer: PerformerAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k = (positive_features(x / 8**0.25, mixer.features) for x in (q, k))
+    return normalised(q @ k.mT) @ v
+
+
+@pytest.mark.parametrize(
+    ("cls", "attend"),
+    [
+        (LinearAttention, linear_of_one),
+        (LinformerAttention, linformer_of_one),
+        (PerformerAttention, performer_of_one),
+    ],
+)
+def test_quadratic_formula(cls, attend):
+    """On queries, keys and values `[H, N, D]` of one sequence at a time, without padding."""
+    mixer = build(cls)
+
+    def expected_of(hidden: Tensor) -> Tensor:
+        mixed = []
+        for sequence in hidden.split(LENGTHS):
+            projected = (mixer.query(sequence), mixer.key(sequence), mixer.value(sequence))
+            heads = (x.unflatten(1, (mixer.num_heads, -1)).transpose(0, 1) for x in projected)
+            mixed.append(attend(mixer, *heads).transpose(0, 1).flatten(1))
+        return mixer.dense(torch.cat(mixed))
+
+    check_against(mixer, expected_of)
+
+
+def test_linear_attention_of_many_tokens_and_of_features_that_vanish():
+    mixer, hidden = build(LinearAttention).half(), torch.ones(20000, 24, dtype=torch.float16)
     out = mixer(hidden, packed([20000]))
     assert_close(out[:1], mixer.dense(mixer.value(hidden[:1])), 2e-3)
-
-
-def test_linear_attention_with_features_that_vanish():
-    mixer = build(LinearAttention)
+    mixer, hidden = build(LinearAttention), tokens(4).requires_grad_()
     with torch.no_grad():
         mixer.query.bias.fill_(-1000.0)
-    hidden = tokens(4).requires_grad_()
     out = mixer(hidden, packed([4]))
     out.sum().backward()
     assert_close(out, mixer.dense.bias.expand(4, 24), 1e-12)
-    assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
-
-
-def test_forms_of_softmax_attention_share_parameters():
-    states = [build(cls).state_dict() for cls in SOFTMAX]
-    parts = ("query", "key", "value", "dense")
-    names = [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]
-    assert [list(state) for state in states] == [names] * 3
-    assert not list(FNetMixer(SMALL).parameters())
 
 
 def test_checkpointing_repeats_dropout_and_keeps_no_scores():
     config = SMALL.replace(attention_probs_dropout_prob=0.3)
     place, length = packed([40, 33]), 40
-    kept: dict[type, int] = {}
-    slopes = []
+    kept, slopes = {}, []
     for cls in (NaiveAttention, CheckpointedAttention):
         mixer = build(cls, config).train()
         hidden = tokens(73).requires_grad_()
         sizes: list[int] = []
-
-        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
-            sizes.append(tensor.numel())
-            return tensor
-
         torch.manual_seed(3)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor,
+            lambda tensor: tensor,
+        ):
             out = mixer(hidden, place)
         kept[cls] = max(sizes)
         slopes.append(gradients(mixer, hidden, out)["hidden"])
@@ -240,11 +209,9 @@ def test_packed_kernel_gets_the_stream(monkeypatch):
     def stand_in(query, key, value, cu_query, cu_key, longest_query, longest_key):
         assert cu_query is cu_key
         calls.append((longest_query, longest_key))
-        parts = [x.transpose(0, 1).split(cu_query.diff().tolist(), dim=1) for x in (query, key)]
-        values = value.transpose(0, 1).split(cu_query.diff().tolist(), dim=1)
-        mixed = [
-            F.scaled_dot_product_attention(q, k, v) for q, k, v in zip(*parts, values, strict=True)
-        ]
+        lengths = cu_query.diff().tolist()
+        parts = (x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value))
+        mixed = [F.scaled_dot_product_attention(*qkv) for qkv in zip(*parts, strict=True)]
         return torch.cat(mixed, dim=1).transpose(0, 1)
 
     hidden = tokens(sum(LENGTHS))
@@ -288,9 +255,8 @@ def test_packed_kernel_on_a_gpu(dtype):
 
 
 def test_linformer_refuses_long_rows():
-    mixer = build(LinformerAttention)
     with pytest.raises(ValueError, match="rows have 65 tokens, max_position_embeddings is 64"):
-        mixer(tokens(66), packed([65, 1]))
+        build(LinformerAttention)(tokens(66), packed([65, 1]))
 
 
 def test_performer_features_are_orthogonal_and_the_same_in_every_run():
@@ -312,10 +278,10 @@ def test_performer_features_are_orthogonal_and_the_same_in_every_run():
 
 def test_performer_features_estimate_the_softmax_kernel_without_bias():
     q, k = tokens(2, seed=4, width=8) * 0.5
-    estimates = []
-    for seed in range(3000):
-        features = orthogonal_features(8, 8, seed)
-        estimates.append(positive_features(q, features) @ positive_features(k, features))
+    estimates = [
+        positive_features(q, features) @ positive_features(k, features)
+        for features in (orthogonal_features(8, 8, seed) for seed in range(3000))
+    ]
     estimate = torch.stack(estimates)
     error = (estimate.mean() - (q @ k).exp()) / (estimate.std() / len(estimates) ** 0.5)
     assert abs(float(error)) < 3
@@ -345,6 +311,5 @@ def test_performer_holds_out_where_plain_features_overflow():
     out = mixer(hidden, packed([20, 10]))
     out.square().sum().backward()
     assert out.isfinite().all()
-    assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
     assert_close(out, mixer.double()(hidden.double(), packed([20, 10])), 1e-3)

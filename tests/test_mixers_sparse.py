@@ -69,13 +69,13 @@ def compare(mixer, layout: BatchLayout, hidden: Tensor, expected: Tensor, tolera
     """Values, and gradients of the input and of every parameter, for a random upstream gradient."""
     out = mixer(hidden, layout)
     assert_close(out, expected, tolerance, "output")
-    names = ["hidden", *(name for name, _ in mixer.named_parameters())]
-    inputs = [hidden, *mixer.parameters()]
+    leaves = {"hidden": hidden, **dict(mixer.named_parameters())}
     upstream = states(*out.shape, seed=2).detach()
-    found = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
-    wanted = torch.autograd.grad(expected, inputs, upstream, allow_unused=True)
-    for name, actual, reference in zip(names, found, wanted, strict=True):
-        reference = torch.zeros_like(actual) if reference is None else reference
+    found, wanted = (
+        torch.autograd.grad(x, list(leaves.values()), upstream, retain_graph=True, **options)
+        for x, options in ((out, {}), (expected, {"allow_unused": True, "materialize_grads": True}))
+    )
+    for name, actual, reference in zip(leaves, found, wanted, strict=True):
         # zero but for rounding, such as that of a bias of all keys, which moves no softmax
         if reference.abs().max() < 1e-12:
             assert actual.abs().max() < 1e-12, name
@@ -83,29 +83,24 @@ def compare(mixer, layout: BatchLayout, hidden: Tensor, expected: Tensor, tolera
             assert_close(actual, reference, 10 * tolerance, name)
 
 
-def share_weights(published: nn.Module, mixer: nn.Module) -> None:
-    """Put the parameters of the mixer into the published module, so gradients arrive there."""
+def compare_published(published: nn.Module, mixer, length: int, *others, tolerance=1e-12) -> None:
+    """Two sequences by the published module, with the mixer's parameters, so gradients agree."""
     for name in ("query", "key", "value", "query_key", "conv"):
         if hasattr(mixer, name):
             setattr(published, name, getattr(mixer, name))
-
-
-def as_rows(hidden: Tensor, num_rows: int) -> Tensor:
-    return hidden.unflatten(0, (num_rows, -1))
+    hidden = states(2 * length)
+    context = published.double()(hidden.unflatten(0, (2, length)), *others)[0]
+    expected = mixer.dense(context.flatten(0, 1))
+    compare(mixer, packed([length] * 2), hidden, expected, tolerance)
 
 
 def test_published_nystromformer():
-    config = NystromformerConfig(
-        **SIZES, num_landmarks=4, segment_means_seq_len=32, conv_kernel_size=5
-    )
-    published = modeling_nystromformer.NystromformerSelfAttention(config).double()
+    sizes = {"num_landmarks": 4, "segment_means_seq_len": 32, "conv_kernel_size": 5}
+    config = NystromformerConfig(**SIZES, **sizes)
+    published = modeling_nystromformer.NystromformerSelfAttention(config)
     # the norm of each matrix; the option for it reads a key that does not exist
     published.init_option = "exact"
-    mixer = build(NystromAttention)
-    share_weights(published, mixer)
-    hidden = states(2 * 32)
-    context = published(as_rows(hidden, 2))[0]
-    compare(mixer, packed([32, 32]), hidden, mixer.dense(context.flatten(0, 1)), 1e-11)
+    compare_published(published, build(NystromAttention), 32, tolerance=1e-11)
 
 
 @pytest.mark.parametrize("num_hashes", [1, 3])
@@ -124,57 +119,39 @@ def test_published_reformer(num_hashes, length, num_buckets):
         is_decoder=False,
         hash_seed=7,
     )
-    published = modeling_reformer.LSHSelfAttention(config).double()
     mixer = build(LSHAttention, CONFIG.replace(num_hashes=num_hashes))
-    share_weights(published, mixer)
     torch.manual_seed(7)
     rotations = torch.randn(3, 4, num_hashes, num_buckets // 2, dtype=torch.float64)
     mixer.rotations[..., : num_buckets // 2] = rotations
-    hidden = states(2 * length)
-    context = published(as_rows(hidden, 2)).hidden_states
-    compare(mixer, packed([length] * 2), hidden, mixer.dense(context.flatten(0, 1)))
+    compare_published(modeling_reformer.LSHSelfAttention(config), mixer, length)
 
 
 def test_published_longformer(monkeypatch):
     config = LongformerConfig(**SIZES, attention_window=[8])
-    published = modeling_longformer.LongformerSelfAttention(config, layer_id=0).double()
+    published = modeling_longformer.LongformerSelfAttention(config, layer_id=0)
     # it computes the softmax in float32
     softmax = nn.functional.softmax
     monkeypatch.setattr(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
-    mixer = build(SlidingWindowAttention)
-    share_weights(published, mixer)
-    hidden = states(2 * 24)
     nowhere = torch.zeros(2, 24)
-    context = published(as_rows(hidden, 2), nowhere, nowhere.bool(), nowhere.bool(), False)[0]
-    compare(mixer, packed([24, 24]), hidden, mixer.dense(context.flatten(0, 1)))
+    others = (nowhere, nowhere.bool(), nowhere.bool(), False)
+    compare_published(published, build(SlidingWindowAttention), 24, *others)
 
 
 def test_published_bigbird(monkeypatch):
     length, num_blocks = 36, 9
     config = BigBirdConfig(**SIZES, block_size=4, num_random_blocks=2, use_bias=True)
-    published = modeling_big_bird.BigBirdBlockSparseAttention(config).double()
+    published = modeling_big_bird.BigBirdBlockSparseAttention(config)
     mixer = build(BigBirdAttention)
-    share_weights(published, mixer)
     blocks, drawn = mixer.random_blocks(torch.tensor([num_blocks]), num_blocks)
     assert drawn.all()
     chosen = blocks[0, 1:-1].transpose(0, 1).numpy()
     monkeypatch.setattr(published, "_bigbird_block_rand_mask_with_head", lambda **_: list(chosen))
-    blocked, band, rows, columns = (
-        modeling_big_bird.BigBirdModel.create_masks_for_block_sparse_attn(
-            torch.ones(2, length, dtype=torch.float64), 4
-        )
-    )
-    hidden = states(2 * length)
-    context = published(as_rows(hidden, 2), band, rows, columns, blocked, blocked)[0]
-    compare(mixer, packed([length] * 2), hidden, mixer.dense(context.flatten(0, 1)))
+    masks_of = modeling_big_bird.BigBirdModel.create_masks_for_block_sparse_attn
+    blocked, band, rows, columns = masks_of(torch.ones(2, length, dtype=torch.float64), 4)
+    compare_published(published, mixer, length, band, rows, columns, blocked, blocked)
 
 
 LENGTHS = [[1], [3], [4], [17], [63], [64], [9, 0, 1, 30, 12, 4]]
-
-
-def formula(mixer, hidden: Tensor, lengths: list[int], one) -> Tensor:
-    parts = [one(mixer, part) if len(part) else part for part in hidden.split(lengths)]
-    return mixer.dense(torch.cat(parts))
 
 
 def nystrom_of_one(mixer: NystromAttention, hidden: Tensor) -> Tensor:
@@ -250,21 +227,21 @@ def bigbird_of_one(mixer: BigBirdAttention, hidden: Tensor) -> Tensor:
     return attention(mixer, hidden, tokens[:, : len(hidden), : len(hidden)])
 
 
-FORMULAS = [
-    pytest.param(NystromAttention, nystrom_of_one, id="nystromformer"),
-    pytest.param(LSHAttention, reformer_of_one, id="reformer"),
-    pytest.param(SlidingWindowAttention, longformer_of_one, id="longformer"),
-    pytest.param(BigBirdAttention, bigbird_of_one, id="bigbird"),
-]
+FORMULAS = {
+    NystromAttention: nystrom_of_one,
+    LSHAttention: reformer_of_one,
+    SlidingWindowAttention: longformer_of_one,
+    BigBirdAttention: bigbird_of_one,
+}
 
 
-@pytest.mark.parametrize(("cls", "one"), FORMULAS)
+@every_mixer
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
-def test_formula_at_any_length(cls, one, lengths):
+def test_formula_at_any_length(cls, lengths):
     """Dense formulas in float64, one sequence at a time."""
-    mixer = build(cls)
-    hidden = states(sum(lengths))
-    compare(mixer, packed(lengths), hidden, formula(mixer, hidden, lengths, one), 1e-11)
+    mixer, hidden = build(cls), states(sum(lengths))
+    parts = [FORMULAS[cls](mixer, part) for part in hidden.split(lengths) if len(part)]
+    compare(mixer, packed(lengths), hidden, mixer.dense(torch.cat(parts)), 1e-11)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -286,16 +263,9 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_is_linear(cls, ragged):
     """Twice the tokens, twice the largest tensor, and nothing as large as N * N."""
     length = 4096
-    config = CONFIG.replace(
-        hidden_size=8,
-        num_attention_heads=2,
-        max_position_embeddings=length,
-        num_landmarks=16,
-        lsh_chunk_size=16,
-        attention_window=32,
-        block_size=16,
-    )
-    mixer = cls(config)
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": length}
+    chunks = {"num_landmarks": 16, "lsh_chunk_size": 16, "attention_window": 32, "block_size": 16}
+    mixer = cls(CONFIG.replace(**sizes, **chunks))
     largest = []
     for n in (length // 2, length):
         with LargestTensor() as mode:
@@ -311,8 +281,7 @@ def test_memory_is_linear(cls, ragged):
 def test_random_choices_follow_from_the_configuration(cls):
     """Checkpoints hold parameters only, so anything random must not depend on the moment."""
     torch.manual_seed(0)
-    first = cls(CONFIG)
-    second = cls(CONFIG)
+    first, second = cls(CONFIG), cls(CONFIG)
     second.load_state_dict(first.state_dict())
     assert set(first.state_dict()) == {name for name, _ in first.named_parameters()}
     hidden = states(40).float()
@@ -330,16 +299,11 @@ def test_random_blocks_are_spread():
     assert float((shares - 0.2).abs().max()) < 0.03
 
 
-@pytest.mark.parametrize(
-    ("cls", "fields", "message"),
-    [
-        (NystromAttention, {"landmark_conv_size": 4}, "landmark_conv_size must be odd, found 4"),
-        (SlidingWindowAttention, {"attention_window": 1}, "at least 2, found 1"),
-    ],
-)
-def test_contradictory_configurations(cls, fields, message):
-    with pytest.raises(ConfigError, match=message):
-        cls(CONFIG.replace(**fields))
+def test_contradictory_configurations():
+    with pytest.raises(ConfigError, match="landmark_conv_size must be odd, found 4"):
+        NystromAttention(CONFIG.replace(landmark_conv_size=4))
+    with pytest.raises(ConfigError, match="at least 2, found 1"):
+        SlidingWindowAttention(CONFIG.replace(attention_window=1))
 
 
 @pytest.mark.gpu
@@ -360,8 +324,8 @@ def test_on_a_gpu(cls, dtype):
     finally:
         torch.set_default_device(None)
     out = mixer.to("cuda", dtype)(hidden.to("cuda", dtype), layout)
-    for gradient in torch.autograd.grad(out.square().sum(), [*mixer.parameters()]):
-        assert gradient.isfinite().all()
+    slopes = torch.autograd.grad(out.square().sum(), [*mixer.parameters()])
+    assert all(gradient.isfinite().all() for gradient in slopes)
     tolerance = 1e-3 if dtype == torch.float32 else 0.05
     close = (out.cpu() - expected).abs().amax(dim=1) < tolerance * expected.abs().max()
     assert close.float().mean() > (0.5 if cls is LSHAttention else 0.99)
