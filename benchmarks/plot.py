@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Row
+from benchmarks.common import RUNS, Row
 from ponet.files import write_atomically
 
 # Okabe and Ito's palette, told apart by colour-blind readers too
@@ -139,7 +139,11 @@ def main() -> None:
     """Draw the figures of a file of results."""
     parser = argparse.ArgumentParser(description="figures of a file of results")
     parser.add_argument("file", type=Path, help="a JSONL file that a benchmark wrote")
-    path = parser.parse_args().file
+    parser.add_argument(
+        "--output", type=Path, default=RUNS, metavar="DIR", help=f"folder of the figures [{RUNS}]"
+    )
+    options = parser.parse_args()
+    path = options.file
     if not path.is_file():
         parser.error(f"{path}: no such file")
     records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
@@ -148,7 +152,8 @@ def main() -> None:
     if not found:
         parser.error(f"{path}: holds no record of speed_memory")
     for model, record in {record["card"]["model"]: record for record in found}.items():
-        draw_record(record, path.with_name(f"{path.stem}_speed_memory_{model}.png"))
+        image = options.output / f"{path.stem}_speed_memory_{model}.png"
+        draw_record(record, image)
 
 
 if __name__ == "__main__":

@@ -381,7 +381,7 @@ def draw(scores: _Table) -> Figure:
     for axes in panels.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles[label] = handle
-    figure.supxlabel(f"%, {PLUS_MINUS} standard deviation over seeds; hollow: on other data")
+    figure.suptitle(f"%, {PLUS_MINUS} standard deviation over seeds; hollow: on other data")
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
     return figure
 

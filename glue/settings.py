@@ -1,6 +1,7 @@
 """What a command is told, and what each of its runs is: recipe < YAML < flags."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +161,11 @@ class GlueConfig:
         if len(self.task) != 1 or self.task[0] in (*TASKS, "all"):
             raise UsageError(
                 f"--train-file: give your task one new name by --task, found {' '.join(self.task)}"
+            )
+        if not re.fullmatch(r"[\w.-]*\w", self.task[0]):
+            raise UsageError(
+                f"--task names the folders of the runs: letters, digits, '.', '-' and '_', found "
+                f"{self.task[0]!r}"
             )
         if len(self.text_column) not in (1, 2):
             found = " ".join(self.text_column)

@@ -71,6 +71,12 @@ def main() -> None:
         sys.stderr.flush()
         # other ranks may wait in a collective that this one will never join; no clean way out
         os._exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "pretrain: interrupted; --resume FOLDER continues from its newest checkpoint\n"
+        )
+        sys.stderr.flush()
+        os._exit(130)
     dist.destroy_process_group()
     if ranks.rank == 0:
         print(json.dumps(result), flush=True)
