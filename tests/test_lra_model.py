@@ -45,28 +45,20 @@ def sequences(lengths: list[int], zeros: float = 0.3) -> list[Tensor]:
 
 
 def inputs_of(ids: list[Tensor], protocol, mixer: str, task=SMALL):
-    return model_inputs(
-        torch.cat(ids),
-        torch.tensor([len(x) for x in ids]),
-        protocol=protocol,
-        task=task,
-        mixer=mixer,
-        num_segments=task.num_segments,
-    )
+    lengths = torch.tensor([len(x) for x in ids])
+    shared = {"task": task, "mixer": mixer, "num_segments": task.num_segments}
+    return model_inputs(torch.cat(ids), lengths, protocol=protocol, **shared)
 
 
 @pytest.mark.parametrize("task", PUBLISHED_PARAMETERS)
 def test_parameters_are_as_many_as_published(task):
-    counts = []
-    for mixer in ("attention", "ponet"):
-        model = LongRangeClassifier(model_config(TASKS[task], mixer), TASKS[task].num_inputs)
-        counts.append(sum(p.numel() for p in model.parameters()))
+    models = [build(mixer, TASKS[task]) for mixer in ("attention", "ponet")]
+    counts = [sum(p.numel() for p in model.parameters()) for model in models]
     assert tuple(counts) == PUBLISHED_PARAMETERS[task]
 
 
 def test_initial_weights_are_as_published():
-    torch.manual_seed(0)
-    model = LongRangeClassifier(model_config(TASKS["image"], "ponet"), 1).requires_grad_(False)
+    model = build("ponet", TASKS["image"]).requires_grad_(False)
     for embedding in (model.ponet.embeddings.word, model.ponet.embeddings.position):
         assert float(embedding.weight.std()) == pytest.approx(0.02, rel=0.05)
     for name, parameter in model.named_parameters():
@@ -121,51 +113,43 @@ def dense_states(model: LongRangeClassifier, mixer: str, row: Tensor, mask: Tens
         hidden = hidden + DENSE[mixer](layer.mixer, layer.mixer_norm(hidden), mask, size)
         up = layer.feed_forward.up(layer.feed_forward_norm(hidden))
         hidden = hidden + layer.feed_forward.down(F.gelu(up))
-    return F.layer_norm(
-        hidden, hidden.shape[1:], ponet.encoder.final_norm.weight, ponet.encoder.final_norm.bias
-    )
+    norm = ponet.encoder.final_norm
+    return F.layer_norm(hidden, hidden.shape[1:], norm.weight, norm.bias)
 
 
 @pytest.mark.parametrize("mixer", DENSE)
-def test_published_mean_is_over_all_columns_without_black_pixels(mixer):
+def test_the_mean_of_a_protocol_is_over_its_own_tokens(mixer):
     model, ids = build(mixer), sequences([32, 24, 17, 1])
-    found = model.pool(inputs_of(ids, "published", mixer))
-    for vector, sequence in zip(found, ids, strict=True):
+    published = model.pool(inputs_of(ids, "published", mixer))
+    clean = model.pool(inputs_of(ids, "clean", mixer))
+    for sequence, *vectors in zip(ids, published, clean, strict=True):
+        # over all columns, without black pixels
         row = F.pad(sequence, (0, 32 - len(sequence)))
         states = dense_states(model, mixer, row, row != 0, size=7)
         expected = (states * (row != 0)[:, None]).sum(0) / 32
-        torch.testing.assert_close(vector, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("mixer", DENSE)
-def test_clean_mean_is_over_tokens_black_pixels_among_them(mixer):
-    model, ids = build(mixer), sequences([32, 20, 1])
-    found = model.pool(inputs_of(ids, "clean", mixer))
-    for vector, sequence in zip(found, ids, strict=True):
-        real = torch.arange(32) < len(sequence)
-        # fnet alone mixes the padding, too
-        seen = F.pad(sequence, (0, 32 - len(sequence))) if mixer == "fnet" else sequence
-        states = dense_states(model, mixer, seen, real[: len(seen)], size=7)
+        torch.testing.assert_close(vectors[0], expected, rtol=1e-9, atol=1e-9)
+        # over tokens, black pixels among them; fnet alone mixes the padding, too
+        seen = row if mixer == "fnet" else sequence
+        states = dense_states(model, mixer, seen, torch.arange(len(seen)) < len(sequence), size=7)
         expected = states[: len(sequence)].mean(0)
-        torch.testing.assert_close(vector, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(vectors[1], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("protocol", ["published", "clean"])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_answers_do_not_depend_on_the_batch(mixer, protocol):
+def test_answers_do_not_depend_on_the_batch(mixer):
     # the readable form of PoNet knows no gaps within a sequence
     zeros = 0.0 if mixer == "ponet_published" else 0.3
     model, ids = build(mixer), sequences([24, 9, 17], zeros)
-    together = model(inputs_of(ids, protocol, mixer))
-    assert together.shape == (3, 10)
-    alone = torch.cat([model(inputs_of([x], protocol, mixer)) for x in ids])
-    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
+    for protocol in ("published", "clean"):
+        together = model(inputs_of(ids, protocol, mixer))
+        assert together.shape == (3, 10)
+        alone = torch.cat([model(inputs_of([x], protocol, mixer)) for x in ids])
+        torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
 
 
 def test_a_black_image_is_answered():
-    model = build("ponet")
-    ids = [torch.zeros(24, dtype=torch.long), *sequences([24])]
-    logits = model(inputs_of(ids, "published", "ponet"))
+    model, black = build("ponet"), torch.zeros(24, dtype=torch.long)
+    logits = model(inputs_of([black, *sequences([24])], "published", "ponet"))
     expected = model.classifier(torch.zeros(64, dtype=torch.double))
     torch.testing.assert_close(logits[0], expected)
     assert logits.isfinite().all()
@@ -194,25 +178,19 @@ def test_segments_are_as_long_as_published(task, size, number):
 @pytest.mark.parametrize("task", ["listops", "text", "pathfinder"])
 def test_schedule_is_that_of_pytorch(task):
     task = TASKS[task]
+    total, peak = task.steps, task.learning_rate
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], betas=(0.9, 0.999))
-    reference = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=task.learning_rate,
-        total_steps=task.steps,
-        pct_start=task.warmup_steps / task.steps,
-        anneal_strategy="linear",
-    )
-    schedule = OneCycle(steps=task.steps, warmup_steps=task.warmup_steps, peak=task.learning_rate)
-    for step in range(task.steps):
+    shape = {"pct_start": task.warmup_steps / total, "anneal_strategy": "linear"}
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total, **shape)
+    schedule = OneCycle(steps=total, warmup_steps=task.warmup_steps, peak=peak)
+    for step in range(total):
         group = optimizer.param_groups[0]
-        expected = (group["lr"], group["betas"][0])
-        assert schedule.at(step) == pytest.approx(expected, rel=1e-6)
+        assert schedule.at(step) == pytest.approx((group["lr"], group["betas"][0]), rel=1e-6)
         optimizer.step()
-        if step + 1 < task.steps:
+        if step + 1 < total:
             reference.step()
-    assert schedule.at(0) == pytest.approx((4e-6, 0.95))
-    assert schedule.at(task.warmup_steps - 1) == pytest.approx((1e-4, 0.85))
-    assert schedule.at(task.steps - 1) == pytest.approx((4e-10, 0.95))
+    ends = {0: (4e-6, 0.95), task.warmup_steps - 1: (1e-4, 0.85), total - 1: (4e-10, 0.95)}
+    assert all(schedule.at(step) == pytest.approx(end) for step, end in ends.items())
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (2, 1), (5, 0), (5, 5)])
@@ -262,20 +240,16 @@ def test_training_batches_are_a_function_of_seed_and_number(by_length):
 
 
 def test_batches_that_are_not_filled():
-    batches = BatchOrder(ragged(11), of_four(), TRAIN)
-    seen = {
-        tuple(sorted(np.concatenate([batches.indices(2 * k + i) for i in (0, 1)]).tolist()))
-        for k in range(20)
-    }
+    split = ragged(11)
+    batches = BatchOrder(split, of_four(), TRAIN)
+    pairs = ((batches.indices(2 * k), batches.indices(2 * k + 1)) for k in range(20))
+    seen = [set(np.concatenate(pair).tolist()) for pair in pairs]
     # every pass leaves out others
-    assert all(len(set(examples)) == 8 for examples in seen)
-    assert set.union(*map(set, seen)) == set(range(11))
+    assert {len(examples) for examples in seen} == {8}
+    assert set.union(*seen) == set(range(11))
     with pytest.raises(ArenaError, match="--batch-size 4: a split has only 3 examples"):
         BatchOrder(ragged(3), of_four(), TRAIN)
-
-
-def test_complete_batches_hold_every_example_once():
-    split = ragged(11)
+    # of the whole set the last may be smaller
     batches = whole_set_batches(split, of_four(), DEV, limit=None)
     assert [len(batch) for batch in batches] == [4, 4, 3]
     assert np.concatenate(batches).tolist() == list(range(11))

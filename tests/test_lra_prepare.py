@@ -4,6 +4,7 @@ import json
 import resource
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -22,10 +23,14 @@ def drawn(task, per_split, seed=0):
             yield Example(split, int(rng.integers(task.num_classes)), tuple(map(np.array, ids)))
 
 
-@pytest.fixture(scope="module")
-def text_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "text"
-    return write_task(folder, TASKS["text"], drawn(TASKS["text"], 100), source="random")
+def written(folder, examples, source="random"):
+    """The task is named by the folder."""
+    return write_task(folder, TASKS[folder.name], examples, source=source)
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    return written(tmp_path / "text", drawn(TASKS["text"], 100))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -54,11 +59,9 @@ def test_what_was_written_is_read(tmp_path, name):
 def test_equal_sequences_are_stored_once(tmp_path):
     first, second = np.array([1, 2, 3]), np.array([256])
     inputs = [(first, second), (second, first), (first, first)]
-    examples = [
-        Example(s, 1, pair) for s, pair in zip(("train", "dev", "test"), inputs, strict=True)
-    ]
-    folder = write_task(tmp_path / "retrieval", TASKS["retrieval"], examples, source="x")
-    data = load_arena_data("retrieval", folder)
+    splits = ("train", "dev", "test")
+    examples = [Example(s, 1, pair) for s, pair in zip(splits, inputs, strict=True)]
+    data = load_arena_data("retrieval", written(tmp_path / "retrieval", examples))
     assert data.manifest["sequences"] == 2
     assert [ids.tolist() for ids in data.dev.ids(0)] == [[256], [1, 2, 3]]
 
@@ -82,7 +85,7 @@ def test_text_has_a_published_and_a_clean_development_set(text_folder):
 
 
 def test_other_tasks_have_one_development_set(tmp_path):
-    folder = write_task(tmp_path / "image", TASKS["image"], drawn(TASKS["image"], 200), source="x")
+    folder = written(tmp_path / "image", drawn(TASKS["image"], 200))
     for variant in ("published", "clean"):
         data = load_arena_data("image", folder, variant)
         assert len(data.train) + len(data.dev) == 200
@@ -98,65 +101,50 @@ def test_a_tenth_is_drawn_of_each_group():
 
 
 def test_the_digest_tells_examples_apart_and_forgets_their_origin(tmp_path):
-    task = TASKS["text"]
-    seeds = {"a": 0, "b": 0, "c": 1}
-    digests = [
-        load_arena_data(
-            "text", write_task(tmp_path / name, task, drawn(task, 20, seed), source=name)
-        ).manifest["digest"]
-        for name, seed in seeds.items()
-    ]
+    digests = []
+    for source, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = written(tmp_path / source / "text", drawn(TASKS["text"], 20, seed), source)
+        digests.append(load_arena_data("text", folder).manifest["digest"])
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_nothing_is_left_of_an_interrupted_preparation(tmp_path):
-    def broken():
-        yield from drawn(TASKS["text"], 5)
-        raise ArenaError("the tenth line is bad")
-
-    with pytest.raises(ArenaError, match="tenth line"):
-        write_task(tmp_path / "text", TASKS["text"], broken(), source="x")
-    assert list(tmp_path.iterdir()) == []
+ONLY = [Example("train", 1, (np.array([5]),))] * 30
+LARGE = list(drawn(TASKS["text"], 50))
 
 
-def test_a_full_disk_is_told_from_other_errors(tmp_path):
+def broken():
+    yield from ONLY
+    raise ArenaError("the tenth line is bad")
+
+
+@pytest.mark.parametrize(
+    ("name", "examples", "message"),
+    [
+        ("text", broken(), "the tenth line is bad"),
+        ("text", LARGE, r"cannot be written \(\d+ MiB free\): File too large.*text"),
+        ("text", ONLY, "some place: no example for test"),
+        ("listops", ONLY, "no example for test, dev"),
+    ],
+)
+def test_nothing_is_left_of_a_preparation_that_fails(tmp_path, name, examples, message):
+    # as on a full disk
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
-        with pytest.raises(
-            OSError, match=r"cannot be written \(\d+ MiB free\): File too large.*text"
-        ):
-            write_task(tmp_path / "text", TASKS["text"], drawn(TASKS["text"], 50), source="x")
+        with pytest.raises(OSError if "written" in message else ArenaError, match=message):
+            written(tmp_path / name, examples, "some place")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_splits_are_refused(tmp_path):
-    only = [Example("train", 1, (np.array([5]),))] * 30
-    with pytest.raises(ArenaError, match="some place: no example for test"):
-        write_task(tmp_path / "text", TASKS["text"], only, source="some place")
-    with pytest.raises(ArenaError, match="no example for test, dev"):
-        write_task(tmp_path / "listops", TASKS["listops"], only, source="some place")
-
-
 def test_an_existing_folder_is_not_touched(text_folder):
     with pytest.raises(ArenaError, match="already exists; delete it"):
-        write_task(text_folder, TASKS["text"], drawn(TASKS["text"], 5), source="x")
-
-
-@pytest.fixture
-def damaged(tmp_path):
-    task = TASKS["text"]
-    return write_task(tmp_path / "text", task, drawn(task, 20), source="random")
+        written(text_folder, drawn(TASKS["text"], 5))
 
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-2])
-
-
-def zero(path):
-    path.write_bytes(b"\x00" * path.stat().st_size)
 
 
 def change(**entries):
@@ -168,7 +156,11 @@ def change(**entries):
     [
         ("ids.npy", cut, r"ids\.npy: has .* bytes, expected .*delete the folder"),
         ("ids.npy", Path.unlink, r"ids\.npy: is missing"),
-        ("labels.npy", zero, r"labels\.npy: damaged"),
+        (
+            "labels.npy",
+            lambda path: path.write_bytes(bytes(path.stat().st_size)),
+            r"labels\.npy: damaged",
+        ),
         (MANIFEST, change(task="image"), "holds the task image, expected text"),
         (MANIFEST, change(format_version=0), "format 0, expected 1; delete the folder"),
         (MANIFEST, change(files={}), "was changed after it was written"),
@@ -177,20 +169,19 @@ def change(**entries):
         (MANIFEST, Path.unlink, r"not a prepared task, manifest\.json is missing"),
     ],
 )
-def test_damaged_and_foreign_folders_are_refused(damaged, name, damage, message):
-    damage(damaged / name)
+def test_damaged_and_foreign_folders_are_refused(text_folder, name, damage, message):
+    damage(text_folder / name)
     with pytest.raises(ArenaError, match=message):
-        load_arena_data("text", damaged)
+        load_arena_data("text", text_folder)
 
 
-def test_changed_bytes_are_found_when_asked(damaged):
-    path = damaged / "ids.npy"
-    content = bytearray(path.read_bytes())
+def test_changed_bytes_are_found_when_asked(text_folder):
+    content = bytearray((text_folder / "ids.npy").read_bytes())
     content[-1] ^= 1
-    path.write_bytes(content)
-    load_arena_data("text", damaged)
+    (text_folder / "ids.npy").write_bytes(content)
+    load_arena_data("text", text_folder)
     with pytest.raises(ArenaError, match=r"ids\.npy: other bytes than were written"):
-        load_arena_data("text", damaged, verify=True)
+        load_arena_data("text", text_folder, verify=True)
 
 
 @pytest.mark.parametrize(
@@ -198,27 +189,31 @@ def test_changed_bytes_are_found_when_asked(damaged):
     [("listops", 501, 1999), ("pathfinder", 1024, 1024), ("pathx", 16_384, 16_384)],
 )
 def test_generated_tasks(tmp_path, name, shortest, longest):
-    seeds = (0, None, 1) if name == "listops" else (0,)
-    folders = [
-        prepare_task(name, tmp_path / str(number), num_examples=64, seed=seed, workers=1)
-        for number, seed in enumerate(seeds)
-    ]
-    loaded = [load_arena_data(name, folder, verify=True) for folder in folders]
+    loaded = []
+    for number, seed in enumerate((0, None, 1) if name == "listops" else (0,)):
+        settings = {"num_examples": 64, "seed": seed, "workers": 1}
+        folder = prepare_task(name, tmp_path / str(number), **settings)
+        loaded.append(load_arena_data(name, folder, verify=True))
     assert loaded[0].sizes == (52, 6, 6)
     assert loaded[0].train.lengths.min() >= shortest
     assert loaded[0].train.lengths.max() <= longest
     assert loaded[0].manifest["source"] == "generated"
     assert not loaded[0].is_whole
-    digests = [data.manifest["digest"] for data in loaded]
-    assert len(set(digests)) == (2 if name == "listops" else 1)
+    digests = {data.manifest["digest"] for data in loaded}
+    assert len(digests) == (2 if name == "listops" else 1)
 
 
 def review_source(folder):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for split in ("train", "test"):
         rows = [{"text": f"{split} {n}", "label": n % 2} for n in range(40)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
+
+
+def refused(message, *args, **settings):
+    with pytest.raises(ArenaError, match=message):
+        prepare_task(*args, **settings)
 
 
 def test_what_is_prepared_is_kept_and_not_confused(tmp_path):
@@ -227,58 +222,41 @@ def test_what_is_prepared_is_kept_and_not_confused(tmp_path):
     (source / "train.jsonl").unlink()
     assert prepare_task("text", tmp_path / "data") == folder
     assert prepare_task("text", tmp_path / "data", source) == folder
-    with pytest.raises(ArenaError, match="was prepared with seed 0, asked for 3; delete"):
-        prepare_task("text", tmp_path / "data", seed=3)
-    with pytest.raises(ArenaError, match="was prepared with source"):
-        prepare_task("text", tmp_path / "data", tmp_path)
-    generated = prepare_task("listops", tmp_path / "data", num_examples=20, workers=1)
-    assert prepare_task("listops", tmp_path / "data") == generated
-    with pytest.raises(ArenaError, match="was prepared with num_examples 20, asked for 30"):
-        prepare_task("listops", tmp_path / "data", num_examples=30)
+    text = "text", tmp_path / "data"
+    refused("was prepared with seed 0, asked for 3; delete", *text, seed=3)
+    refused("was prepared with source", *text, tmp_path)
+    listops = "listops", tmp_path / "data"
+    generated = prepare_task(*listops, num_examples=20, workers=1)
+    assert prepare_task(*listops) == generated
+    refused("was prepared with num_examples 20, asked for 30", *listops, num_examples=30)
 
 
 def test_the_folder_for_raw_data_is_looked_at(tmp_path):
-    (tmp_path / "raw").mkdir()
-    review_source(tmp_path / "raw" / "text")
+    source = review_source(tmp_path / "raw" / "text")
     data = load_arena_data("text", prepare_task("text", tmp_path))
     assert len(data.train) == 40
-    assert data.manifest["source"] == str(tmp_path / "raw" / "text")
+    assert data.manifest["source"] == str(source)
 
 
-def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(
-        ArenaError, match=r"give --source PATH, or put at .*raw/retrieval: .*lra_rel"
-    ):
-        prepare_task("retrieval", tmp_path)
-    with pytest.raises(ArenaError, match=r"--source .*nowhere: not found; expected aclImdb"):
-        prepare_task("text", tmp_path, tmp_path / "nowhere")
-    with pytest.raises(ArenaError, match="--task: expected one of listops, text"):
-        prepare_task("audio", tmp_path)
+def test_what_is_missing_is_said(tmp_path, monkeypatch):
+    raw = r"give --source PATH, or put at .*raw/retrieval: .*lra_rel"
+    refused(raw, "retrieval", tmp_path)
+    nowhere = r"--source .*nowhere: not found; expected aclImdb"
+    refused(nowhere, "text", tmp_path, tmp_path / "nowhere")
+    refused("--task: expected one of listops, text", "audio", tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    refused(r"uoft-cs/cifar10 cannot be loaded .*cifar-10-binary", "image", tmp_path)
 
 
-def test_an_unreachable_hub_is_said(tmp_path, monkeypatch):
-    import datasets
-
-    def refuse(name):
-        raise ConnectionError(f"offline, no {name}")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ArenaError, match=r"uoft-cs/cifar10 cannot be loaded .*cifar-10-binary"):
-        prepare_task("image", tmp_path)
+def offline(name):
+    raise ConnectionError(f"offline, no {name}")
 
 
 def test_all_tasks_from_the_command_line(tmp_path, monkeypatch, capsys):
-    import datasets
-
     review = {"text": "good", "label": 1}
     reviews = {"train": [review, {"text": "bad", "label": 0}] * 20, "test": [review]}
-
-    def load(name):
-        if name != "stanfordnlp/imdb":
-            raise ConnectionError("offline")
-        return reviews
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    hub = {"stanfordnlp/imdb": reviews}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: hub.get(name) or offline(name))
     flags = ["--data-dir", str(tmp_path), "--num-examples", "10", "--workers", "1", "--verify"]
     assert main(["--task", "all", *flags]) == 1
     output = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -287,9 +265,7 @@ def test_all_tasks_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert output["prepared"]["pathfinder"]["splits"]["train"]["examples"] == 8
     assert output["prepared"]["text"]["splits"]["train"]["examples"] == 40
     assert main(["--task", "listops", "text", "--data-dir", str(tmp_path)]) == 0
-
-
-def test_all_does_not_hide_what_stands_beside_it():
+    # all does not hide what stands beside it
     names = [task.name for task in tasks_named(["all", "pathx", "text"])]
     assert names == [*COMPARED, "pathx"]
 

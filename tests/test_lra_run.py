@@ -33,18 +33,14 @@ TIMES = {"seconds", "step_ms"}
 
 def examples(name: str, seed: int = 0) -> Iterator[Example]:
     """The label is the most frequent id less one, so that there is something to learn."""
-    task = TASKS[name]
-    rng = np.random.default_rng(seed)
-    high = min(task.vocab_size - 1, 256)
+    task, rng = TASKS[name], np.random.default_rng(seed)
+    first, high = int(task.kind != "pixels"), min(task.vocab_size - 1, 256)
     for split, size in SIZES.items():
-        if split == "dev" and task.dev_from != "source":
-            continue
-        for i in range(size):
-            label = i % task.num_classes
-            inputs = []
+        for i in range(size if split != "dev" or task.dev_from == "source" else 0):
+            label, inputs = i % task.num_classes, []
             for _ in range(task.num_inputs):
                 length = 40 if task.kind == "pixels" else int(rng.integers(5, 40))
-                ids = rng.integers(0 if task.kind == "pixels" else 1, high, length)
+                ids = rng.integers(first, high, length)
                 ids[rng.random(length) < 0.5] = label + 1
                 inputs.append(ids.astype(np.uint8))
             yield Example(split, label, tuple(inputs))
@@ -76,23 +72,33 @@ def run(capsys: Any, *flags: str) -> dict[str, Any]:
     return {**last, "status": ended.value.code, "log": output.err}
 
 
-@pytest.mark.parametrize("protocol", ["published", "clean"])
-def test_every_task_from_data_to_result(tiny, capsys, protocol):
-    found = run(capsys, "--task", *NAMES, "--protocol", protocol, *TINY)
+def entries(path: Path) -> list[dict[str, Any]]:
+    """Metrics without those that depend on the machine."""
+    lines = map(json.loads, path.read_text().splitlines())
+    measured = {"step_ms", "peak_memory_mib"}
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
+
+
+@pytest.mark.parametrize(
+    # full batches of 4 as published, or all
+    ("protocol", "precision", "tested"),
+    [("published", "fp32", 8), ("clean", "bf16", 11)],
+)
+def test_every_task_from_data_to_result(tiny, capsys, protocol, precision, tested):
+    flags = ["--protocol", protocol, "--precision", precision, *TINY]
+    found = run(capsys, "--task", *NAMES, *flags)
     assert (found["status"], found["failures"], len(found["runs"])) == (0, [], len(NAMES))
     for name in NAMES:
         folder = tiny / "runs" / protocol / f"{name}-ponet-seed0"
         result = json.loads((folder / "result.json").read_text())
         assert result in found["runs"]
-        assert (result["task"], result["model"], result["seed"]) == (name, "ponet", 0)
-        assert (result["steps"], result["published_steps"]) == (4, TASKS[name].steps)
-        assert result["complete"] is False
+        expected = {"task": name, "model": "ponet", "seed": 0, "precision": precision, "steps": 4}
+        expected |= {"published_steps": TASKS[name].steps, "complete": False}
+        assert result | expected | {"num_test_examples": tested} == result
         assert set(result["differences"]) >= {"steps", "batch_size", "eval_every"}
         assert result["best_step"] in (2, 4)
-        # full batches of 4 as published, or all
-        assert result["num_test_examples"] == (8 if protocol == "published" else 11)
-        expected = np.bincount([i % TASKS[name].num_classes for i in range(11)]).max() / 11
-        assert result["majority_rate"] == pytest.approx(expected)
+        majority = np.bincount([i % TASKS[name].num_classes for i in range(11)]).max() / 11
+        assert result["majority_rate"] == pytest.approx(majority)
         assert result["data"]["source"] == "made up"
         assert (folder / "model.safetensors").is_file()
         assert not (folder / "checkpoint.pt").exists()
@@ -104,10 +110,8 @@ def test_every_task_from_data_to_result(tiny, capsys, protocol):
 def test_a_model_learns_what_there_is_to_learn(tiny, capsys, protocol):
     flags = ["--task", "text", "--protocol", protocol, "--learning-rate", "1e-2", "--steps", "120"]
     flags += ["--batch-size", "8", "--eval-every", "20", "--eval-batches", "2"]
-    found = run(capsys, *flags)
-    (result,) = found["runs"]
-    assert result["test_accuracy"] == 1.0
-    assert result["dev_accuracy"] == 1.0
+    (result,) = run(capsys, *flags)["runs"]
+    assert (result["test_accuracy"], result["dev_accuracy"]) == (1.0, 1.0)
     # the first of equals is kept
     assert result["best_step"] < 120
 
@@ -116,21 +120,25 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("stopped", ["training", "self-pretraining", "captured"])
-def test_an_interrupted_run_continues_bit_for_bit(tiny, monkeypatch, capsys, stopped):
-    flags = ["--task", "image", "--batch-size", "4", "--steps", "8", "--eval-every", "4"]
-    flags += ["--log-every", "1", "--eval-batches", "2"]
-    if stopped == "captured":
-        group, flags = "published", [*flags, "--capture", "on"]
-    else:
-        group, flags = "clean-pretrained", [*flags, "--protocol", "clean", "--pretrain-epochs", "3"]
-    owner, name = {
-        "training": (Classification, "loss"),
-        "self-pretraining": (MaskedPrediction, "loss"),
-        "captured": (CapturedStep, "_do"),
-    }[stopped]
+EIGHT = ["--batch-size", "4", "--steps", "8", "--eval-every", "4", "--log-every", "1"]
+EIGHT += ["--eval-batches", "2"]
+PRETRAINED = ["--protocol", "clean", "--pretrain-epochs", "3"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "stage", "flags"),
+    [
+        (Classification, "loss", "clean-pretrained/image-ponet-seed0", PRETRAINED),
+        (MaskedPrediction, "loss", "clean-pretrained/image-ponet-seed0/pretrain", PRETRAINED),
+        (CapturedStep, "_do", "published/image-ponet-seed0", ["--capture", "on"]),
+    ],
+)
+def test_an_interrupted_run_continues_bit_for_bit(
+    tiny, monkeypatch, capsys, owner, name, stage, flags
+):
+    flags = ["--task", "image", *EIGHT, *flags]
     whole = run(capsys, *flags)["runs"][0]
-    folder = tiny / "runs" / group / "image-ponet-seed0"
+    (folder,) = tiny.glob("runs/*/image-ponet-seed0")
     kept = folder.rename(tiny / "kept")
     original = getattr(owner, name)
 
@@ -143,27 +151,23 @@ def test_an_interrupted_run_continues_bit_for_bit(tiny, monkeypatch, capsys, sto
         patch.setattr(owner, name, killed)
         with pytest.raises(Killed):
             start([*flags, "--checkpoint-minutes", "0"])
-    stage = folder / "pretrain" if stopped == "self-pretraining" else folder
-    state = torch.load(stage / "checkpoint.pt", weights_only=True)
+    state = torch.load(tiny / "runs" / stage / "checkpoint.pt", weights_only=True)
     assert state["progress"]["step"] == 5
     assert not (folder / "result.json").exists()
 
     again = run(capsys, *flags)["runs"][0]
-    assert {k: v for k, v in again.items() if k not in TIMES} == {
-        k: v for k, v in whole.items() if k not in TIMES
-    }
-    model = "model.safetensors"
-    assert (folder / model).read_bytes() == (kept / model).read_bytes()
+    assert again | dict.fromkeys(TIMES) == whole | dict.fromkeys(TIMES)
+    models = [(place / "model.safetensors").read_bytes() for place in (folder, kept)]
+    assert models[0] == models[1]
     for path in kept.rglob("metrics.jsonl"):
         assert entries(folder / path.relative_to(kept)) == entries(path)
 
 
 @pytest.mark.parametrize("task", ["image", "retrieval"])
 def test_a_run_of_captured_steps_is_the_same_run(tiny, capsys, task):
-    flags = ["--task", task, "--batch-size", "4", "--steps", "8", "--eval-every", "4"]
-    flags += ["--eval-batches", "2", "--log-every", "1", "--learning-rate", "1e-3"]
     # what is dropped depends on the shape of the batch
-    flags += ["--dropout", "0", "--attention-dropout", "0"]
+    flags = ["--task", task, *EIGHT, "--dropout", "0", "--attention-dropout", "0"]
+    flags += ["--learning-rate", "1e-3"]
     plain = run(capsys, *flags)
     folder = tiny / "runs" / "published" / f"{task}-ponet-seed0"
     kept = folder.rename(tiny / "kept")
@@ -178,23 +182,29 @@ def test_a_run_of_captured_steps_is_the_same_run(tiny, capsys, task):
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
 
 
-def test_a_run_that_cannot_be_captured_says_so(tiny, capsys):
-    flags = ["--task", "listops", "--model", "ponet_published", *TINY, "--capture", "on"]
-    found = run(capsys, *flags)
-    assert found["status"] == 0
-    assert found["log"].count("steps are not captured: mixer ponet_published reads") == 1
-
-
-def entries(path: Path) -> list[dict[str, Any]]:
-    """Metrics without those that depend on the machine."""
-    lines = map(json.loads, path.read_text().splitlines())
-    measured = {"step_ms", "peak_memory_mib"}
-    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        ("--model ponet_published --capture on", 0, "steps are not captured: mixer ponet_publi"),
+        ("--learning-rate 1e20", 1, "listops-ponet-seed0: the loss became nan"),
+    ],
+)
+def test_what_goes_wrong_is_said_once(tiny, capsys, flags, status, message):
+    found = run(capsys, "--task", "listops", *TINY, *flags.split())
+    assert (found["status"], found["log"].count(message)) == (status, 1)
+    assert [message in failure for failure in found["failures"]] == [True] * status
 
 
 def test_finished_runs_are_skipped_and_others_refused(tiny, monkeypatch, capsys):
     flags = ["--task", "listops", *TINY]
+    folder = tiny / "runs" / "published" / "listops-ponet-seed0"
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        busy = run(capsys, *flags)
+    assert busy["status"] == 1
+    assert "another process is at this run" in busy["failures"][0]
     first = run(capsys, *flags)
+    assert first["status"] == 0
     with monkeypatch.context() as patch:
         patch.setattr(Classification, "loss", None)
         again = run(capsys, *flags)
@@ -202,34 +212,15 @@ def test_finished_runs_are_skipped_and_others_refused(tiny, monkeypatch, capsys)
     assert "1 of 1 runs are finished already" in again["log"]
     more = run(capsys, *flags, "--seeds", "2")
     assert [result["seed"] for result in more["runs"]] == [0, 1]
-    other = run(capsys, *flags, "--learning-rate", "1e-3")
-    assert other["status"] == 2
-    assert "learning_rate 0.0001, now 0.001" in other["log"]
-    assert "give another --output-dir" in other["log"]
-
-
-def test_a_run_that_is_going_on_is_left_alone(tiny, capsys):
-    folder = tiny / "runs" / "published" / "listops-ponet-seed0"
-    folder.mkdir(parents=True)
-    with FileLock(folder / ".lock"):
-        found = run(capsys, "--task", "listops", *TINY)
-    assert found["status"] == 1
-    assert "another process is at this run" in found["failures"][0]
-    assert run(capsys, "--task", "listops", *TINY)["status"] == 0
-
-
-def test_a_run_in_bfloat16(tiny, capsys):
-    found = run(capsys, "--task", "listops", *TINY, "--precision", "bf16")
-    assert (found["status"], found["runs"][0]["precision"]) == (0, "bf16")
-
-
-def test_a_run_on_other_data_is_refused(tiny, capsys):
-    flags = ["--task", "listops", *TINY]
-    run(capsys, *flags)
     write_task(tiny / "other" / "listops", TASKS["listops"], examples("listops", 1), source="else")
-    found = run(capsys, *flags, "--data-dir", "other")
-    assert found["status"] == 2
-    assert "(data '" in found["log"]
+    for change, message in (
+        (["--learning-rate", "1e-3"], "learning_rate 0.0001, now 0.001"),
+        (["--data-dir", "other"], "(data '"),
+    ):
+        other = run(capsys, *flags, *change)
+        assert other["status"] == 2
+        assert message in other["log"]
+        assert "give another --output-dir" in other["log"]
 
 
 def checkpoint_of_another_model(path: Path) -> None:
@@ -253,12 +244,6 @@ def test_a_damaged_checkpoint_is_named(tiny, capsys, damage):
     assert [result["model"] for result in found["runs"]] == ["attention"]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tiny, capsys):
-    found = run(capsys, "--task", "listops", *TINY, "--learning-rate", "1e20")
-    assert found["status"] == 1
-    assert "listops-ponet-seed0: the loss became nan" in found["failures"][0]
-
-
 def test_self_pretraining_lowers_the_masked_loss(tiny, capsys):
     flags = ["--task", "text", *TINY, "--pretrain-epochs", "40", "--pretrain-learning-rate", "1e-2"]
     run(capsys, *flags, "--log-every", "20")
@@ -269,24 +254,25 @@ def test_self_pretraining_lowers_the_masked_loss(tiny, capsys):
     assert json.loads((folder / "result.json").read_text())["pretrain_epochs"] == 40
 
 
-def settings(**changes: Any) -> ArenaSettings:
-    (found,) = ArenaConfig(**changes).runs("cpu")
+def settings(device: str = "cpu", **changes: Any) -> ArenaSettings:
+    (found,) = ArenaConfig(**changes).runs(device)
     return found
 
 
 def test_defaults_are_the_published_settings():
     for name in NAMES:
-        found = settings(task=(name,))
-        task = TASKS[name]
+        found, task = settings(task=(name,)), TASKS[name]
         assert found.differences() == []
-        assert (found.steps, found.batch_size, found.learning_rate, found.eval_batches) == (
-            (task.steps, task.batch_size, 1e-4, task.eval_batches)
-        )
+        for field in ("steps", "batch_size", "eval_batches"):
+            assert getattr(found, field) == getattr(task, field)
+        assert found.learning_rate == 1e-4
         assert settings(task=(name,), protocol="clean").eval_batches is None
     assert settings(dropout=0.0, seeds=1, first_seed=3).differences() == ["dropout"]
     assert [run.precision for run in ArenaConfig(task=("all",)).runs("cuda")] == ["fp16"] * 5
-    (clean,) = ArenaConfig(protocol="clean").runs("cuda")
-    assert clean.precision == "bf16"
+    assert settings("cuda", protocol="clean").precision == "bf16"
+    # a preset gives way to flags
+    config = parse(["--config", "debug", "--steps", "3"])
+    assert (config.steps, config.batch_size, config.data_dir) == (3, 4, "data/lra-debug")
 
 
 @pytest.mark.parametrize(
@@ -313,30 +299,17 @@ def test_wrong_flags_are_named(tiny, capsys, flags, message):
     assert not list(tiny.glob("runs/*/*/result.json"))
 
 
-def test_the_debug_preset_gives_way_to_flags():
-    config = parse(["--config", "debug", "--steps", "3"])
-    assert (config.steps, config.batch_size, config.data_dir) == (3, 4, "data/lra-debug")
-
-
-def test_a_mixer_of_the_user_runs_by_its_name(tiny, monkeypatch, capsys):
-    class OwnMixer(PoNetMixer):
-        pass
-
-    monkeypatch.setitem(MIXERS, "own", OwnMixer)
-    found = run(capsys, "--task", "text", "--model", "own", *TINY)
-    assert (found["status"], found["runs"][0]["model"]) == (0, "own")
-
-
-def test_generated_examples_are_counted_and_read_tasks_are_read_whole(tiny, capsys):
-    flags = ["--task", "listops", "text", "--num-examples", "50", *TINY, "--test-examples", "4"]
+def test_generated_examples_are_counted_and_read_by_a_mixer_of_the_user(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(MIXERS, "own", type("OwnMixer", (PoNetMixer,), {}))
     (tiny / "data" / "listops").rename(tiny / "kept")
-    found = run(capsys, *flags)
+    flags = ["--num-examples", "50", *TINY, "--test-examples", "4", "--model", "own"]
+    found = run(capsys, "--task", "listops", "text", *flags)
     assert [result["data"]["train"] for result in found["runs"]] == [40, SIZES["train"]]
+    assert [result["model"] for result in found["runs"]] == ["own", "own"]
     assert "text is read whole: --num-examples is for generated tasks" in found["log"]
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_programs_run_from_any_folder(tmp_path, jobs):
+def test_programs_run_from_any_folder(tmp_path):
     """As a user starts them; the processes of two jobs share nothing but data."""
 
     def start(program: str, *flags: str) -> "subprocess.CompletedProcess[str]":
@@ -349,7 +322,7 @@ def test_programs_run_from_any_folder(tmp_path, jobs):
             timeout=300,
         )
 
-    flags = ["--steps", "2", "--eval-every", "2", "--num-examples", "60", "--jobs", str(jobs)]
+    flags = ["--steps", "2", "--eval-every", "2", "--num-examples", "60", "--jobs", "2"]
     flags += ["--num-hidden-layers", "1", "--test-examples", "4"]
     done = start("run.py", "--config", "debug", *flags)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,7 @@ def test_operators_are_looked_into(backend):
     assert ("triton" in backend) == (not found)
 
 
+CPU = torch.device("cpu")
 CAPTURED = [mixer for mixer in MIXERS if mixer not in NOT_CAPTURED]
 SMALL = dataclasses.replace(TASKS["image"], seq_len=32, max_tokens=32, num_segments=5)
 TOKENS = dataclasses.replace(TASKS["text"], seq_len=32, max_tokens=32, num_segments=16)
@@ -110,46 +112,39 @@ def inputs_of(task: ArenaTask, mixer: str, form: str) -> ModelInputs:
     return model_inputs(ids, torch.tensor(lengths), protocol="published", **shared)
 
 
-def build(task: ArenaTask, mixer: str) -> LongRangeClassifier:
+@pytest.mark.parametrize(
+    ("mixer", "task", "backend"),
+    [
+        *((mixer, task, "torch") for mixer in CAPTURED for task in (SMALL, TOKENS)),
+        ("ponet", SMALL, "triton"),
+    ],
+)
+def test_fixed_shapes_change_nothing(mixer, task, backend):
     torch.manual_seed(0)
-    config = model_config(task, mixer, attention_window=8)
-    return LongRangeClassifier(config, task.num_inputs).double()
-
-
-@pytest.mark.parametrize("task", [SMALL, TOKENS], ids=["pixels", "tokens"])
-@pytest.mark.parametrize("mixer", CAPTURED)
-def test_fixed_shapes_change_nothing(mixer, task):
-    compare_forms(mixer, task)
-
-
-def test_fixed_shapes_change_nothing_in_the_kernels():
-    with use_backend("triton"):
-        compare_forms("ponet", SMALL)
-
-
-def compare_forms(mixer: str, task: ArenaTask) -> None:
-    model, found = build(task, mixer).eval(), []
+    num_layers = 1 if backend == "triton" else 2
+    config = model_config(task, mixer, attention_window=8, num_hidden_layers=num_layers)
+    model, found = LongRangeClassifier(config, task.num_inputs).double().eval(), []
     for form in ("dynamic", "resident"):
         model.zero_grad()
-        logits = model(inputs_of(task, mixer, form))
-        loss = F.cross_entropy(logits, torch.arange(6) % task.num_classes)
-        loss.backward()
+        with use_backend(backend):
+            logits = model(inputs_of(task, mixer, form))
+            loss = F.cross_entropy(logits, torch.arange(6) % task.num_classes)
+            loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append({"loss": loss.detach(), "logits": logits.detach(), **gradients})
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
-def test_shapes_are_fixed():
-    for task in (SMALL, TOKENS):
-        rows, _ = rows_of(task)
-        shapes = []
-        for values in (rows, torch.ones_like(rows), torch.zeros_like(rows)):
-            shape = BatchShape(num_tokens=6 * 32, num_ghosts=6)
-            inputs = resident_inputs(values, shape, task=task, mixer="ponet", num_segments=5)
-            tensors = inputs.layout.tensors() | {"ids": inputs.input_ids, "scale": inputs.scale}
-            shapes.append({name: (x.shape, x.dtype) for name, x in tensors.items()})
-            assert inputs.layout.cu_seqlens[-1] == inputs.layout.cu_segments[-1] == 6 * 32
-        assert shapes[0] == shapes[1] == shapes[2]
+@pytest.mark.parametrize("task", [SMALL, TOKENS], ids=["pixels", "tokens"])
+def test_shapes_are_fixed(task):
+    rows, shapes = rows_of(task)[0], []
+    for values in (rows, torch.ones_like(rows), torch.zeros_like(rows)):
+        shape = BatchShape(num_tokens=6 * 32, num_ghosts=6)
+        inputs = resident_inputs(values, shape, task=task, mixer="ponet", num_segments=5)
+        tensors = inputs.layout.tensors() | {"ids": inputs.input_ids, "scale": inputs.scale}
+        shapes.append({name: (x.shape, x.dtype) for name, x in tensors.items()})
+        assert inputs.layout.cu_seqlens[-1] == inputs.layout.cu_segments[-1] == 6 * 32
+    assert shapes[0] == shapes[1] == shapes[2]
 
 
 def test_a_layout_of_fixed_shapes_by_hand():
@@ -178,7 +173,7 @@ def test_a_layout_of_fixed_shapes_by_hand():
 SCHEDULE = OneCycle(steps=20, warmup_steps=5, peak=1e-2)
 
 
-def optimizers(dtype: torch.dtype = torch.float64):
+def optimizers(dtype: torch.dtype) -> tuple[torch.optim.Optimizer, FlatAdamW]:
     """PyTorch's AdamW and ours on equal parameters."""
     torch.manual_seed(0)
     first = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((3, 4), (5,), ())]
@@ -187,61 +182,43 @@ def optimizers(dtype: torch.dtype = torch.float64):
     return reference, FlatAdamW(second, beta2=0.999, eps=1e-6)
 
 
-def draw_gradients(*optimizers: torch.optim.Optimizer) -> None:
-    lists = [optimizer.param_groups[0]["params"] for optimizer in optimizers]
-    for parameters in zip(*lists, strict=True):
-        gradient = torch.randn_like(parameters[0])
-        for parameter in parameters:
-            parameter.grad = gradient.clone()
-
-
-def both_step(reference: torch.optim.Optimizer, ours: FlatAdamW, step: int) -> None:
-    draw_gradients(reference, ours)
-    (group,) = reference.param_groups
-    group["lr"], beta1 = SCHEDULE.at(step)
-    group["betas"] = (beta1, 0.999)
+def prepare_step(reference: torch.optim.Optimizer, ours: FlatAdamW, step: int) -> None:
+    """Equal gradients, and the rates of the schedule."""
+    groups = reference.param_groups[0], ours.param_groups[0]
+    for one, other in zip(*(group["params"] for group in groups), strict=True):
+        one.grad = torch.randn_like(one)
+        other.grad = one.grad.clone()
+    groups[0]["lr"], beta1 = SCHEDULE.at(step)
+    groups[0]["betas"] = (beta1, 0.999)
     ours.rates.copy_(torch.tensor(SCHEDULE.at(step), dtype=torch.float64))
-    reference.step()
-    ours.step()
 
 
-def assert_same(reference: torch.optim.Optimizer, ours: FlatAdamW, rtol: float = 1e-12) -> None:
-    pairs = zip(reference.param_groups[0]["params"], ours.param_groups[0]["params"], strict=True)
-    for one, other in pairs:
-        torch.testing.assert_close(one, other, rtol=rtol, atol=rtol)
-        for name, value in reference.state[one].items():
-            torch.testing.assert_close(value, ours.state[other][name], rtol=rtol, atol=rtol)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_tensors_as_rate_and_beta1_change_nothing(dtype):
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_the_flat_optimizer_is_that_of_pytorch_and_either_continues_the_other(dtype, rtol):
     reference, ours = optimizers(dtype)
     for step in range(SCHEDULE.steps):
-        both_step(reference, ours, step)
-    assert_same(reference, ours, 1e-12 if dtype == torch.float64 else 1e-6)
-
-
-def test_either_optimizer_continues_the_other():
-    reference, ours = optimizers()
-    for step in range(3):
-        both_step(reference, ours, step)
-    state = copy.deepcopy(ours.state_dict())
-    ours.load_state_dict(copy.deepcopy(reference.state_dict()))
-    reference.load_state_dict(state)
-    for step in range(3, 6):
-        both_step(reference, ours, step)
-    assert_same(reference, ours)
+        if step == 10:
+            state = copy.deepcopy(ours.state_dict())
+            ours.load_state_dict(copy.deepcopy(reference.state_dict()))
+            reference.load_state_dict(state)
+        prepare_step(reference, ours, step)
+        reference.step()
+        ours.step()
+        groups = reference.param_groups[0], ours.param_groups[0]
+        for one, other in zip(*(group["params"] for group in groups), strict=True):
+            torch.testing.assert_close(one, other, rtol=rtol, atol=rtol)
+            for name, value in reference.state[one].items():
+                torch.testing.assert_close(value, ours.state[other][name], rtol=rtol, atol=rtol)
     # parts of one vector still, not copies
     ours.tensors[-3].zero_()
     assert not any(state["exp_avg"].any() for state in ours.state.values())
 
 
 def test_an_overflow_leaves_all_as_it_was():
-    _, ours = optimizers()
+    reference, ours = optimizers(torch.float64)
     for step in range(3):
         before = [x.clone() for x in ours.tensors]
-        draw_gradients(ours)
-        ours.rates.copy_(torch.tensor(SCHEDULE.at(step), dtype=torch.float64))
+        prepare_step(reference, ours, step)
         ours.grad_scale, ours.found_inf = torch.tensor(4.0), torch.tensor([step % 2.0])
         if step % 2:
             ours.param_groups[0]["params"][0].grad.fill_(torch.inf)
@@ -262,19 +239,24 @@ def data_of(task: ArenaTask) -> ArenaData:
     return ArenaData(task=task, train=split, dev=split, test=split, manifest={})
 
 
-def classification_of(mixer: str, protocol: str, resident: bool, **changes: Any) -> Classification:
-    settings = settings_of(mixer, protocol, **changes)
-    torch.manual_seed(0)
-    model = LongRangeClassifier(settings.model_config(), 1)
-    data, device = data_of(TASKS["image"]), torch.device("cpu")
-    return Classification(model, data, settings, device, resident=resident)
-
-
 def settings_of(mixer: str, protocol: str, **changes: Any) -> ArenaSettings:
     fixed = {"task": ("image",), "model": (mixer,), "batch_size": 4, "num_segments": 5}
     fixed |= {"steps": 20, "warmup_steps": 5, "learning_rate": 1e-2, "eval_every": 20}
     (settings,) = ArenaConfig(**fixed | {"protocol": protocol} | changes).runs("cpu")
     return settings
+
+
+def classification_of(mixer: str, protocol: str, resident: bool, **changes: Any) -> Classification:
+    settings = settings_of(mixer, protocol, **changes)
+    torch.manual_seed(0)
+    model = LongRangeClassifier(settings.model_config(), 1)
+    return Classification(model, data_of(TASKS["image"]), settings, CPU, resident=resident)
+
+
+def captured_step() -> CapturedStep:
+    step = classification_of("ponet", "published", resident=True).training_step(0)
+    assert isinstance(step, CapturedStep)
+    return step
 
 
 @pytest.fixture
@@ -294,15 +276,28 @@ def as_on_a_gpu() -> Iterator[list[str]]:
         yield found
 
 
-@pytest.mark.parametrize("mixer", CAPTURED)
-def test_a_captured_step_never_waits(small, monkeypatch, mixer):
-    classification = classification_of(mixer, "published", resident=True)
+HOSTED = [mixer for mixer in MIXERS if mixer != "ponet_published"]  # which looks at its layout
+
+
+@pytest.mark.parametrize(
+    ("mixer", "protocol", "resident"),
+    [
+        *((mixer, "published", True) for mixer in CAPTURED),
+        *((mixer, protocol, False) for mixer in HOSTED for protocol in ("published", "clean")),
+    ],
+)
+def test_a_step_never_waits(small, monkeypatch, mixer, protocol, resident):
+    classification = classification_of(mixer, protocol, resident)
     step = classification.training_step(0)
-    # tables of batches are made on the host
-    with use_backend("triton"), record_launches():
-        step(0)
-    batches = torch.arange(8).view(2, 4)
-    monkeypatch.setattr("lra.data.put_rows", lambda *_: batches)
+    if resident:
+        # tables of batches are made on the host
+        with use_backend("triton"), record_launches():
+            step(0)
+        batches = torch.arange(8).view(2, 4)
+        monkeypatch.setattr("lra.data.put_rows", lambda *_: batches)
+    else:
+        batch = classification._read(classification._data.train, np.arange(4))
+        monkeypatch.setattr(classification, "_read", lambda *_: batch)
     with as_on_a_gpu() as found:
         step(1)
         for _ in classification.answers(classification._data.dev, [np.arange(4)] * 2):
@@ -310,33 +305,15 @@ def test_a_captured_step_never_waits(small, monkeypatch, mixer):
     assert found == []
 
 
-@pytest.mark.parametrize("protocol", ["published", "clean"])
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_a_step_on_a_batch_from_the_host_never_waits(small, monkeypatch, mixer, protocol):
-    if mixer == "ponet_published":
-        pytest.skip("the readable form of PoNet looks at its layout")
-    classification = classification_of(mixer, protocol, resident=False)
-    step = classification.training_step(0)
-    batch = classification._read(classification._data.train, np.arange(4))
-    monkeypatch.setattr(classification, "_read", lambda *_: batch)
-    with as_on_a_gpu() as found:
-        step(0)
-        for _ in classification.answers(classification._data.dev, [np.arange(4)]):
-            pass
-    assert found == []
-
-
 @pytest.mark.parametrize("mixer", ["ponet", "attention", "fnet"])
 def test_a_step_of_self_pretraining_never_waits(small, monkeypatch, mixer):
     settings = settings_of(mixer, "clean", pretrain_epochs=1.0)
-    data, device = data_of(SMALL), torch.device("cpu")
     model = build_masked_lm(settings)
-    prediction = MaskedPrediction(model, data, settings, device)
+    prediction = MaskedPrediction(model, data_of(SMALL), settings, CPU)
     batch = prediction.batch(0)
     monkeypatch.setattr(prediction, "batch", lambda _: batch)
-    step = PlainStep(
-        model, SCHEDULE, loss=prediction.loss, precision="fp32", seeds=(0, 1), device=device
-    )
+    fixed = {"precision": "fp32", "seeds": (0, 1), "device": CPU}
+    step = PlainStep(model, SCHEDULE, loss=prediction.loss, **fixed)
     with as_on_a_gpu() as found:
         step(0)
     assert found == []
@@ -356,19 +333,12 @@ def test_both_forms_of_a_step_train_alike(small, mixer):
     assert losses[0][-1] < losses[0][0] - 0.05
 
 
-def test_a_captured_step_follows_the_schedule(small):
-    step = classification_of("ponet", "published", resident=True).training_step(0)
-    assert isinstance(step, CapturedStep)
+def test_a_captured_step_follows_the_schedule_and_its_warm_up_is_undone(small):
+    step = captured_step()
     # forwards, and anywhere, as after a checkpoint
     for number in (*range(8), 13, 14, 2, 19):
         step(number)
         assert tuple(step._flat.rates.tolist()) == SCHEDULE.at(number)
-
-
-def test_the_warm_up_of_a_capture_is_undone(small):
-    step = classification_of("ponet", "published", resident=True).training_step(0)
-    assert isinstance(step, CapturedStep)
-    step(0)
     before = [x.detach().clone() for x in step._flat.tensors]
     torch.manual_seed(3)
     undo = step._keep()
@@ -380,26 +350,13 @@ def test_the_warm_up_of_a_capture_is_undone(small):
     assert step._work() == losses[0]
 
 
-class FakeStream:
-    """Takes the place of one of a GPU."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-
 def test_a_gpu_records_once_and_replays(monkeypatch):
     log: list[str] = []
-
-    class Graph:
-        def replay(self) -> None:
-            log.append("replay")
-
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    for name in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    graph = SimpleNamespace(replay=lambda: log.append("replay"))
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    fakes = {"Stream": stream, "current_stream": stream, "CUDAGraph": graph}
+    for name, fake in (fakes | {"stream": nullcontext(), "graph": nullcontext()}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, fake=fake: fake)
 
     def work() -> Tensor:
         log.append("work")
@@ -417,7 +374,7 @@ def test_a_gpu_records_once_and_replays(monkeypatch):
 def test_a_scaled_loss_neither_waits_nor_changes_a_step(small):
     losses = []
     for enabled in (False, True):
-        step = classification_of("ponet", "published", resident=True).training_step(0)
+        step = captured_step()
         step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=enabled)
         losses.append(torch.stack([step(number).clone() for number in range(6)]))
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
@@ -429,7 +386,7 @@ def test_a_scaled_loss_neither_waits_nor_changes_a_step(small):
 
 def test_rows_come_from_the_device_in_the_order_of_the_inputs(small):
     data = data_of(dataclasses.replace(SMALL, num_inputs=2))
-    stream = resident_stream(data.train, torch.device("cpu"))
+    stream = resident_stream(data.train, CPU)
     examples = ResidentExamples(data.train, data.task, "ponet", stream)
     rows = examples.rows(torch.tensor([3, 0, 11]))
     expected = [data.train.ids(i)[j] for j in (0, 1) for i in (3, 0, 11)]
@@ -438,14 +395,15 @@ def test_rows_come_from_the_device_in_the_order_of_the_inputs(small):
         assert row == [*ids.tolist(), *[0] * (32 - len(ids))]
 
 
-def test_what_cannot_be_captured_is_named(small):
-    data, device = data_of(SMALL), torch.device("cpu")
-    assert obstacle(settings_of("ponet", "published"), data, device) is None
-    for mixer, protocol, changes, reason in (
+@pytest.mark.parametrize(
+    ("mixer", "protocol", "changes", "reason"),
+    [
         ("ponet", "clean", {}, "shapes differ from step to step"),
         ("ponet_published", "published", {}, "mixer ponet_published reads from the device"),
         ("ponet", "published", {"compile": True}, "--compile was given"),
-    ):
-        found = obstacle(settings_of(mixer, protocol, **changes), data, device)
-        assert found is not None
-        assert reason in found
+    ],
+)
+def test_what_cannot_be_captured_is_named(small, mixer, protocol, changes, reason):
+    found = obstacle(settings_of(mixer, protocol, **changes), data_of(SMALL), CPU)
+    assert reason in str(found)
+    assert obstacle(settings_of("ponet", "published"), data_of(SMALL), CPU) is None
