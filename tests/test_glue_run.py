@@ -5,8 +5,10 @@ import os
 import random
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -280,18 +282,14 @@ def test_interrupted_grid_continues(command, workplace, monkeypatch):
 
 
 def test_run_that_was_stopped_after_its_last_step(command, monkeypatch):
-    flags = ["--task", "rte", *TINY]
-    whole = command(*flags, "--output-dir", "whole")
-
-    def stopped(*_: Any) -> None:
-        raise Interrupted
-
+    flags = ["--task", "rte", *TINY, "--output-dir"]
+    whole = command(*flags, "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Evaluation, "write_submissions", stopped)
+        patch.setattr(finetune.Evaluation, "write_submissions", Mock(side_effect=Interrupted))
         with pytest.raises(Interrupted):
-            command(*flags, "--output-dir", "parts")
+            command(*flags, "parts")
     monkeypatch.setattr(FineTuningStep, "__call__", None)
-    again = command(*flags, "--output-dir", "parts")
+    again = command(*flags, "parts")
     assert (again["status"], by_run(again)) == (0, by_run(whole))
 
 
@@ -317,17 +315,25 @@ def test_programs_run_from_any_folder_and_jobs_change_no_figure(command):
     assert (by_run(one), one["summary"]) == (by_run(two), two["summary"])
 
 
-def test_a_run_that_is_going_on_is_left_alone(command):
-    name = "rte-cls-b8-lr0.001-e2-seed0"
-    folder = Path("runs/glue/tiny", name)
+def test_diverging_and_busy_runs_are_failures_and_the_others_go_on(command, monkeypatch):
+    do_step = FineTuningStep.__call__
+
+    def diverging(self: FineTuningStep, step: int) -> torch.Tensor:
+        loss = do_step(self, step)
+        return loss * float("nan") if self._settings.seed == 1 else loss
+
+    folder = Path("runs/glue/tiny/rte-cls-b8-lr0.001-e2-seed0")
     folder.mkdir(parents=True)
-    flags = ["--task", "rte", "--seeds", "2", *TINY]
-    with FileLock(folder / ".lock"):
+    flags = ["--task", "rte", "--seeds", "3", *TINY]
+    with monkeypatch.context() as patch, FileLock(folder / ".lock"):
+        patch.setattr(FineTuningStep, "__call__", diverging)
         found = command(*flags)
-    assert (found["status"], [run["seed"] for run in found["runs"]]) == (1, [1])
-    (failure,) = found["failures"]
-    assert f"another process is at this run in {folder}" in failure
-    assert command(*flags)["status"] == 0
+    assert (found["status"], [run["seed"] for run in found["runs"]]) == (1, [2])
+    busy, diverged = found["failures"]
+    assert f"another process is at this run in {folder}" in busy
+    assert "rte-cls-b8-lr0.001-e2-seed1: the loss became nan" in diverged
+    again = command("--task", "rte", *TINY)
+    assert (again["status"], [run["seed"] for run in again["runs"]]) == (0, [0])
 
 
 def test_published_grid_has_twenty_runs(workplace):
@@ -335,7 +341,7 @@ def test_published_grid_has_twenty_runs(workplace):
     runs = parse(flags).runs_of(TASKS["wnli"], "cpu")
     assert [(run.warmup_fraction, run.weight_decay) for run in runs] == [(0.0, 0.0)] * 20
     points = {(run.batch_size, run.learning_rate) for run in runs}
-    assert points == {(b, r) for b in (8, 16, 32, 64, 128) for r in (3e-5, 5e-5, 1e-4, 3e-4)}
+    assert points == set(product((8, 16, 32, 64, 128), (3e-5, 5e-5, 1e-4, 3e-4)))
     assert len(parse(flags).runs_of(TASKS["imdb"], "cpu")) == 2
 
 
@@ -346,8 +352,7 @@ def test_a_grid_of_ones_own(workplace):
     flags = ["--config", str(path), "--checkpoint", str(workplace)]
     for more, rates in (([], [1e-3]), (["--learning-rate", "1e-4", "3e-4"], [1e-4, 3e-4])):
         runs = parse([*flags, *more]).runs_of(TASKS["rte"], "cpu")
-        expected = [(size, rate) for size in (8, 16) for rate in rates]
-        assert [(run.batch_size, run.learning_rate) for run in runs] == expected
+        assert [(run.batch_size, run.learning_rate) for run in runs] == [*product((8, 16), rates)]
     path.write_text("batch_size: [8, many]\n")
     with pytest.raises(UsageError, match=r"mine\.yaml: batch_size: expected int, found 'many'"):
         parse(flags)
@@ -389,12 +394,20 @@ def test_from_scratch_keeps_sizes_alone(workplace):
     assert torch.equal(built[0].classifier.weight, built[1].classifier.weight)
 
 
-def test_folders_of_a_random_baseline_and_of_another_checkpoint(command, workplace):
-    flags = ["--task", "rte", *TINY]
+def test_checkpoints_of_all_kinds(command, workplace):
+    flags = ["--task", "rte", "--pooler", "mha", *TINY]
     (pretrained,) = command(*flags)["runs"]
     (scratch,) = command(*flags, "--from-scratch")["runs"]
     assert Path(scratch["run"]).parent.name == "tiny-scratch"
     assert (pretrained["from_scratch"], scratch["from_scratch"]) == (False, True)
+    # of another task and pooler, and named for the run, not for the folder "model" in it
+    found = command("--task", "mnli", *TINY, checkpoint=f"{pretrained['run']}/model")
+    assert found["status"] == 0
+    assert found["runs"][0]["checkpoint"] == "rte-mha-b8-lr0.001-e2-seed0"
+    # pre-training without a sentence objective leaves no pooler; cls then begins with a new one
+    checkpoint_at(workplace / "mlm", num_sentence_labels=0)
+    assert command("--task", "rte", *TINY, checkpoint="mlm")["status"] == 0
+    # the folder of a run is no place for one from other weights
     model = PoNetForPreTraining.from_pretrained(workplace / "tiny")
     with torch.no_grad():
         model.ponet.embeddings.word.weight.add_(1.0)
@@ -402,15 +415,6 @@ def test_folders_of_a_random_baseline_and_of_another_checkpoint(command, workpla
     found = command(*flags)
     assert found["status"] == 2
     assert "holds a run with other settings (checkpoint '" in found["log"]
-
-
-def test_head_of_another_task_is_left_behind(command):
-    """A fine-tuned model, of three classes and another pooler, is a checkpoint like any other."""
-    first = command("--task", "mnli", "--pooler", "mha", *TINY)["runs"][0]
-    found = command("--task", "rte", *TINY, checkpoint=f"{first['run']}/model")
-    assert found["status"] == 0
-    # named for the run, not for the folder "model" in it
-    assert found["runs"][0]["checkpoint"] == "mnli-mha-b8-lr0.001-e2-seed0"
 
 
 def test_positions_repeat():
@@ -442,33 +446,26 @@ def test_long_texts_and_recomputed_layers(command, workplace, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_own_pairs_with_numbers(command):
+def test_own_pairs_with_numbers_and_other_settings(command):
     rng = random.Random(3)
     lines = [f'"{sentence(rng, i % 2)}","so, then",{i % 2}.5' for i in range(20)]
     Path("mine.csv").write_text(table("x,y,z", lines), "utf-8")
     Path("new.csv").write_text("x,y\ngood film,so\n", "utf-8")
-    flags = ["--task", "mine", "--train-file", "mine.csv", "--test-file", "new.csv"]
-    flags += ["--text-column", "x", "y", "--label-column", "z", "--regression", *TINY]
-    found = command(*flags, "--max-length", "9")
+    flags = "--task mine --train-file mine.csv --test-file new.csv --text-column x y"
+    flags += " --label-column z --regression --max-length 9 --segments sentences"
+    flags += " --pooler meanmax --reading literal --pooler-layers 2 --max-train-examples 9"
+    found = command(*flags.split(), *TINY)
     (result,) = found["runs"]
-    assert (result["num_train"], result["num_eval"]) == (18, 2)
+    assert (result["num_train"], result["num_eval"]) == (9, 2)
     assert set(result["metrics"]) == {"pearson", "spearman"}
-    assert "mine | train: 100.0 % of 18 examples are cut to 9 tokens" in found["log"]
-    assert "mine | train: 100.0 % of 18 examples are cut to 9 tokens" in found["log"]
+    assert "mine | train: 100.0 % of 9 examples are cut to 9 tokens" in found["log"]
+    assert "trained on 9 of 18 rows" in result["differences"]
+    assert result["segments"] == "sentences"
+    assert (result["pooler"]["reading"], result["pooler"]["num_layers"]) == ("literal", 2)
     folder = Path(result["run"])
     assert len((folder / "submission" / "mine.tsv").read_text().splitlines()) == 2
     spec = load_classifier(folder / "model", CPU)[2]
-    assert (spec.labels, spec.text_columns) == ((), ("x", "y"))
-
-
-def test_settings_reach_the_run(command):
-    flags = "--task rte --pooler meanmax --reading literal --segments sentences"
-    flags += " --max-train-examples 9 --pooler-layers 2"
-    (result,) = command(*flags.split(), *TINY)["runs"]
-    assert (result["segments"], result["num_train"]) == ("sentences", 9)
-    assert "trained on 9 of 16 rows" in result["differences"]
-    assert (result["pooler"]["reading"], result["pooler"]["num_layers"]) == ("literal", 2)
-    assert result["metrics"]["accuracy"] is not None
+    assert (spec.labels, spec.text_columns, spec.segments) == ((), ("x", "y"), "sentences")
 
 
 @pytest.mark.parametrize(
@@ -529,24 +526,3 @@ def test_complaints_about_checkpoints(command, workplace):
         found = command("--task", "rte", checkpoint=name)
         assert found["status"] == 1
         assert message in found["log"]
-
-
-def test_diverging_run_is_a_failure_and_the_others_go_on(command, monkeypatch):
-    do_step = FineTuningStep.__call__
-
-    def diverging(self: FineTuningStep, step: int) -> torch.Tensor:
-        loss = do_step(self, step)
-        return loss * float("nan") if self._settings.seed == 0 else loss
-
-    monkeypatch.setattr(FineTuningStep, "__call__", diverging)
-    found = command("--task", "rte", "--seeds", "2", *TINY)
-    assert found["status"] == 1
-    (failure,) = found["failures"]
-    assert "rte-cls-b8-lr0.001-e2-seed0: the loss became nan" in failure
-    assert [run["seed"] for run in found["runs"]] == [1]
-
-
-def test_checkpoint_without_a_pooler(command, workplace):
-    """Pre-training without a sentence objective leaves none; cls then begins with a new one."""
-    checkpoint_at(workplace / "mlm", num_sentence_labels=0)
-    assert command("--task", "rte", *TINY, checkpoint="mlm")["status"] == 0
