@@ -168,22 +168,18 @@ def test_depths_and_readings_are_rows_of_their_own(tmp_path: Path):
     assert "k=4" not in text
 
 
-def test_other_data_is_marked_and_never_mixed_in(tmp_path: Path):
+def test_other_data_and_unfinished_runs_are_marked_and_never_mixed_in(tmp_path: Path):
     reason = ["trained on 500 of 67,349 rows"]
-    save(tmp_path, seed=0, value=0.9)
+    (save(tmp_path, seed=0, value=0.9).parent / "tensorboard").mkdir()
     save(tmp_path, seed=1, value=0.1, num_train=500, differences=reason)
     save(tmp_path, pooler="mean", value=0.2, num_train=500, differences=reason)
+    (tmp_path / "small" / "rte-cls-b32-lr5e-05-seed0" / "tensorboard").mkdir(parents=True)
     found = tables(tmp_path)
     shows(found["Scores"], "small (ponet), cls|90.00 (1)", "small (ponet), mean|20.00 (1)†")
     listed = found["Runs on other data than the published"]
     assert "- sst2: trained on 500 of 67,349 rows (runs: 2)" in listed
-
-
-def test_unfinished_runs_are_listed_apart(tmp_path: Path):
-    (save(tmp_path).parent / "tensorboard").mkdir()
-    (tmp_path / "small" / "rte-cls-b32-lr5e-05-seed0" / "tensorboard").mkdir(parents=True)
-    listed = tables(tmp_path)["Unfinished runs, in no figure"]
-    items = [line for line in listed.splitlines() if line.startswith("- ")]
+    listed = found["Unfinished runs, in no figure"].splitlines()
+    items = [line for line in listed if line.startswith("- ")]
     assert items == ["- small/rte-cls-b32-lr5e-05-seed0"]
 
 
