@@ -18,8 +18,6 @@ from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer
 
 WORDS = (*SPECIAL_TOKENS, "one", "two", "three", "four", ".")
 IDS = {word: number for number, word in enumerate(WORDS)}
-CPU = torch.device("cpu")
-TWO = ("--text-column", "a", "b")
 NLI = ("entailment", "neutral", "contradiction")
 
 
@@ -67,7 +65,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def predictor(folder: Path) -> Predictor:
-    return Predictor(*load_classifier(folder, CPU))
+    return Predictor(*load_classifier(folder, torch.device("cpu")))
 
 
 def examples(*texts: list[str]) -> TextExamples:
@@ -89,7 +87,7 @@ def expected(folder: Path, *texts: str) -> list[float]:
 
 
 def test_pairs_are_labelled_as_the_model_says(tmp_path: Path):
-    folder = saved(tmp_path, NLI, 2)
+    folder = saved(tmp_path / "classes", NLI, 2)
     pairs = (["one two", "three"], ["four", "two two one"])
     header, *rows = predictor(folder).table(examples(*pairs))
     assert header == ["label", *(f"p({label})" for label in NLI)]
@@ -97,6 +95,10 @@ def test_pairs_are_labelled_as_the_model_says(tmp_path: Path):
         logits = torch.tensor(expected(folder, first, second))
         assert label == NLI[int(logits.argmax())]
         assert [float(x) for x in shares] == pytest.approx(logits.softmax(0).tolist(), abs=1e-4)
+    folder = saved(tmp_path / "numbers", (), 2)
+    header, (value,) = predictor(folder).table(examples(["one"], ["two three"]))
+    assert header == ["value"]
+    assert float(value) == pytest.approx(expected(folder, "one", "two three")[0], abs=1e-4)
 
 
 @pytest.mark.parametrize("pooler", ["cls", "maxseq_mha", "stochastic"])
@@ -126,19 +128,13 @@ def test_files_by_column_and_lines_give_the_same(tmp_path: Path, run: Any):
         assert float(no) + float(yes) == pytest.approx(1, abs=1e-3)
         assert label == ("y,es" if float(yes) > float(no) else "no")
     tabbed = "\r\n".join("\t".join(pair) for pair in pairs[:2])
-    assert run("--model", folder, stdin=tabbed.encode())[0].splitlines() == out.splitlines()[:3]
     (tmp_path / "new.txt").write_text(tabbed, encoding="utf-8-sig")
-    assert run("--model", folder, tmp_path / "new.txt")[0].splitlines() == out.splitlines()[:3]
+    for arguments, stdin in (([], tabbed.encode()), ([tmp_path / "new.txt"], b"")):
+        found = run("--model", folder, *arguments, stdin=stdin)[0]
+        assert found.splitlines() == out.splitlines()[:3]
     (tmp_path / "new.tsv").write_text("x\ty\n" + tabbed, encoding="utf-8")
     out = run("--model", folder, tmp_path / "new.tsv", "--text-column", "x", "y")[0]
     assert list(csv.reader(io.StringIO(out))) == [header, *rows[:2]]
-
-
-def test_regression_gives_numbers(tmp_path: Path):
-    folder = saved(tmp_path, (), 2)
-    header, (value,) = predictor(folder).table(examples(["one"], ["two three"]))
-    assert header == ["value"]
-    assert float(value) == pytest.approx(expected(folder, "one", "two three")[0], abs=1e-4)
 
 
 def test_many_rows_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -172,25 +168,24 @@ def test_bad_input_leaves_nothing_on_standard_output(tmp_path: Path, run: Any):
         ([tmp_path], b"", f"{tmp_path}: expected a name that ends in .tsv"),
         ([tmp_path / "x.csv"], b"", "x.csv, line 3: the text in column 'a' is empty"),
         ([tmp_path / "x.csv", "--text-column", "t"], b"", "no column 't'; its header has a"),
+        (["--model", tmp_path / "nothing"], b"one\n", "nothing/labels.json: no such file"),
     ):
         out, err, status = run("--model", folder, *arguments, stdin=stdin)
         assert (out, status) == ("", 1)
         assert err.startswith("glue/predict.py: error: ")
         assert message in err
-    assert "--text-column: expected 1, found 2" in run("--model", folder, "x", *TWO)[1]
-    _, err, status = run("--model", tmp_path / "nothing", stdin=b"one\n")
-    assert status == 1
-    assert "nothing/labels.json: no such file" in err
+    pair = ("--text-column", "a", "b")
+    assert "--text-column: expected 1, found 2" in run("--model", folder, "x", *pair)[1]
 
 
 def test_folders_that_are_no_fine_tuned_model(tmp_path: Path):
     folder = saved(tmp_path, ("no", "yes"), 1)
     path = folder / "labels.json"
-    spec = json.loads(path.read_text())
-    path.write_text(json.dumps(spec | {"labels": ["a", "b", "c"]}))
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text) | {"labels": ["a", "b", "c"]}))
     with pytest.raises(CheckpointError, match="has 2 outputs, expected 3"):
         predictor(folder)
-    path.write_text(json.dumps(spec))
+    path.write_text(text)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer"):
         predictor(folder)

@@ -1,5 +1,6 @@
 """Reports of fine-tuning runs: what is averaged and chosen, what is not, and what is refused."""
 
+import itertools
 import json
 import re
 import struct
@@ -61,33 +62,34 @@ def save(root: Path, *, pooler: dict[str, Any] | str = "cls", **changes: Any) ->
     return path
 
 
-def tables(text: str) -> dict[str, str]:
-    """Sections by their title."""
-    _, *sections = text.split("\n## ")
+def tables(folder: Path) -> dict[str, str]:
+    """Sections of the report by their title."""
+    _, *sections = report(folder).split("\n## ")
     return {section.split("\n")[0]: section for section in sections}
 
 
-def row(text: str, *names: str) -> list[str]:
-    """Cells of the first row that begins with these."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    (found, *_) = [cells for cells in lines if cells[: len(names)] == list(names)]
-    return found
+def shows(text: str, *rows: str) -> None:
+    """Each row begins one of the text, cell by cell."""
+    lines = ["|".join(map(str.strip, line.strip("|").split("|"))) for line in text.splitlines()]
+    for row in rows:
+        assert any(f"{line}|".startswith(f"{row}|") for line in lines), (row, lines)
 
 
 def test_mean_and_spread_over_seeds(tmp_path: Path):
     for seed, value in enumerate((0.69, 0.70, 0.74)):
         save(tmp_path, seed=seed, value=value)
     save(tmp_path, checkpoint="fnet-small", mixer="fnet", value=0.65)
-    text = report(tmp_path)
-    scores = tables(text)["Scores"]
-    assert row(scores, "model") == ["model", "SST-2", "average"]
-    # standard deviation of 69, 70, 74 with two degrees of freedom
-    assert row(scores, "small (ponet), cls") == ["small (ponet), cls", "71.00 ± 2.65 (3)", ""]
-    assert row(scores, "fnet-small, cls")[1] == "65.00 (1)"
-    assert row(scores, "majority baseline")[1] == "50.00"
-    assert row(scores, "*PoNet-Base (PoNet paper)*")[1:] == ["*89.22*", "*76.80*"]
-    assert row(scores, "*FNet-Base (its card)*")[1:] == ["*95.00*", ""]
-    assert row(scores, "*BERT, cls (MaxPoolBERT)*")[1:] == ["*92.55 ± 0.20*", ""]
+    shows(
+        tables(tmp_path)["Scores"],
+        "model|SST-2|average",
+        # standard deviation of 69, 70, 74 with two degrees of freedom
+        "small (ponet), cls|71.00 ± 2.65 (3)|",
+        "fnet-small, cls|65.00 (1)",
+        "majority baseline|50.00",
+        "*PoNet-Base (PoNet paper)*|*89.22*|*76.80*",
+        "*FNet-Base (its card)*|*95.00*|",
+        "*BERT, cls (MaxPoolBERT)*|*92.55 ± 0.20*|",
+    )
 
 
 def test_best_point_of_a_grid_by_its_mean(tmp_path: Path, caplog):
@@ -96,7 +98,7 @@ def test_best_point_of_a_grid_by_its_mean(tmp_path: Path, caplog):
     for rate, values in points:
         for seed, value in enumerate(values):
             save(tmp_path, learning_rate=rate, seed=seed, value=value)
-    assert row(report(tmp_path), "small (ponet), cls")[1] == "81.50 ± 0.71 (2)"
+    shows(report(tmp_path), "small (ponet), cls|81.50 ± 0.71 (2)")
     (summary,) = summarise(tmp_path)
     assert summary["columns"] == {"SST-2": pytest.approx(81.5)}
     assert "81.50 % (seeds: 2, batch size 32, learning rate 0.0001)" in caplog.text
@@ -105,40 +107,33 @@ def test_best_point_of_a_grid_by_its_mean(tmp_path: Path, caplog):
 def test_undefined_scores_are_no_numbers(tmp_path: Path):
     save(tmp_path, task="cola", seed=0, value=None, majority=None)
     save(tmp_path, task="cola", seed=1, value=0.3, majority=None)
-    text = report(tmp_path)
-    assert row(text, "small (ponet), cls")[1] == "undefined in 1 of 2"
-    assert row(text, "majority baseline")[1] == "undefined"
+    row = "small (ponet), cls|undefined in 1 of 2"
+    shows(report(tmp_path), row, "majority baseline|undefined")
     (summary,) = summarise(tmp_path)
     assert (summary["columns"], summary["average"]) == ({"CoLA": None}, None)
 
 
-def save_nine(root: Path, **changes: Any) -> None:
-    for task in dict.fromkeys(task for task, _ in NINE_COLUMNS.values()):
-        save(root, task=task, **changes)
-
-
 def test_nine_column_average_counts_mnli_twice(tmp_path: Path):
-    save_nine(tmp_path, value=0.5)
+    for task in dict.fromkeys(task for task, _ in NINE_COLUMNS.values()):
+        save(tmp_path, task=task, value=0.5)
     path = tmp_path / "0" / "result.json"
     mnli = json.loads(path.read_text())
     assert mnli["task"] == "mnli"
     mnli["metrics"] = {"matched_accuracy": 0.9, "mismatched_accuracy": 0.8, "ax_matthews": 0.1}
     mnli["majority_metrics"] |= {"ax_matthews": None}
     path.write_text(json.dumps(mnli))
-    found = row(report(tmp_path), "small (ponet), cls")
-    assert found[1:3] == ["90.00 (1)", "80.00 (1)"]
-    # 7 columns of 50; the diagnostic set has a column, but no part in the average
-    assert found[-2:] == ["10.00 (1)", f"{(7 * 50 + 90 + 80) / 9:.2f}"]
+    # the diagnostic set has a column, but no part in the average
+    half, average = "50.00 (1)|" * 7, f"{(7 * 50 + 90 + 80) / 9:.2f}"
+    row = f"small (ponet), cls|90.00 (1)|80.00 (1)|{half}10.00 (1)|"
+    shows(report(tmp_path), row + average)
     path.unlink()
-    assert row(report(tmp_path), "small (ponet), cls")[-1] == ""
+    shows(report(tmp_path), f"small (ponet), cls|{half}")
 
 
 def test_qqp_and_mrpc_are_means_of_accuracy_and_f1(tmp_path: Path):
     save(tmp_path, task="mrpc", metrics={"accuracy": 0.7, "f1": 0.8}, score=0.75)
-    text = report(tmp_path)
-    assert row(text, "small (ponet), cls")[1] == "75.00 (1)"
-    published = row(text, "*BERT, cls (MaxPoolBERT)*")[1]
-    assert published == f"*{(82.43 + 87.49) / 2:.2f}*"
+    published = f"*BERT, cls (MaxPoolBERT)*|*{(82.43 + 87.49) / 2:.2f}*"
+    shows(report(tmp_path), "small (ponet), cls|75.00 (1)", published)
 
 
 def test_poolers_by_batch_size_beside_both_studies(tmp_path: Path):
@@ -146,12 +141,14 @@ def test_poolers_by_batch_size_beside_both_studies(tmp_path: Path):
         for size, value in zip((16, 32, 64), values, strict=True):
             save(tmp_path, pooler=pooler, batch_size=size, value=value)
     save(tmp_path, pooler={"name": "mha", "num_heads": 2}, batch_size=16, value=0.6)
-    section = tables(report(tmp_path))["Poolers by batch size"]
-    assert row(section, "task")[2:] == ["cls", "mswap", "mha-h2"]
-    assert row(section, "SST-2", "16")[2:] == ["80.00 (1)", "70.00 (1)", "60.00 (1)"]
-    assert row(section, "*SST-2, BERT*", "*16*")[2:] == ["*93.30*", "*93.60*", ""]
-    assert row(section, "*SST-2, BERT*", "*32*")[2:] == ["*92.55 / 92.80*", "*93.10*", ""]
-    assert row(section, "SST-2", "64")[2:] == ["81.00 (1)", "72.00 (1)", ""]
+    shows(
+        tables(tmp_path)["Poolers by batch size"],
+        "task|batch size|cls|mswap|mha-h2",
+        "SST-2|16|80.00 (1)|70.00 (1)|60.00 (1)",
+        "*SST-2, BERT*|*16*|*93.30*|*93.60*|",
+        "*SST-2, BERT*|*32*|*92.55 / 92.80*|*93.10*|",
+        "SST-2|64|81.00 (1)|72.00 (1)|",
+    )
 
 
 def test_depths_and_readings_are_rows_of_their_own(tmp_path: Path):
@@ -159,49 +156,48 @@ def test_depths_and_readings_are_rows_of_their_own(tmp_path: Path):
     save(tmp_path, task="cola", pooler={"name": "meanmax", "reading": "literal"}, value=0.4)
     save(tmp_path, task="cola", pooler="meanmax", value=0.3)
     save(tmp_path, task="cola", segments="sentences", value=0.2)
-    text = tables(report(tmp_path))["Scores"]
-    assert row(text, "small (ponet), maxseq_mha-k2")[1] == "50.00 (1)"
-    assert row(text, "small (ponet), meanmax-literal")[1] == "40.00 (1)"
-    assert row(text, "small (ponet), meanmax")[1] == "30.00 (1)"
-    assert row(text, "small (ponet), segments sentences, cls")[1] == "20.00 (1)"
-    assert row(text, "*BERT, maxseq_mha k=2 (MaxPoolBERT)*")[1] == "*55.76*"
+    text = tables(tmp_path)["Scores"]
+    shows(
+        text,
+        "small (ponet), maxseq_mha-k2|50.00 (1)",
+        "small (ponet), meanmax-literal|40.00 (1)",
+        "small (ponet), meanmax|30.00 (1)",
+        "small (ponet), segments sentences, cls|20.00 (1)",
+        "*BERT, maxseq_mha k=2 (MaxPoolBERT)*|*55.76*",
+    )
     assert "k=4" not in text
 
 
-def test_other_data_is_marked_and_never_mixed_in(tmp_path: Path):
+def test_other_data_and_unfinished_runs_are_marked_and_never_mixed_in(tmp_path: Path):
     reason = ["trained on 500 of 67,349 rows"]
-    save(tmp_path, seed=0, value=0.9)
+    (save(tmp_path, seed=0, value=0.9).parent / "tensorboard").mkdir()
     save(tmp_path, seed=1, value=0.1, num_train=500, differences=reason)
     save(tmp_path, pooler="mean", value=0.2, num_train=500, differences=reason)
-    text = report(tmp_path)
-    assert row(text, "small (ponet), cls")[1] == "90.00 (1)"
-    assert row(text, "small (ponet), mean")[1] == "20.00 (1)†"
-    listed = tables(text)["Runs on other data than the published"]
-    assert "- sst2: trained on 500 of 67,349 rows (runs: 2)" in listed
-
-
-def test_unfinished_runs_are_listed_apart(tmp_path: Path):
-    (save(tmp_path).parent / "tensorboard").mkdir()
     (tmp_path / "small" / "rte-cls-b32-lr5e-05-seed0" / "tensorboard").mkdir(parents=True)
-    listed = tables(report(tmp_path))["Unfinished runs, in no figure"]
-    items = [line for line in listed.splitlines() if line.startswith("- ")]
+    found = tables(tmp_path)
+    shows(found["Scores"], "small (ponet), cls|90.00 (1)", "small (ponet), mean|20.00 (1)†")
+    listed = found["Runs on other data than the published"]
+    assert "- sst2: trained on 500 of 67,349 rows (runs: 2)" in listed
+    listed = found["Unfinished runs, in no figure"].splitlines()
+    items = [line for line in listed if line.startswith("- ")]
     assert items == ["- small/rte-cls-b32-lr5e-05-seed0"]
 
 
 def test_own_task_has_a_column(tmp_path: Path):
     save(tmp_path, task="reviews", value=0.7)
     save(tmp_path, task="hnd", value=0.9, segments="sentences", max_length=4096)
-    scores = tables(report(tmp_path))["Scores"]
-    assert row(scores, "model")[1:] == ["HND", "reviews", "average"]
-    assert row(scores, "small (ponet), cls")[1:] == ["90.00 (1)", "70.00 (1)", ""]
-    assert row(scores, "*PoNet-Base (PoNet paper)*")[1] == "*96.20*"
+    shows(
+        tables(tmp_path)["Scores"],
+        "model|HND|reviews|average",
+        "small (ponet), cls|90.00 (1)|70.00 (1)|",
+        "*PoNet-Base (PoNet paper)*|*96.20*",
+    )
 
 
 def test_figure_is_a_picture_of_all_columns(tmp_path: Path):
-    for seed in range(3):
-        for size in (16, 32, 64):
-            save(tmp_path, seed=seed, batch_size=size, value=0.7 + 0.01 * seed)
-            save(tmp_path, seed=seed, batch_size=size, pooler="max_cls", task="cola", value=0.3)
+    for seed, size in itertools.product(range(3), (16, 32, 64)):
+        save(tmp_path, seed=seed, batch_size=size, value=0.7 + 0.01 * seed)
+        save(tmp_path, seed=seed, batch_size=size, pooler="max_cls", task="cola", value=0.3)
     save(tmp_path, from_scratch=True)
     report(tmp_path)
     header = (tmp_path / "report.png").read_bytes()[:24]
@@ -232,8 +228,10 @@ def test_bad_results_are_refused(tmp_path: Path, changes: dict[str, Any], messag
 
 
 def test_missing_damaged_and_repeated_results(tmp_path: Path):
-    with pytest.raises(ResultError, match=r"holds no result\.json"):
-        read_scores(tmp_path)
+    command = [sys.executable, str(ROOT / "glue" / "report.py"), str(tmp_path)]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert re.fullmatch(r"glue/report\.py: error: .*holds no result\.json.*\n", failed.stderr)
     path = save(tmp_path)
     save(tmp_path)
     with pytest.raises(ResultError, match="the same run as"):
@@ -259,10 +257,3 @@ def test_published_rows():
         figures = published[f"BERT, {pooler} (MaxPoolBERT)", None].figures
         total = sum(x * (2 if title in ("MRPC", "QQP") else 1) for title, x in figures.items())
         assert total / 12 == pytest.approx(average, abs=0.006)
-
-
-def test_command_line_refuses_a_folder_without_runs(tmp_path: Path):
-    command = [sys.executable, str(ROOT / "glue" / "report.py"), str(tmp_path)]
-    failed = subprocess.run(command, capture_output=True, text=True)
-    assert failed.returncode == 1
-    assert re.fullmatch(r"glue/report\.py: error: .*holds no result\.json.*\n", failed.stderr)
