@@ -48,9 +48,14 @@ CORPUS = make_corpus(20)
 DOCUMENTS = np.arange(20)
 
 
-def make_sampler(**changes) -> MicroBatchSampler:
+def make_sampler(config: ExampleSettings = SETTINGS, **changes) -> MicroBatchSampler:
     values = {"seed": 3, "micro_batch_tokens": 512, "micro_batches_per_step": 4} | changes
-    return MicroBatchSampler(CORPUS, DOCUMENTS, SETTINGS, **values)
+    return MicroBatchSampler(CORPUS, DOCUMENTS, config, **values)
+
+
+def epoch_batches(**changes) -> EpochBatches:
+    values = {"seed": 0, "epoch": 0, "micro_batch_tokens": 512} | changes
+    return EpochBatches(CORPUS, DOCUMENTS, SETTINGS, **values)
 
 
 def stream(count: int, **changes) -> list[tuple]:
@@ -103,29 +108,23 @@ def test_bins_hold_every_example_once_within_the_budget(lengths, budget) -> None
     ("lengths", "budget", "expected"),
     [
         # in order while even the longest fits, then the longest that fits the rest
-        pytest.param([5, 6, 3, 1, 2, 6], 10, [[0, 2, 4], [1, 3], [5]], id="fill"),
-        pytest.param([2, 1, 3, 3, 3], 8, [[0, 1, 2], [3, 4]], id="order-first"),
+        ([5, 6, 3, 1, 2, 6], 10, [[0, 2, 4], [1, 3], [5]]),
+        ([2, 1, 3, 3, 3], 8, [[0, 1, 2], [3, 4]]),
         # the short one fits beside each, but the first bin does not look so far ahead
-        pytest.param(
+        (
             [6] * (LOOK_AHEAD + 1) + [4],
             10,
             [[0], [1, LOOK_AHEAD + 1], *([i] for i in range(2, LOOK_AHEAD + 1))],
-            id="look-ahead",
         ),
+        ([], 10, []),
     ],
+    ids=["fill", "order-first", "look-ahead", "nothing"],
 )
 def test_bins_are_what_a_hand_packs(lengths, budget, expected) -> None:
-    bins = pack_bins(np.array(lengths), budget, np.arange(len(lengths)))
+    bins = pack_bins(np.array(lengths, dtype=int), budget, np.arange(len(lengths)))
     assert [bins[i].tolist() for i in range(len(bins))] == expected
     with pytest.raises(IndexError):
         bins[len(expected)]
-
-
-def test_no_examples_make_no_bins() -> None:
-    assert len(pack_bins(np.array([], dtype=int), 10, np.array([], dtype=int))) == 0
-
-
-def test_example_over_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="11 tokens does not fit a budget of 10"):
         pack_bins(np.array([11]), 10, np.array([0]))
 
@@ -133,12 +132,9 @@ def test_example_over_budget_is_refused() -> None:
 @pytest.mark.parametrize(("seq_len", "budget"), [(512, 16384), (128, 4096), (512, 4096)])
 def test_packing_efficiency_on_realistic_lengths(seq_len, budget) -> None:
     corpus = make_corpus(400, 150)
-    config = ExampleSettings(
-        seq_len=seq_len, vocab_size=1000, cls_id=1, sep_id=2, mask_id=3, special_ids=(1, 2, 3)
-    )
-    batches = EpochBatches(
-        corpus, np.arange(400), config, seed=0, epoch=0, micro_batch_tokens=budget
-    )
+    config = replace(SETTINGS, seq_len=seq_len)
+    options = {"seed": 0, "epoch": 0, "micro_batch_tokens": budget}
+    batches = EpochBatches(corpus, np.arange(400), config, **options)
     assert batches.packing_efficiency >= 0.98
     assert batches.packing_efficiency == pytest.approx(
         batches.plan.length.sum() / len(batches.bins) / budget
@@ -146,11 +142,10 @@ def test_packing_efficiency_on_realistic_lengths(seq_len, budget) -> None:
 
 
 def test_epoch_shows_every_example_once_but_the_dropped_ones() -> None:
-    options = {"seed": 0, "epoch": 5, "micro_batch_tokens": 512}
-    num_bins = len(EpochBatches(CORPUS, DOCUMENTS, SETTINGS, **options).bins)
+    num_bins = len(epoch_batches(epoch=5).bins)
     # two global batches do not fit
     size = num_bins // 2 + 1
-    batches = EpochBatches(CORPUS, DOCUMENTS, SETTINGS, **options, micro_batches_per_step=size)
+    batches = epoch_batches(epoch=5, micro_batches_per_step=size)
     assert (batches.num_steps, batches.num_dropped_bins) == (1, num_bins - size)
     items = [batches.item(0, slot) for slot in range(size)]
     assert {item[0] for item in items} == {5}
@@ -162,11 +157,7 @@ def test_epoch_shows_every_example_once_but_the_dropped_ones() -> None:
 
 
 def test_epochs_are_shuffled_differently() -> None:
-    batches = [
-        EpochBatches(CORPUS, DOCUMENTS, SETTINGS, seed=0, epoch=e, micro_batch_tokens=512)
-        for e in (0, 1)
-    ]
-    starts = [b.plan.start[b.bins.members] for b in batches]
+    starts = [b.plan.start[b.bins.members] for b in (epoch_batches(), epoch_batches(epoch=1))]
     assert all((np.diff(s) < 0).mean() > 0.3 for s in starts)
     assert starts[0][:20].tolist() != starts[1][:20].tolist()
 
@@ -183,24 +174,16 @@ def test_world_size_does_not_change_the_global_batches(world_size) -> None:
     assert all(item[2] % world_size == rank for rank in range(world_size) for item in ranks[rank])
 
 
-def test_stream_counts_steps_within_epochs() -> None:
+def test_stream_counts_steps_within_epochs_and_resumes_with_its_tail() -> None:
     num_steps = make_sampler().first_epoch.num_steps
-    positions = [item[:3] for item in stream((num_steps + 1) * 4)]
-    expected = [(0, step, slot) for step in range(num_steps) for slot in range(4)]
-    assert positions == expected + [(1, 0, slot) for slot in range(4)]
-
-
-@pytest.mark.parametrize("position", ["middle", "end of epoch", "next epoch"])
-def test_resuming_gives_the_tail_of_the_stream(position) -> None:
-    num_steps = make_sampler().first_epoch.num_steps
-    epoch, step, done = {
-        "middle": (0, 3, 3),
-        "end of epoch": (0, num_steps, num_steps),
-        "next epoch": (1, 2, num_steps + 2),
-    }[position]
     whole = stream((num_steps + 8) * 4)
-    tail = whole[done * 4 :]
-    assert stream(len(tail), start_epoch=epoch, start_step=step) == tail
+    expected = [(0, step, slot) for step in range(num_steps) for slot in range(4)]
+    expected += [(1, 0, slot) for slot in range(4)]
+    assert [item[:3] for item in whole[: len(expected)]] == expected
+    # in the middle, at the end of the epoch, in the next one
+    for epoch, step in [(0, 3), (0, num_steps), (1, 2)]:
+        tail = whole[(epoch * num_steps + step) * 4 :]
+        assert stream(len(tail), start_epoch=epoch, start_step=step) == tail
 
 
 def test_workers_give_the_same_batches() -> None:
@@ -234,10 +217,7 @@ def test_batch_fits_its_budget_and_names_its_place() -> None:
 @pytest.mark.parametrize("objective", ["mlm+sso", "mlm"])
 def test_layout_and_masked_places_are_what_the_model_would_find(objective) -> None:
     config = replace(SETTINGS, objective=objective)
-    sampler = MicroBatchSampler(
-        CORPUS, DOCUMENTS, config, seed=3, micro_batch_tokens=512, micro_batches_per_step=4
-    )
-    for item in islice(sampler, 5):
+    for item in islice(make_sampler(config), 5):
         batch = PackedDataset(CORPUS, config)[item]
         arrays = draw_batch(CORPUS, item[3], config)
         drawn = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -263,11 +243,12 @@ def test_the_loader_pins_a_batch_as_one_block(monkeypatch) -> None:
 
 def test_evaluation_set_is_fixed() -> None:
     options = {"seed": 9, "micro_batch_tokens": 512}
-    first = evaluation_batches(CORPUS, DOCUMENTS[:4], SETTINGS, max_batches=3, **options)
-    again = evaluation_batches(CORPUS, DOCUMENTS[:4], SETTINGS, max_batches=3, **options)
+    first, again, everything = (
+        evaluation_batches(CORPUS, DOCUMENTS[:4], SETTINGS, max_batches=most, **options)
+        for most in (3, 3, 9999)
+    )
     assert len(first) == 3
     assert_same_batches(first, again)
-    everything = evaluation_batches(CORPUS, DOCUMENTS[:4], SETTINGS, max_batches=9999, **options)
     assert_same_batches(first, everything[:3])
     examples = sum(batch.sequences for batch in everything)
     assert examples == len(plan_epoch(CORPUS, DOCUMENTS[:4], SETTINGS, 9, 0))

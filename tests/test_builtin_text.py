@@ -3,8 +3,6 @@
 import inspect
 import textwrap
 
-import pytest
-
 from pretrain import builtin_text
 from pretrain.builtin_text import (
     builtin_documents,
@@ -71,58 +69,44 @@ close()
 """
 
 
-@pytest.mark.parametrize(
-    ("markup", "paragraphs"),
-    [
-        (
-            NUMPY_DOCSTRING,
-            [
-                "Return the mean of the values along one axis of the array, with the axis removed.",
-                "The sum is computed in the precision of the input, which may lose digits.",
-                "The result is still an array of the same shape.",
-            ],
-        ),
-        (
-            GOOGLE_DOCSTRING,
-            [
-                "Open the file and keep it open for as long as needed.",
-                "The first of the items has text on two lines of the file.",
-                "The second of the items is on a line of its own.",
-            ],
-        ),
+PARAGRAPHS = {
+    NUMPY_DOCSTRING: [
+        "Return the mean of the values along one axis of the array, with the axis removed.",
+        "The sum is computed in the precision of the input, which may lose digits.",
+        "The result is still an array of the same shape.",
     ],
-)
-def test_docstrings_keep_only_their_sentences(markup, paragraphs) -> None:
-    assert prose_of_markup(markup) == paragraphs
-
-
-@pytest.mark.parametrize(
-    ("markup", "plain"),
-    [
-        ("See :class:`~a.b.Name` and ``code`` here.", "See Name and code here."),
-        ("A `link <http://x.y>`_ and [other](http://z).", "A link and other."),
-        ("**Bold** and *soft* words, 2 * 3 * 4.", "Bold and soft words, 2 * 3 * 4."),
-        ("It holds. Use it as follows:", "It holds."),
+    GOOGLE_DOCSTRING: [
+        "Open the file and keep it open for as long as needed.",
+        "The first of the items has text on two lines of the file.",
+        "The second of the items is on a line of its own.",
     ],
-)
-def test_inline_markup(markup: str, plain: str) -> None:
-    assert plain_text(markup) == plain
+}
 
 
-@pytest.mark.parametrize(
-    ("paragraph", "expected"),
-    [
-        ("The value of the sum is kept in the first of the two arrays.", True),
-        ("the value of the sum is kept in the first of the two arrays.", False),
-        ("The value of the sum is kept in the first of the two arrays", False),
-        ("Number tensors float int double long short half byte char bool.", False),
-        ("The x[i] = {a: b} of the <y> is in @z[j] and #k of the {q} | p.", False),
-        ("Copyright of the text is with the authors of the program and the book.", False),
-        ("Too short for it.", False),
-    ],
-)
-def test_prose_is_told_from_the_rest(paragraph: str, expected: bool) -> None:
-    assert is_prose(paragraph) is expected
+def test_docstrings_keep_only_their_sentences() -> None:
+    assert {markup: prose_of_markup(markup) for markup in PARAGRAPHS} == PARAGRAPHS
+
+
+PLAIN = {
+    "See :class:`~a.b.Name` and ``code`` here.": "See Name and code here.",
+    "A `link <http://x.y>`_ and [other](http://z).": "A link and other.",
+    "**Bold** and *soft* words, 2 * 3 * 4.": "Bold and soft words, 2 * 3 * 4.",
+    "It holds. Use it as follows:": "It holds.",
+}
+PROSE = {
+    "The value of the sum is kept in the first of the two arrays.": True,
+    "the value of the sum is kept in the first of the two arrays.": False,
+    "The value of the sum is kept in the first of the two arrays": False,
+    "Number tensors float int double long short half byte char bool.": False,
+    "The x[i] = {a: b} of the <y> is in @z[j] and #k of the {q} | p.": False,
+    "Copyright of the text is with the authors of the program and the book.": False,
+    "Too short for it.": False,
+}
+
+
+def test_inline_markup_goes_and_prose_is_told_from_the_rest() -> None:
+    assert {markup: plain_text(markup) for markup in PLAIN} == PLAIN
+    assert {paragraph: is_prose(paragraph) for paragraph in PROSE} == PROSE
 
 
 def test_strings_of_python_finds_what_ast_finds() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,22 +65,18 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_content(build, tokenizer):
+def test_content(build, tokenizer, monkeypatch):
     corpus = build(report=SourceReport(documents=5, skipped_empty=2))
     assert ids_of(corpus) == [encoded(tokenizer, document) for document in SENTENCES]
     assert corpus.document_offsets.tolist() == [0, 3, 4, 7, 9]
     assert corpus.tokens.dtype == np.uint16
     assert corpus.sentence_offsets.dtype == corpus.document_offsets.dtype == np.int64
     assert not corpus.tokens.flags.writeable
-    counts = {"documents": 4, "sentences": 9, "tokens": len(corpus.tokens)}
+    tokens = corpus.tokens.tolist()
+    counts = {"documents": 4, "sentences": 9, "tokens": len(tokens)}
     assert corpus.metadata["counts"] == counts | {"skipped_documents": 1}
     assert corpus.metadata["sources"]["skipped_empty"] == 2
-
-
-def test_token_frequencies(build, tokenizer, monkeypatch):
     monkeypatch.setattr("pretrain.corpus._COUNTED_TOKENS", 7)
-    corpus = build()
-    tokens = corpus.tokens.tolist()
     expected = [tokens.count(token) for token in range(tokenizer.get_vocab_size())]
     assert corpus.token_frequencies().tolist() == expected
 
@@ -111,20 +106,16 @@ def test_workers_give_the_same_bytes(build, tmp_path, monkeypatch):
     assert files_of(alone.folder) == files_of(helped.folder)
 
 
-def test_is_used_again(build):
+def test_is_used_again_for_the_same_text_tokenizer_and_splitter(build, monkeypatch):
     def unreadable():
         raise AssertionError("the cache was not used")
         yield ""
 
-    first = build()
-    again = build(unreadable())
+    first, again = build(), build(unreadable())
     assert again.folder == first.folder
     assert np.array_equal(again.tokens, first.tokens)
-
-
-def test_depends_on_text_tokenizer_and_splitter(build, monkeypatch):
     other = train_tokenizer(["Other words."], 200)
-    folders = {build().folder, build(key_parts={"text": "l"}).folder, build(using=other).folder}
+    folders = {first.folder, build(key_parts={"text": "l"}).folder, build(using=other).folder}
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0")
     assert len(folders | {build().folder}) == 4
 
@@ -134,21 +125,17 @@ def test_depends_on_text_tokenizer_and_splitter(build, monkeypatch):
 def test_damage_is_seen_and_repaired(build, caplog, name, damage):
     corpus = build()
     before = files_of(corpus.folder)
-    file = corpus.folder / name
-    data = bytearray(file.read_bytes())
-    expected = {
-        "cut": f"has {len(data) - 2} bytes, expected {len(data)} bytes",
-        "changed": "the checksum differs",
-        "missing": "is missing",
-    }[damage]
+    file, data = corpus.folder / name, before[name]
     if damage == "cut":
         file.write_bytes(data[:-2])
+        expected = f"has {len(data) - 2} bytes, expected {len(data)} bytes"
     elif damage == "changed":
-        data[0] ^= 1
-        file.write_bytes(data)
+        file.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        expected = "the checksum differs"
         assert load_corpus(corpus.folder, verify=False).num_documents == 4
     else:
         file.unlink()
+        expected = "is missing"
     with pytest.raises(DamagedCorpusError, match=f"{file}.* {expected}"):
         load_corpus(corpus.folder)
     with caplog.at_level(logging.WARNING):
@@ -160,8 +147,7 @@ def test_damage_is_seen_and_repaired(build, caplog, name, damage):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}', None])
 def test_damaged_manifest(build, text):
     folder = build().folder
-    manifest = folder / "corpus.json"
-    message = "not a readable manifest"
+    manifest, message = folder / "corpus.json", "not a readable manifest"
     if text is None:
         text = json.dumps(json.loads(manifest.read_text("utf-8")) | {"format_version": 99})
         message = "format 99"
@@ -185,10 +171,7 @@ def test_failure_leaves_nothing(build, tmp_path):
 
 def test_leftovers_of_a_killed_build_go(build):
     folder = build().folder
-    shutil.rmtree(folder)
-    leftover = folder.parent / f".{folder.name}-killed"
-    leftover.mkdir()
-    (leftover / "tokens.bin").write_bytes(b"half")
+    leftover = folder.rename(folder.parent / f".{folder.name}-killed")
     build()
     assert not leftover.exists()
 

@@ -32,38 +32,30 @@ def make_corpus(documents: list[list[int]]) -> Any:
     )
 
 
+def realistic_corpus(num_documents: int, sentences: int) -> Any:
+    rng = np.random.default_rng(0)
+    lengths = 1 + rng.gamma(3.0, 25 / 3, size=(num_documents, sentences)).astype(int)
+    return make_corpus(lengths.tolist())
+
+
 def make_settings(corpus: Any, seq_len: int = 16, **changes) -> ExampleSettings:
-    values = {
-        "seq_len": seq_len,
-        "vocab_size": FIRST_ID + len(corpus.tokens),
-        "cls_id": CLS,
-        "sep_id": SEP,
-        "mask_id": MASK,
-        "special_ids": (0, CLS, SEP, MASK, 4),
-        "short_sequence_probability": 0.0,
-    }
-    return ExampleSettings(**{**values, **changes})
+    values = {"seq_len": seq_len, "vocab_size": FIRST_ID + len(corpus.tokens)}
+    values |= {"cls_id": CLS, "sep_id": SEP, "mask_id": MASK, "short_sequence_probability": 0.0}
+    return ExampleSettings(**{**values, "special_ids": (0, CLS, SEP, MASK, 4), **changes})
 
 
-def all_documents(corpus: Any) -> np.ndarray:
-    return np.arange(len(corpus.document_offsets) - 1)
+def plan_of(corpus: Any, config: ExampleSettings, seed: int = 1, epoch: int = 0) -> ExamplePlan:
+    """Plan of all documents."""
+    return plan_epoch(corpus, np.arange(len(corpus.document_offsets) - 1), config, seed, epoch)
 
 
-def make_plan(
-    a: tuple[int, int], b: tuple[int, int], label: int, num_special: int = 3
-) -> ExamplePlan:
+def make_plan(a: tuple[int, int], b: tuple[int, int], label: int) -> ExamplePlan:
     """Plan of one example; `draw_batch` does not read where its text was consumed."""
-    return ExamplePlan(
-        key=np.array([7], dtype=np.uint64),
-        start=np.array([0]),
-        end=np.array([0]),
-        a_start=np.array([a[0]]),
-        a_end=np.array([a[1]]),
-        b_start=np.array([b[0]]),
-        b_end=np.array([b[1]]),
-        label=np.array([label]),
-        length=np.array([a[1] - a[0] + b[1] - b[0] + num_special]),
-    )
+    length = a[1] - a[0] + b[1] - b[0] + (3 if label >= 0 else 2)
+    columns = {"start": 0, "end": 0, "a_start": a[0], "a_end": a[1], "b_start": b[0], "b_end": b[1]}
+    columns |= {"key": 7, "label": label, "length": length}
+    arrays: dict[str, Any] = {name: np.array([value]) for name, value in columns.items()}
+    return ExamplePlan(**arrays | {"key": arrays["key"].astype(np.uint64)})
 
 
 def labels_of(batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -71,12 +63,6 @@ def labels_of(batch: dict[str, np.ndarray]) -> np.ndarray:
     labels = np.full(len(batch["input_ids"]), -100)
     labels[batch["label_positions"]] = batch["labels"]
     return labels
-
-
-def realistic_corpus(num_documents: int = 60, sentences: int = 100) -> Any:
-    rng = np.random.default_rng(0)
-    lengths = 1 + rng.gamma(3.0, 25 / 3, size=(num_documents, sentences)).astype(int)
-    return make_corpus(lengths.tolist())
 
 
 # sentences 0..6 begin at tokens 0 3 5 9 | 10 14 16, the corpus ends at 22
@@ -87,79 +73,31 @@ NEVER = 1e-15
 @pytest.mark.parametrize(
     ("a", "b", "label", "ids", "segments"),
     [
-        pytest.param(
-            (0, 5),
-            (5, 10),
-            0,
-            [CLS, 10, 11, 12, 13, 14, SEP, 15, 16, 17, 18, 19, SEP],
-            [0, 1, 1, 1, 2, 2, 3, 4, 4, 4, 4, 5, 6],
-            id="kept",
-        ),
-        pytest.param(
-            (5, 10),
-            (0, 5),
-            1,
-            [CLS, 15, 16, 17, 18, 19, SEP, 10, 11, 12, 13, 14, SEP],
-            [0, 1, 1, 1, 1, 2, 3, 4, 4, 4, 5, 5, 6],
-            id="swapped",
-        ),
-        pytest.param(
-            (0, 5),
-            (10, 15),
-            2,
-            [CLS, 10, 11, 12, 13, 14, SEP, 20, 21, 22, 23, 24, SEP],
-            [0, 1, 1, 1, 2, 2, 3, 4, 4, 4, 4, 5, 6],
-            id="replaced",
-        ),
-        pytest.param(
-            (17, 19),
-            (19, 22),
-            0,
-            [CLS, 27, 28, SEP, 29, 30, 31, SEP],
-            [0, 1, 1, 2, 3, 3, 3, 4],
-            id="pieces-of-one-sentence",
-        ),
+        # kept, swapped, replaced, pieces of one sentence, MLM alone
+        ((0, 5), (5, 10), 0, "C 10 11 12 13 14 S 15 16 17 18 19 S", "0111223444456"),
+        ((5, 10), (0, 5), 1, "C 15 16 17 18 19 S 10 11 12 13 14 S", "0111123444556"),
+        ((0, 5), (10, 15), 2, "C 10 11 12 13 14 S 20 21 22 23 24 S", "0111223444456"),
+        ((17, 19), (19, 22), 0, "C 27 28 S 29 30 31 S", "01123334"),
+        ((9, 16), (16, 16), -100, "C 19 20 21 22 23 24 25 S", "012222334"),
     ],
 )
 def test_batch_is_what_a_hand_writes(a, b, label, ids, segments) -> None:
     corpus = make_corpus(TINY)
-    batch = draw_batch(
-        corpus, make_plan(a, b, label), make_settings(corpus, mask_probability=NEVER)
+    config = make_settings(
+        corpus, objective="mlm+sso" if label >= 0 else "mlm", mask_probability=NEVER
     )
-    assert batch["input_ids"].tolist() == ids
-    assert batch["segment_ids"].tolist() == segments
+    batch = draw_batch(corpus, make_plan(a, b, label), config)
+    named = {"C": CLS, "S": SEP}
+    assert batch["input_ids"].tolist() == [named.get(i) or int(i) for i in ids.split()]
+    assert batch["segment_ids"].tolist() == [int(digit) for digit in segments]
     num_a = a[1] - a[0] + 2
-    assert batch["token_type_ids"].tolist() == [0] * num_a + [1] * (len(ids) - num_a)
-    assert batch["position_ids"].tolist() == list(range(len(ids)))
-    assert batch["cu_seqlens"].tolist() == [0, len(ids)]
+    assert batch["token_type_ids"].tolist() == [0] * num_a + [1] * (len(segments) - num_a)
+    assert batch["position_ids"].tolist() == list(range(len(segments)))
+    assert batch["cu_seqlens"].tolist() == [0, len(segments)]
     assert batch["sso_labels"].tolist() == [label]
     assert batch["labels"].tolist() == batch["label_positions"].tolist() == []
-
-
-def test_mlm_only_batch_is_what_a_hand_writes() -> None:
-    corpus = make_corpus(TINY)
-    batch = draw_batch(
-        corpus,
-        make_plan((9, 16), (16, 16), -100, num_special=2),
-        make_settings(corpus, objective="mlm", mask_probability=NEVER),
-    )
-    assert batch["input_ids"].tolist() == [CLS, 19, 20, 21, 22, 23, 24, 25, SEP]
-    assert batch["segment_ids"].tolist() == [0, 1, 2, 2, 2, 2, 3, 3, 4]
-    assert batch["token_type_ids"].tolist() == [0] * 9
-    assert batch["sso_labels"].tolist() == [-100]
-
-
-def test_two_examples_follow_each_other() -> None:
-    corpus = make_corpus(TINY)
-    plan = plan_epoch(corpus, all_documents(corpus), make_settings(corpus, 13), 0, 0)
-    batch = draw_batch(corpus, plan, make_settings(corpus, 13, mask_probability=NEVER))
-    assert batch["input_ids"].dtype == batch["labels"].dtype == np.int64
-    assert batch["label_positions"].dtype == np.int64
-    assert batch["segment_ids"].dtype == batch["cu_seqlens"].dtype == np.int32
-    assert batch["cu_seqlens"].tolist() == [0, *np.cumsum(plan.length)]
-    starts = batch["cu_seqlens"][:-1]
-    assert (batch["input_ids"][starts] == CLS).all()
-    assert (batch["segment_ids"][starts] == 0).all()
+    for name, array in batch.items():
+        assert array.dtype == (np.int32 if name in ("segment_ids", "cu_seqlens") else np.int64)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +114,7 @@ def test_two_examples_follow_each_other() -> None:
 )
 def test_plan_cuts_documents_as_a_hand_does(documents, spans, dropped) -> None:
     corpus = make_corpus(documents)
-    plan = plan_epoch(corpus, all_documents(corpus), make_settings(corpus, 10), seed=5, epoch=1)
+    plan = plan_of(corpus, make_settings(corpus, 10), seed=5, epoch=1)
     assert list(zip(plan.start.tolist(), plan.end.tolist(), strict=True)) == spans
     assert plan.num_dropped_tokens == dropped
 
@@ -186,20 +124,21 @@ corpora = st.lists(
     min_size=2,
     max_size=6,
 ).map(make_corpus)
-objectives = st.sampled_from(["mlm+sso", "mlm+nsp", "mlm"])
+
+
+arguments = {
+    "corpus": corpora,
+    "seq_len": st.integers(5, 40),
+    "objective": st.sampled_from(["mlm+sso", "mlm+nsp", "mlm"]),
+    "seed": st.integers(0, 2**40),
+}
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    corpus=corpora,
-    seq_len=st.integers(5, 40),
-    short=st.sampled_from([0.0, 0.1, 1.0]),
-    objective=objectives,
-    seed=st.integers(0, 2**40),
-)
+@given(short=st.sampled_from([0.0, 0.1, 1.0]), **arguments)
 def test_plan_invariants(corpus, seq_len, short, objective, seed) -> None:
     config = make_settings(corpus, seq_len, short_sequence_probability=short, objective=objective)
-    plan = plan_epoch(corpus, all_documents(corpus), config, seed, epoch=2)
+    plan = plan_of(corpus, config, seed, epoch=2)
     assert (plan.length <= seq_len).all()
     assert (np.diff(plan.start) > 0).all()
     text = (plan.a_end - plan.a_start) + (plan.b_end - plan.b_start)
@@ -216,9 +155,8 @@ def test_plan_invariants(corpus, seq_len, short, objective, seed) -> None:
     check_cuts(corpus, plan, config)
     if objective == "mlm":
         assert (plan.label == -100).all()
-        assert (plan.b_start == plan.b_end).all()
-        assert (plan.a_start == plan.start).all()
-        assert (plan.a_end == plan.end).all()
+        for one, other in (("b_start", "b_end"), ("a_start", "start"), ("a_end", "end")):
+            assert (getattr(plan, one) == getattr(plan, other)).all()
     else:
         check_pairs(corpus, plan, config, owner)
 
@@ -281,16 +219,10 @@ def check_foreign(corpus: Any, b: tuple[int, int], wanted: int, room: int, docum
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    corpus=corpora,
-    seq_len=st.integers(5, 40),
-    objective=objectives,
-    seed=st.integers(0, 2**40),
-    data=st.data(),
-)
+@given(data=st.data(), **arguments)
 def test_batch_invariants(corpus, seq_len, objective, seed, data) -> None:
     config = make_settings(corpus, seq_len, objective=objective, mask_probability=0.3)
-    plan = plan_epoch(corpus, all_documents(corpus), config, seed, epoch=0)
+    plan = plan_of(corpus, config, seed)
     if len(plan) == 0:
         return
     rows = data.draw(st.lists(st.integers(0, len(plan) - 1), min_size=1, max_size=6))
@@ -298,6 +230,8 @@ def test_batch_invariants(corpus, seq_len, objective, seed, data) -> None:
     batch = draw_batch(corpus, plan, config)
     ids, labels = batch["input_ids"], labels_of(batch)
     assert (np.diff(batch["label_positions"]) > 0).all()
+    assert batch["cu_seqlens"].tolist() == [0, *np.cumsum(plan.length)]
+    assert batch["sso_labels"].tolist() == plan.label.tolist()
     original = np.where(labels == -100, ids, labels)
     assert set(ids.tolist()) <= set(range(config.vocab_size))
     for i in range(len(plan)):
@@ -324,43 +258,38 @@ def expected_segments(corpus: Any, ids: list[int]) -> list[int]:
     return segments
 
 
-def test_example_is_the_same_in_any_batch() -> None:
-    corpus = realistic_corpus(8, 30)
-    config = make_settings(corpus, 64)
-    plan = plan_epoch(corpus, all_documents(corpus), config, seed=3, epoch=1)
-    together = draw_batch(corpus, plan, config)
+SMALL = realistic_corpus(8, 30)
+SMALL_SETTINGS = make_settings(SMALL, 64)
+
+
+def test_example_is_the_same_in_any_batch_and_among_other_documents() -> None:
+    plan = plan_of(SMALL, SMALL_SETTINGS, seed=3, epoch=1)
+    together = draw_batch(SMALL, plan, SMALL_SETTINGS)
     for i in np.random.default_rng(0).permutation(len(plan))[:20]:
-        alone = draw_batch(corpus, plan.take(np.array([i])), config)
+        alone = draw_batch(SMALL, plan.take(np.array([i])), SMALL_SETTINGS)
         part = slice(together["cu_seqlens"][i], together["cu_seqlens"][i + 1])
         np.testing.assert_array_equal(labels_of(alone), labels_of(together)[part])
         for name in ("input_ids", "segment_ids", "token_type_ids", "position_ids"):
             np.testing.assert_array_equal(alone[name], together[name][part], err_msg=name)
-
-
-def test_example_does_not_depend_on_other_documents_unless_it_shows_them() -> None:
-    corpus = realistic_corpus(8, 30)
-    config = make_settings(corpus, 64)
-    everything = plan_epoch(corpus, np.arange(8), config, seed=3, epoch=1)
-    some = plan_epoch(corpus, np.array([6, 2, 4]), config, seed=3, epoch=1)
-    rows = np.searchsorted(everything.start, some.start)
+    # what it shows of another document does depend on which there are
+    some = plan_epoch(SMALL, np.array([6, 2, 4]), SMALL_SETTINGS, seed=3, epoch=1)
+    rows = np.searchsorted(plan.start, some.start)
     for name in ("key", "start", "end", "a_start", "label"):
-        np.testing.assert_array_equal(getattr(some, name), getattr(everything, name)[rows])
+        np.testing.assert_array_equal(getattr(some, name), getattr(plan, name)[rows])
 
 
 def test_memory_mapped_arrays_give_the_same(tmp_path) -> None:
-    corpus = realistic_corpus(8, 30)
-    config = make_settings(corpus, 64)
     mapped: Any = SimpleNamespace()
-    for name, array in vars(corpus).items():
+    for name, array in vars(SMALL).items():
         np.save(tmp_path / f"{name}.npy", array)
         setattr(mapped, name, np.load(tmp_path / f"{name}.npy", mmap_mode="r"))
-    batches = []
-    for source in (corpus, mapped):
-        plan = plan_epoch(source, all_documents(source), config, 0, 0)
-        batches.append(draw_batch(source, plan, config))
-    for name in batches[0]:
-        assert type(batches[1][name]) is np.ndarray
-        np.testing.assert_array_equal(batches[0][name], batches[1][name])
+    one, other = (
+        draw_batch(source, plan_of(source, SMALL_SETTINGS), SMALL_SETTINGS)
+        for source in (SMALL, mapped)
+    )
+    for name, array in one.items():
+        assert type(other[name]) is np.ndarray
+        np.testing.assert_array_equal(array, other[name])
 
 
 def within_binomial(count: int, trials: int, probability: float) -> bool:
@@ -369,11 +298,12 @@ def within_binomial(count: int, trials: int, probability: float) -> bool:
     return abs(count - trials * probability) < 4.5 * sigma
 
 
+LARGE = realistic_corpus(100, 200)
+
+
 @pytest.mark.parametrize(("objective", "num_labels"), [("mlm+sso", 3), ("mlm+nsp", 2)])
 def test_labels_are_equally_frequent(objective, num_labels) -> None:
-    corpus = realistic_corpus(100, 200)
-    config = make_settings(corpus, 64, objective=objective)
-    plan = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=0)
+    plan = plan_of(LARGE, make_settings(LARGE, 64, objective=objective))
     counts = np.bincount(plan.label, minlength=num_labels)
     assert len(counts) == num_labels
     assert all(within_binomial(count, len(plan), 1 / num_labels) for count in counts)
@@ -381,10 +311,9 @@ def test_labels_are_equally_frequent(objective, num_labels) -> None:
 
 @pytest.mark.parametrize("probability", [0.15, 0.4])
 def test_masking_rates(probability) -> None:
-    corpus = realistic_corpus(100, 200)
-    config = make_settings(corpus, 128, mask_probability=probability)
-    plan = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=0)
-    batch = draw_batch(corpus, plan, config)
+    config = make_settings(LARGE, 128, mask_probability=probability)
+    plan = plan_of(LARGE, config)
+    batch = draw_batch(LARGE, plan, config)
     ids, labels = batch["input_ids"], labels_of(batch)
     num_text = int(plan.length.sum()) - 3 * len(plan)
     selected = labels != -100
@@ -398,8 +327,7 @@ def test_masking_rates(probability) -> None:
     # neighbours and epochs are independent
     pairs = int((selected[1:] & selected[:-1]).sum())
     assert pairs == pytest.approx(probability**2 * num_text, rel=0.05)
-    other = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=1)
-    again = labels_of(draw_batch(corpus, other, config)) != -100
+    again = labels_of(draw_batch(LARGE, plan_of(LARGE, config, epoch=1), config)) != -100
     size = min(len(again), len(selected))
     both = int((selected[:size] & again[:size]).sum())
     assert both == pytest.approx(probability**2 * num_text, rel=0.05)
@@ -411,20 +339,18 @@ def test_replacements_are_uniform_over_ordinary_ids_only() -> None:
     config = make_settings(
         corpus, 64, vocab_size=12, special_ids=(0, CLS, SEP, MASK, 7), mask_probability=1.0
     )
-    plan = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=0)
-    batch = draw_batch(corpus, plan, config)
+    batch = draw_batch(corpus, plan_of(corpus, config), config)
     text = ~np.isin(batch["input_ids"], [CLS, SEP])
     counts = np.bincount(batch["input_ids"][text & (batch["input_ids"] != MASK)], minlength=12)
-    ordinary = [4, 5, 6, 8, 10, 11]
-    assert all(counts[i] == 0 for i in (0, 7))
-    assert all(within_binomial(counts[i], int(text.sum()), 0.1 / 7) for i in ordinary)
+    assert counts[0] == counts[7] == 0
+    assert all(within_binomial(counts[i], text.sum(), 0.1 / 7) for i in (4, 5, 6, 8, 10, 11))
 
 
 def test_special_ids_in_text_are_not_selected() -> None:
     corpus = make_corpus([[20] * 10, [20] * 10])
     corpus.tokens[::2] = 4
     config = make_settings(corpus, 64, mask_probability=1.0)
-    plan = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=0)
+    plan = plan_of(corpus, config)
     batch = draw_batch(corpus, plan, config)
     assert 4 not in batch["labels"]
     # the other half of the text, each token of it
@@ -435,25 +361,22 @@ def test_special_ids_in_text_are_not_selected() -> None:
 def test_short_targets_are_uniform_and_drawn_per_example() -> None:
     corpus = make_corpus([[1] * 30000, [1] * 30000])
     config = make_settings(corpus, 67, short_sequence_probability=1.0)
-    plan = plan_epoch(corpus, all_documents(corpus), config, seed=1, epoch=0)
+    plan = plan_of(corpus, config)
     sizes = plan.end - plan.start
     assert (sizes.min(), sizes.max()) == (2, 64)
     assert sizes.mean() == pytest.approx(33, rel=0.04)
-    some = plan_epoch(corpus, all_documents(corpus), make_settings(corpus, 67), seed=1, epoch=0)
+    some = plan_of(corpus, make_settings(corpus, 67))
     assert set((some.end - some.start)[:-1].tolist()) <= {64, 30000 % 64}
 
 
 def test_epochs_and_seeds_differ() -> None:
-    corpus = realistic_corpus(8, 30)
-    config = make_settings(corpus, 64, short_sequence_probability=0.1)
-    plans = [
-        plan_epoch(corpus, all_documents(corpus), config, seed, epoch)
-        for seed, epoch in [(0, 0), (0, 1), (1, 0), (-1, 0)]
+    config = make_settings(SMALL, 64, short_sequence_probability=0.1)
+    ids = [
+        labels_of(draw_batch(SMALL, plan_of(SMALL, config, seed, epoch), config)).tolist()
+        for seed, epoch in [(0, 0), (0, 1), (1, 0), (-1, 0), (0, 0)]
     ]
-    ids = [labels_of(draw_batch(corpus, plan, config)).tolist() for plan in plans]
     assert all(ids[i] != ids[j] for i in range(4) for j in range(i))
-    again = plan_epoch(corpus, all_documents(corpus), config, 0, 0)
-    assert labels_of(draw_batch(corpus, again, config)).tolist() == ids[0]
+    assert ids[4] == ids[0]
 
 
 @pytest.mark.parametrize(
@@ -474,27 +397,21 @@ def test_contradictory_settings_are_refused(changes, message) -> None:
         make_settings(make_corpus(TINY), **changes)
 
 
-@pytest.mark.parametrize(
-    ("documents", "message"),
-    [([0], "at least two documents"), ([0, 0], "repeat"), ([0, 2], "outside a corpus of 2")],
-)
-def test_unusable_documents_are_refused(documents, message) -> None:
+def test_unusable_documents_and_empty_batches_are_refused() -> None:
     corpus = make_corpus(TINY)
-    with pytest.raises(ValueError, match=message):
-        plan_epoch(corpus, np.array(documents), make_settings(corpus), seed=0, epoch=0)
-
-
-def test_one_document_is_enough_for_mlm_only() -> None:
-    corpus = make_corpus(TINY)
-    config = make_settings(corpus, objective="mlm")
-    assert len(plan_epoch(corpus, np.array([0]), config, seed=0, epoch=0)) == 1
-
-
-def test_empty_batch_is_refused() -> None:
-    corpus = make_corpus(TINY)
-    plan = plan_epoch(corpus, all_documents(corpus), make_settings(corpus), seed=0, epoch=0)
+    config = make_settings(corpus)
+    for documents, message in [
+        ([0], "at least two documents"),
+        ([0, 0], "repeat"),
+        ([0, 2], "outside a corpus of 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            plan_epoch(corpus, np.array(documents), config, seed=0, epoch=0)
     with pytest.raises(ValueError, match="empty plan"):
-        draw_batch(corpus, plan.take(np.array([], dtype=int)), make_settings(corpus))
+        draw_batch(corpus, plan_of(corpus, config).take(np.array([], dtype=int)), config)
+    # one document is enough without a sentence objective
+    alone = make_settings(corpus, objective="mlm")
+    assert len(plan_epoch(corpus, np.array([0]), alone, seed=0, epoch=0)) == 1
 
 
 @given(st.integers(4, 500), st.floats(0.001, 0.999))
@@ -503,20 +420,6 @@ def test_split_is_whole_disjoint_and_never_empty(size: int, fraction: float) -> 
     assert train.dtype == validation.dtype == np.int64
     assert sorted([*train, *validation]) == list(range(size))
     assert len(validation) == min(max(round(fraction * size), 1), size - 1)
-
-
-def test_split_is_a_scattered_draw_that_never_changes() -> None:
-    _, validation = split_documents(1000, 0.1)
-    # ten per hundred on average
-    by_hundred = np.bincount(validation // 100, minlength=10)
-    assert by_hundred.min() >= 3
-    assert by_hundred.max() <= 18
-    # splitmix64 is a stream: its i-th output is that of the state i steps on
-    outputs = [splitmix64(i * 0x9E3779B97F4A7C15 % 2**64) for i in range(20)]
-    expected = sorted(sorted(range(20), key=lambda i: outputs[i])[:5])
-    assert split_documents(20, 0.25)[1].tolist() == expected
-    with pytest.raises(ValueError, match="3 documents"):
-        split_documents(3, 0.5)
 
 
 def splitmix64(seed: int) -> int:
@@ -528,7 +431,16 @@ def splitmix64(seed: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def test_splitmix64_is_the_published_one() -> None:
-    # first outputs of the reference implementation for seed 1234567
-    outputs = [splitmix64((1234567 + i * 0x9E3779B97F4A7C15) % 2**64) for i in range(2)]
-    assert outputs == [6457827717110365317, 3203168211198807973]
+def test_split_is_a_scattered_draw_that_never_changes() -> None:
+    _, validation = split_documents(1000, 0.1)
+    # ten per hundred on average
+    by_hundred = np.bincount(validation // 100, minlength=10)
+    assert 3 <= by_hundred.min() <= by_hundred.max() <= 18
+    # splitmix64 is a stream: its i-th output is that of the state i steps on
+    published = [splitmix64(1234567 + i * 0x9E3779B97F4A7C15) for i in range(2)]
+    assert published == [6457827717110365317, 3203168211198807973]
+    outputs = [splitmix64(i * 0x9E3779B97F4A7C15) for i in range(20)]
+    expected = sorted(sorted(range(20), key=lambda i: outputs[i])[:5])
+    assert split_documents(20, 0.25)[1].tolist() == expected
+    with pytest.raises(ValueError, match="3 documents"):
+        split_documents(3, 0.5)

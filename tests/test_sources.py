@@ -51,33 +51,30 @@ BODIES = [f"Document {i} begins.\n" + f"It has text {i}.\n" * 30_000 for i in ra
 @pytest.mark.parametrize(
     ("content", "documents"),
     [
-        pytest.param(
+        # a small file is a document
+        (
             "\ufeffTitle\r\nFirst paragraph.\r\n\r\n  Second one.  \r\n",
             ["Title\nFirst paragraph.\nSecond one."],
-            id="a-small-file-is-a-document",
         ),
-        pytest.param(
+        # wrapped lines are joined
+        (
             f"Short heading\n{WRAPPED}\nover the line. \n{WRAPPED}.\nNew.\n",
             [f"Short heading\n{WRAPPED} over the line.\n{WRAPPED}.\nNew."],
-            id="wrapped-lines-are-joined",
         ),
-        pytest.param(
-            "\n\n \n".join(BODIES),
-            [body.strip() for body in BODIES],
-            id="a-large-file-is-parted-at-blank-lines",
-        ),
-        pytest.param(
+        # a large file is parted at blank lines
+        ("\n\n \n".join(BODIES), [body.strip() for body in BODIES]),
+        # WikiText is parted at its headings; equations are none
+        (
             " \n = One = \n \n First . \n \n = = Part = = \n \n Second . \n = 0 = \n"
             " \n = Two = \n \n Third . \n",
             ["First .\nSecond .\n= 0 =", "Third ."],
-            id="wikitext",
         ),
-        pytest.param(
+        (
             "We set x = 1.\n\n = 2 = \n\nAnd that is all.\n",
             ["We set x = 1.\n= 2 =\nAnd that is all."],
-            id="equations-are-no-headings",
         ),
     ],
+    ids=["small", "wrapped", "large", "wikitext", "equations"],
 )
 def test_text_files(tmp_path, content, documents):
     file = tmp_path / "a.txt"
@@ -91,17 +88,13 @@ def test_wikitext_rows_of_a_table_become_articles(tmp_path):
     assert read(parquet(tmp_path / "w.parquet", text=rows)) == ["First .\nMore .", "Third ."]
 
 
-def test_jsonl_counts_what_it_skips(tmp_path):
+def test_jsonl_counts_what_it_skips_and_mends_half_a_surrogate_pair(tmp_path):
     texts = ["One.\n\nTwo.", "", "  \n", None, "Three.", " One. \nTwo."]
     report = SourceReport()
     assert read(jsonl(tmp_path / "a.jsonl", *texts), report=report) == ["One.\nTwo.", "Three."]
     assert report == SourceReport(documents=2, characters=15, skipped_empty=3, skipped_duplicates=1)
-
-
-def test_half_a_surrogate_pair_does_no_harm(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "A \\ud83d b \\ud83d\\ude00."}\n', "utf-8")
-    assert read(file) == ["A \ufffd b \U0001f600."]
+    halved = jsonl(tmp_path / "b.jsonl", "A \ud83d b \ud83d\ude00.")
+    assert read(halved) == ["A \ufffd b \U0001f600."]
 
 
 def test_other_field(tmp_path):
@@ -143,10 +136,10 @@ def test_sources_mix_and_share_duplicates(tmp_path):
     assert read(one, one) == ["A.", "B."]
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(1, 1), (10, 1), (11, 2), (20, 2), (99, 3)])
-def test_limit_ends_after_a_whole_document(tmp_path, limit, expected):
+def test_limit_ends_after_a_whole_document(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", *(f"Ten char {i}" for i in range(3)))
-    assert len(read(file, max_characters=limit)) == expected
+    limits = {1: 1, 10: 1, 11: 2, 20: 2, 99: 3}
+    assert {limit: len(read(file, max_characters=limit)) for limit in limits} == limits
 
 
 @settings(max_examples=30, deadline=None)
@@ -188,38 +181,26 @@ def test_same_documents_from_json_and_parquet(tmp_path_factory, texts):
         ("a.txt.xz", b"One.", "a.txt.xz: the compressed file is damaged"),
         ("a.txt.gz", gzip.compress(b"One.\n")[:-6], "compressed file is damaged"),
         ("a.txt.xz", lzma.compress(b"One.\n")[:-6], "compressed file is damaged"),
+        ("a.parquet", {"body": [""], "id": [1]}, "a.parquet: no column 'text'; found body, id"),
+        ("a.parquet", {"text": [1]}, "a.parquet: expected text in column 'text', found int64"),
     ],
 )
 def test_complaints_about_files(tmp_path, name, content, message):
     file = tmp_path / name
-    file.write_bytes(content)
+    if isinstance(content, dict):
+        parquet(file, **content)
+    else:
+        file.write_bytes(content)
     assert message in complaint(file)
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"body": ["One."], "id": [1]}, "no column 'text'; found body, id"),
-        ({"text": [1]}, "expected text in column 'text', found int64"),
-    ],
-)
-def test_complaints_about_tables(tmp_path, columns, message):
-    file = parquet(tmp_path / "a.parquet", **columns)
-    assert complaint(file) == f"{file}: {message}"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        *((name, "expected builtin, a path") for name in ("wikitxt", "./missing", "a/b/c")),
-        *((name, "expected builtin, a path") for name in ("/missing/a.txt", "data/a.jsonl")),
-        ("bookcorpus", "loading script"),
-        ("bookcorpus/bookcorpus", "--data PATH"),
-    ],
-)
-def test_complaints_about_names(name, message):
-    assert name in complaint(name)
-    assert message in complaint(name)
+def test_complaints_about_names():
+    names = ("wikitxt", "./missing", "a/b/c", "/missing/a.txt", "data/a.jsonl")
+    expected = dict.fromkeys(names, "expected builtin, a path")
+    expected |= {"bookcorpus": "loading script", "bookcorpus/bookcorpus": "--data PATH"}
+    for name, message in expected.items():
+        assert name in complaint(name)
+        assert message in complaint(name)
 
 
 def test_complaints_before_anything_is_read(tmp_path):
@@ -240,9 +221,8 @@ class FakeDataset:
     """As much of a `datasets.Dataset` as is used."""
 
     def __init__(self, column: str, rows: list, fingerprint: str = "f1") -> None:
-        self.column_names = [column, "id"]
+        self.column_names, self._fingerprint = [column, "id"], fingerprint
         self._rows = [{column: row} for row in rows]
-        self._fingerprint = fingerprint
 
     def select_columns(self, columns: list[str]) -> list[dict]:
         assert columns == self.column_names[:1]
@@ -293,10 +273,7 @@ def test_local_path_wins_over_the_hub(hub, tmp_path, monkeypatch):
     ("answer", "message"),
     [
         (FakeDataset("body", ["One."]), "org/name: no column 'text'; found body, id"),
-        (
-            FakeDataset("text", ["One.", 2]),
-            "org/name, row 1: expected text in field 'text', found int",
-        ),
+        (FakeDataset("text", ["", 2]), "org/name, row 1: expected text in field 'text', found int"),
         (ConnectionError("no"), "--data PATH"),
         (FileNotFoundError("gone"), "--data PATH"),
     ],
@@ -319,18 +296,12 @@ def test_key_of_files_is_their_content(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", "One.")
     spec, key = [str(file)], content_key([str(file)])
     os.utime(file, (1, 1))
-    copy = tmp_path / "other.jsonl"
-    copy.write_bytes(file.read_bytes())
+    copy, as_text = (tmp_path / name for name in ("other.jsonl", "a.txt"))
+    for target in (copy, as_text):
+        target.write_bytes(file.read_bytes())
     assert content_key(spec) == content_key([str(copy)]) == key
-    as_text = tmp_path / "a.txt"
-    as_text.write_bytes(file.read_bytes())
-    keys = [
-        key,
-        content_key(spec * 2),
-        content_key(spec, "body"),
-        content_key(spec, max_characters=5),
-        content_key([str(as_text)]),
-    ]
+    keys = [key, content_key(spec * 2), content_key(spec, "body"), content_key([str(as_text)])]
+    keys.append(content_key(spec, max_characters=5))
     # same size, same time, other bytes
     jsonl(file, "Two.")
     os.utime(file, (1, 1))
@@ -360,16 +331,14 @@ def test_key_of_the_builtin_text_is_that_of_its_files(monkeypatch, tmp_path):
 def test_vocabulary_is_learned_from_all_sources_in_turn(tmp_path):
     """It sees the first documents alone; a corpus is read source after source."""
     assert "".join(in_turn([iter("abc"), iter(""), iter("d"), iter("ef")])) == "adebfc"
-    files = [
-        jsonl(tmp_path / f"{name}.jsonl", *(f"{name} {number}" for number in range(2)))
-        for name in ("first", "second")
-    ]
+    files = (jsonl(tmp_path / f"{name}.jsonl", f"{name} 0", f"{name} 1") for name in ("one", "two"))
     names = tuple(map(str, files))
-    turns = ["first 0", "second 0", "first 1", "second 1"]
-    assert list(vocabulary_text(PretrainConfig(data=names))) == turns
+    assert list(vocabulary_text(PretrainConfig(data=names))) == ["one 0", "two 0", "one 1", "two 1"]
     # where reading stops early, the vocabulary sees nothing beyond it
-    few = PretrainConfig(data=names, max_characters=10)
-    assert list(vocabulary_text(few)) == ["first 0", "first 1"]
+    assert list(vocabulary_text(PretrainConfig(data=names, max_characters=10))) == [
+        "one 0",
+        "one 1",
+    ]
 
 
 def test_real_data():

@@ -49,14 +49,12 @@ def test_vocabulary_is_the_same_in_another_process():
         "print(tokenizer_fingerprint(train_tokenizer(texts, 1500)))\n"
     )
     outputs = {
-        subprocess.run(
+        subprocess.check_output(
             [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONHASHSEED": seed},
+            env=os.environ | {"PYTHONHASHSEED": seed},
             cwd=ROOT,
-            check=True,
-            capture_output=True,
             text=True,
-        ).stdout
+        )
         for seed in ("1", "2")
     }
     assert len(outputs) == 1
