@@ -343,7 +343,8 @@ def _checked_documents(
     if settings.num_labels and len(unique) < 2:
         raise ValueError(
             f"{settings.objective} takes text from another document and needs at least two "
-            f"documents, got {len(unique)}; give more text or use the objective mlm"
+            f"documents, got {len(unique)}; give more text, a larger --validation-fraction where "
+            "the held-out ones are too few, or use the objective mlm"
         )
     return unique
 

@@ -209,6 +209,8 @@ class TestReading:
     def test_complaints_about_labels(self, tmp_path):
         with pytest.raises(DataError, match="expected a number as label, found 'nan'"):
             read_table(written(tmp_path / "y.csv", "t,l\nx,nan\n"), ONE, ())
+        with pytest.raises(DataError, match="line 3: the label in column 'l' is empty"):
+            label_names(written(tmp_path / "e.csv", "t,l\nx,1\ny,\nz,0\n"), ONE)
         with pytest.raises(DataError, match="at least two labels in 'l', found \\['1'\\]"):
             label_names(written(tmp_path / "z.csv", "t,l\nx,1\n"), ONE)
 

@@ -474,6 +474,7 @@ def test_own_pairs_with_numbers_and_other_settings(command):
         ("squad", "--task: expected one of cola"),
         ("rte --pooler best", "--pooler: expected one of cls"),
         ("rte --train-file x.csv", "give your task one new name by --task"),
+        ("../x --train-file x.csv", "--task names the folders of the runs"),
         ("rte --dev-file x.csv", "--dev-file and --test-file belong to"),
         ("rte --seeds 0", "--seeds: expected a value greater than or equal to 1"),
         ("rte --dropout 1", "--dropout: expected a value less than 1, found 1.0"),
