@@ -288,7 +288,7 @@ HEADER, PAPERS = "Source\tTarget\n7\t7\n", {"papers.jsonl": '{"id": "P1", "text"
 STRANGER = dict.fromkeys(("pairs.train.tsv", "pairs.val.tsv"), "label\tpaper1\tpaper2\n1\tP1\tP9")
 METADATA = "metadata/0.npy"
 REFUSED = [
-    ("listops", {LISTOPS: HEADER + "[MIN 4 5 ]\t10"}, "line 3: expected a label from 0 to 9, fou"),
+    ("listops", {LISTOPS: HEADER + "[MIN 4 5 ]\t10"}, "line 3: .* a label from 0 to 9, found"),
     ("listops", {LISTOPS: HEADER + "[MIN 4 5 ]"}, r"line 3: expected 2 columns .*, found 1"),
     ("listops", {LISTOPS: HEADER + "[AVG 4 5 ]\t4"}, r"line 3: token '\[AVG'"),
     ("listops", {LISTOPS: HEADER + "( )\t4"}, r"train\.tsv, line 3: the expression is empty"),

@@ -138,11 +138,6 @@ def test_nothing_is_left_of_a_preparation_that_fails(tmp_path, name, examples, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_not_touched(text_folder):
-    with pytest.raises(ArenaError, match="already exists; delete it"):
-        written(text_folder, drawn(TASKS["text"], 5))
-
-
 def cut(path):
     path.write_bytes(path.read_bytes()[:-2])
 
@@ -175,11 +170,13 @@ def test_damaged_and_foreign_folders_are_refused(text_folder, name, damage, mess
         load_arena_data("text", text_folder)
 
 
-def test_changed_bytes_are_found_when_asked(text_folder):
+def test_changed_bytes_are_found_when_asked_and_not_written_over(text_folder):
     content = bytearray((text_folder / "ids.npy").read_bytes())
     content[-1] ^= 1
     (text_folder / "ids.npy").write_bytes(content)
     load_arena_data("text", text_folder)
+    with pytest.raises(ArenaError, match="already exists; delete it"):
+        written(text_folder, ONLY)
     with pytest.raises(ArenaError, match=r"ids\.npy: other bytes than were written"):
         load_arena_data("text", text_folder, verify=True)
 
@@ -217,8 +214,12 @@ def refused(message, *args, **settings):
 
 
 def test_what_is_prepared_is_kept_and_not_confused(tmp_path):
-    source = review_source(tmp_path / "reviews")
-    folder = prepare_task("text", tmp_path / "data", source)
+    source = review_source(tmp_path / "data" / "raw" / "text")
+    folder = prepare_task("text", tmp_path / "data")
+    data = load_arena_data("text", folder)
+    assert (len(data.train), data.manifest["source"]) == (40, str(source))
+    given = load_arena_data("text", prepare_task("text", tmp_path / "other", source))
+    assert given.manifest["digest"] == data.manifest["digest"]
     (source / "train.jsonl").unlink()
     assert prepare_task("text", tmp_path / "data") == folder
     assert prepare_task("text", tmp_path / "data", source) == folder
@@ -229,13 +230,6 @@ def test_what_is_prepared_is_kept_and_not_confused(tmp_path):
     generated = prepare_task(*listops, num_examples=20, workers=1)
     assert prepare_task(*listops) == generated
     refused("was prepared with num_examples 20, asked for 30", *listops, num_examples=30)
-
-
-def test_the_folder_for_raw_data_is_looked_at(tmp_path):
-    source = review_source(tmp_path / "raw" / "text")
-    data = load_arena_data("text", prepare_task("text", tmp_path))
-    assert len(data.train) == 40
-    assert data.manifest["source"] == str(source)
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch):
