@@ -150,13 +150,10 @@ def test_epoch_shows_every_example_once_but_the_dropped_ones() -> None:
     items = [batches.item(0, slot) for slot in range(size)]
     assert {item[0] for item in items} == {5}
     keys = np.concatenate([item[3].key for item in items])
-    assert len(np.unique(keys)) == len(keys)
-    assert len(keys) + batches.num_dropped_examples == len(batches.plan)
+    assert len(np.unique(keys)) == len(keys) == len(batches.plan) - batches.num_dropped_examples
     expected = plan_epoch(CORPUS, DOCUMENTS, SETTINGS, 0, 5)
     assert set(keys.tolist()) <= set(expected.key.tolist())
-
-
-def test_epochs_are_shuffled_differently() -> None:
+    # epochs are shuffled differently
     starts = [b.plan.start[b.bins.members] for b in (epoch_batches(), epoch_batches(epoch=1))]
     assert all((np.diff(s) < 0).mean() > 0.3 for s in starts)
     assert starts[0][:20].tolist() != starts[1][:20].tolist()
@@ -186,22 +183,16 @@ def test_stream_counts_steps_within_epochs_and_resumes_with_its_tail() -> None:
         assert stream(len(tail), start_epoch=epoch, start_step=step) == tail
 
 
-def test_workers_give_the_same_batches() -> None:
+def test_workers_spawned_ones_too_give_the_same_batches() -> None:
     assert_same_batches(loaded(12, 0, start_step=2), loaded(12, 2, start_step=2))
-
-
-def test_dataset_and_items_survive_pickling_as_spawned_workers_need() -> None:
+    # what a spawned worker is sent
     dataset = pickle.loads(pickle.dumps(PackedDataset(CORPUS, SETTINGS)))
     items = pickle.loads(pickle.dumps(list(islice(make_sampler(), 3))))
-    assert_same_batches(loaded(3, 0), [dataset[item] for item in items])
-
-
-def test_loader_leaves_the_default_generator_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    loaded(2, 0)
-    assert torch.equal(torch.rand(3), expected)
+    assert_same_batches(loaded(3, 0), [dataset[item] for item in items])
+    assert torch.equal(torch.rand(3), expected), "the loader leaves the default generator alone"
 
 
 def test_batch_fits_its_budget_and_names_its_place() -> None:

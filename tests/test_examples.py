@@ -104,12 +104,12 @@ def test_batch_is_what_a_hand_writes(a, b, label, ids, segments) -> None:
     ("documents", "spans", "dropped"),
     [
         # 7 tokens of text fit: whole sentences; 4 + 2 + 6 passes it
-        pytest.param(TINY, [(0, 5), (5, 10), (10, 16), (16, 22)], 0, id="whole-sentences"),
+        (TINY, [(0, 5), (5, 10), (10, 16), (16, 22)], 0),
         # a sentence of 16 in pieces, the rest of the last piece joined by the next sentence
-        pytest.param([[16, 3], [7]], [(0, 7), (7, 14), (14, 19), (19, 26)], 0, id="pieces"),
+        ([[16, 3], [7]], [(0, 7), (7, 14), (14, 19), (19, 26)], 0),
         # a one-token sentence cannot fill two parts, so the next sentence is cut into
-        pytest.param([[1, 9], [2, 2]], [(0, 7), (7, 10), (10, 14)], 0, id="one-token-sentence"),
-        pytest.param([[8], [1], [3]], [(0, 7), (9, 12)], 2, id="one-token-rests"),
+        ([[1, 9], [2, 2]], [(0, 7), (7, 10), (10, 14)], 0),
+        ([[8], [1], [3]], [(0, 7), (9, 12)], 2),
     ],
 )
 def test_plan_cuts_documents_as_a_hand_does(documents, spans, dropped) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,20 +26,14 @@ from pretrain.settings import PRESETS, PretrainConfig, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "pretrain" / "run.py"
-TINY = [
-    "--config=debug",
-    "--vocab-size=400",
-    "--hidden-size=32",
-    "--intermediate-size=64",
-    "--seq-len=48",
-    "--batch-tokens=768",
-    "--micro-batch-tokens=384",
-    "--eval-tokens=1500",
-    "--validation-fraction=0.1",
-    "--steps=12",
-    "--eval-every=4",
-    "--log-every=1",
-]
+TINY = (
+    "--config=debug --vocab-size=400 --hidden-size=32 --intermediate-size=64 --seq-len=48 "
+    "--batch-tokens=768 --micro-batch-tokens=384 --eval-tokens=1500 --validation-fraction=0.1 "
+    "--steps=12 --eval-every=4 --log-every=1"
+).split()
+# with the launchers of this installation
+PATHS = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+ENVIRONMENT = os.environ | {"PATH": PATHS}
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +49,23 @@ def workplace(tmp_path_factory) -> Path:
 
 
 def command(workplace: Path, *flags: str) -> list[str]:
-    return [
-        sys.executable,
-        str(RUN),
-        *TINY,
-        f"--data={workplace / 'topics.jsonl'}",
-        f"--cache-dir={workplace / 'cache'}",
-        *flags,
-    ]
-
-
-def environment() -> dict[str, str]:
-    """With the launchers of this installation."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    return os.environ | {"PATH": path}
+    text = [f"--data={workplace / 'topics.jsonl'}", f"--cache-dir={workplace / 'cache'}"]
+    return [sys.executable, str(RUN), *TINY, *text, *flags]
 
 
 def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        arguments, env=environment(), capture_output=True, text=True, timeout=240, **options
-    )
+    options |= {"capture_output": True, "text": True, "timeout": 240}
+    return subprocess.run(arguments, env=ENVIRONMENT, **options)
+
+
+def run_limited(size: int, arguments: list[str]) -> subprocess.CompletedProcess:
+    """A limit on the size of files, set in the child, stands in for a full disk."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    return run(arguments, preexec_fn=limit)
+
+
+def resume(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    return run([sys.executable, str(RUN), f"--resume={folder}", *flags])
 
 
 def result_of(done: subprocess.CompletedProcess) -> dict:
@@ -132,12 +124,11 @@ def test_results_model_and_records(whole_run):
 
 
 def test_resume_after_kill_is_bit_for_bit(workplace, whole_run):
-    folder = workplace / "killed"
-    log = workplace / "killed.log"
+    folder, log = workplace / "killed", workplace / "killed.log"
     with log.open("w") as stream:
         process = subprocess.Popen(
             command(workplace, f"--output-dir={folder}", "--num-workers=2"),
-            env=environment(),
+            env=ENVIRONMENT,
             stderr=stream,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
@@ -149,7 +140,7 @@ def test_resume_after_kill_is_bit_for_bit(workplace, whole_run):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert not (folder / "model").exists()
-    result_of(run([*command(workplace)[:2], f"--resume={folder}"]))
+    result_of(resume(folder))
     assert_same_run(folder, whole_run[0])
 
 
@@ -159,8 +150,7 @@ def test_two_processes_under_the_deepspeed_launcher(workplace, whole_run):
     launcher = ["deepspeed", "--num_gpus=2", f"--master_port={free_port()}"]
     done = run([*launcher, *command(workplace)[1:], f"--output-dir={folder}"])
     result = result_of(done)
-    expected = metrics_of(whole_run[0])
-    losses = metrics_of(folder)
+    expected, losses = metrics_of(whole_run[0]), metrics_of(folder)
     assert losses.keys() == expected.keys()
     assert all(abs(losses[key] - expected[key]) < 1e-4 for key in losses)
     assert result["tokens"] == result_of(whole_run[1])["tokens"]
@@ -183,19 +173,20 @@ def test_deepspeed_alone_has_the_same_bits_and_continues_a_run_without_it(workpl
     assert_same_run(folder, whole_run[0])
 
 
-# None hides a module from `import` and from `find_spec`
-WITHOUT_DEEPSPEED = (
-    "import sys\nsys.modules['deepspeed'] = None\nimport pretrain.run\npretrain.run.main()\n"
-)
-
-
-def test_deepspeed_need_not_be_installed_for_one_process(workplace, whole_run):
-    arguments = command(workplace, f"--output-dir={workplace / 'without'}", "--steps=4")[2:]
-    done = run([sys.executable, "-c", WITHOUT_DEEPSPEED, *arguments, "--warmup-steps=1"])
-    result_of(done)
-    assert json.loads((workplace / "without" / "run.json").read_text())["deepspeed"] is None
+def test_one_process_needs_no_deepspeed_and_utilisation_needs_a_formula(workplace, whole_run):
+    # None hides a module from `import` and from `find_spec`
+    hidden = "import sys\nsys.modules['deepspeed'] = None\nimport pretrain.run\npretrain.run.main()"
+    folder = workplace / "without"
+    arguments = command(workplace, f"--output-dir={folder}", "--steps=4", "--mixer=linear")[2:]
+    result_of(run([sys.executable, "-c", hidden, *arguments, "--warmup-steps=1"]))
+    assert json.loads((folder / "run.json").read_text())["deepspeed"] is None
+    names, others = (
+        set(json.loads((path / "metrics.jsonl").read_text().splitlines()[0]))
+        for path in (folder, whole_run[0])
+    )
+    assert others - names == {"flops_utilisation"}
     sharded = command(workplace, f"--output-dir={workplace / 'sharded'}", "--zero-stage=1")[2:]
-    done = run([sys.executable, "-c", WITHOUT_DEEPSPEED, *sharded])
+    done = run([sys.executable, "-c", hidden, *sharded])
     assert done.returncode == 2
     assert "need DeepSpeed, which is not installed" in done.stderr
 
@@ -208,19 +199,14 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        ["--zero-stage=2", "--precision=bf16"],
-        ["--objective=mlm"],
-        ["--precision=bf16-residual", "--objective=mlm"],
-    ],
+    [["--zero-stage=2", "--precision=bf16"], ["--precision=bf16-residual", "--objective=mlm"]],
 )
 def test_variants_run_and_resume(workplace, flags):
     folder = workplace / f"variant{''.join(flags)}"
     short = ["--steps=4", "--eval-every=2", f"--output-dir={folder}"]
     first = result_of(run(command(workplace, *flags, *short)))
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
-    again = result_of(run([*command(workplace)[:2], f"--resume={folder}"]))
-    assert again["loss"] == first["loss"]
+    assert result_of(resume(folder))["loss"] == first["loss"]
     assert ("sso_accuracy" in first) is ("--objective=mlm" not in flags)
 
 
@@ -230,12 +216,11 @@ def test_resume_goes_on_with_the_text_it_began_with(workplace, whole_run):
     shutil.copy(workplace / "topics.jsonl", source)
     folder = workplace / "changing"
     flags = [f"--data={source}", f"--cache-dir={cache}", "--steps=4"]
-    first = result_of(run([*command(workplace), *flags, f"--output-dir={folder}"]))
+    first = result_of(run(command(workplace, *flags, f"--output-dir={folder}")))
     source.write_text(json.dumps({"text": "Another text."}) + "\n")
-    again = [*command(workplace)[:2], f"--resume={folder}"]
-    assert result_of(run(again))["loss"] == first["loss"]
+    assert result_of(resume(folder))["loss"] == first["loss"]
     shutil.rmtree(cache)
-    done = run(again)
+    done = resume(folder)
     assert done.returncode != 0
     assert "the text changed since the run began" in done.stderr
 
@@ -243,7 +228,7 @@ def test_resume_goes_on_with_the_text_it_began_with(workplace, whole_run):
 def test_other_steps_on_resume_are_said_to_bend_the_schedule(workplace, whole_run):
     folder = workplace / "longer"
     shutil.copytree(whole_run[0], folder)
-    done = run([*command(workplace)[:2], f"--resume={folder}", "--steps=13"])
+    done = resume(folder, "--steps=13")
     assert result_of(done)["steps"] == 13
     assert "--steps 13, but the run began with 12: from here on the learning rate" in done.stderr
 
@@ -258,29 +243,19 @@ def test_no_path_of_the_checkout_is_recorded(whole_run, tmp_path):
     assert parse([f"--resume={tmp_path}"])[0].deepspeed_config is None
 
 
-def test_utilisation_is_left_out_where_there_is_no_formula(workplace, whole_run):
-    def names_of(folder: Path) -> set[str]:
-        return set(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]))
-
-    folder = workplace / "linear"
-    flags = ["--mixer=linear", "--steps=2", f"--output-dir={folder}"]
-    result_of(run(command(workplace, *flags, "--num-workers=1")))
-    assert names_of(whole_run[0]) - names_of(folder) == {"flops_utilisation"}
-
-
 def test_damaged_checkpoints(workplace, whole_run):
     folder = workplace / "damaged"
     shutil.copytree(whole_run[0], folder)
     newest = folder / "checkpoints" / "step-00000012" / "state.pt"
     content = newest.read_bytes()
     newest.write_bytes(content[:-100])
-    done = run([*command(workplace)[:2], f"--resume={folder}"])
+    done = resume(folder)
     assert "step-00000012/state.pt: damaged checkpoint" in done.stderr
     assert "resuming from" in done.stderr
     assert result_of(done)["loss"] == result_of(whole_run[1])["loss"]
     for path in folder.glob("checkpoints/step-*/manifest.json"):
         path.write_text("{")
-    done = run([*command(workplace)[:2], f"--resume={folder}"])
+    done = resume(folder)
     assert done.returncode == 1
     assert "pretrain: error:" in done.stderr
     assert "damaged checkpoint" in done.stderr
@@ -294,39 +269,27 @@ def test_checkpoint_of_an_earlier_version_is_refused(tmp_path):
 
 
 def test_full_disk_names_the_folder_and_leaves_nothing_half_written(workplace):
-    """A limit on the size of files stands in for the full disk."""
     folder = workplace / "full"
-    arguments = command(workplace, f"--output-dir={folder}", "--hidden-size=64")
-
-    def limit():
-        # sessions of the shell that started pytest have no part in this: it is set in the child
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-
-    done = run(arguments, preexec_fn=limit)
+    done = run_limited(400_000, command(workplace, f"--output-dir={folder}", "--hidden-size=64"))
     assert done.returncode == 1
-    assert "pretrain: error:" in done.stderr
-    assert "cannot be written" in done.stderr
-    assert str(folder / "checkpoints" / "step-00000004") in done.stderr
+    for message in ("pretrain: error:", "cannot be written", f"{folder}/checkpoints/step-00000004"):
+        assert message in done.stderr
     assert not list((folder / "checkpoints").iterdir())
     assert not (folder / "model").exists()
 
 
 @pytest.mark.parametrize(("limit", "name"), [(8_000, "tokenizer.json"), (30_000, "tokens.bin")])
 def test_full_disk_while_preparing_names_the_file(workplace, limit, name):
-    cache = workplace / f"small-cache-{limit}"
-    folder = workplace / f"full-{limit}"
-    arguments = command(workplace, f"--output-dir={folder}", f"--cache-dir={cache}")
-    done = run(
-        arguments,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    cache, folder = workplace / f"small-cache-{limit}", workplace / f"full-{limit}"
+    flags = [f"--output-dir={folder}", f"--cache-dir={cache}"]
+    done = run_limited(limit, command(workplace, *flags))
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("pretrain: error:")
     assert "free" in last
     assert name in last
     assert not folder.exists()
-    assert not [path for path in cache.rglob("*") if path.is_file() and path.name == name]
+    assert not [path for path in cache.rglob(name) if path.is_file()]
 
 
 @pytest.mark.parametrize(
@@ -355,32 +318,21 @@ def test_a_diverging_run_says_where_and_saves_nothing(workplace, flags, message)
     assert not list(folder.glob("checkpoints/step-*"))
 
 
-def with_text(name: str, content: bytes):
-    return lambda folder: (folder / name, (folder / name).write_bytes(content))[0]
-
-
 @pytest.mark.parametrize(
-    ("source", "flags", "message"),
+    ("name", "content", "flags", "message"),
     [
-        pytest.param(with_text("empty.txt", b""), [], "empty.txt", id="empty"),
-        pytest.param(with_text("b.txt", b"a\0b"), [], "b.txt", id="binary"),
-        pytest.param(with_text("u.txt", b"ab\xff"), [], "u.txt", id="not-utf-8"),
-        pytest.param(with_text("n.jsonl", b'{"body": "x"}\n'), [], "'text'", id="no-field"),
-        pytest.param(with_text("one.txt", b"One sentence."), [], "documents", id="one-sentence"),
-        pytest.param(
-            lambda folder: folder / "topics.jsonl",
-            ["--batch-tokens=3840000"],
-            "fills no global batch",
-            id="smaller-than-a-batch",
-        ),
-        pytest.param(lambda folder: folder / "nothing.txt", [], "nothing.txt", id="missing"),
+        # other bad files are refused likewise: see the tests of sources
+        ("b.txt", b"a\0b", [], "b.txt"),
+        ("one.txt", b"One sentence.", [], "documents"),
+        ("topics.jsonl", None, ["--batch-tokens=3840000"], "fills no global batch"),
+        ("nothing.txt", None, [], "nothing.txt"),
     ],
 )
-def test_bad_text(workplace, source, flags, message):
-    path = source(workplace)
-    target = workplace / f"bad-{path.name}"
-    arguments = command(workplace, *flags, f"--output-dir={target}")
-    done = run([a if not a.startswith("--data=") else f"--data={path}" for a in arguments])
+def test_bad_text(workplace, name, content, flags, message):
+    path, target = workplace / name, workplace / f"bad-{name}"
+    if content is not None:
+        path.write_bytes(content)
+    done = run(command(workplace, f"--data={path}", *flags, f"--output-dir={target}"))
     assert done.returncode != 0
     assert done.stdout == ""
     last = done.stderr.strip().splitlines()[-1]
@@ -397,12 +349,12 @@ def test_occupied_output_folder(workplace, whole_run):
 
 def test_settings_of_a_run_cannot_change_on_resume(whole_run):
     folder = whole_run[0]
-    with pytest.raises(
-        UsageError, match=r"--hidden-size cannot change on --resume: the run has 32"
-    ):
-        parse([f"--resume={folder}", "--hidden-size=64"])
-    with pytest.raises(UsageError, match="--compile cannot change on --resume"):
-        parse([f"--resume={folder}", "--compile"])
+    for flag, message in [
+        ("--hidden-size=64", "--hidden-size cannot change on --resume: the run has 32"),
+        ("--compile", "--compile cannot change on --resume"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            parse([f"--resume={folder}", flag])
     config, _ = parse([f"--resume={folder}", "--num-workers=3"])
     assert (config.num_workers, config.hidden_size) == (3, 32)
     with pytest.raises(UsageError, match="holds no config"):
@@ -422,36 +374,37 @@ def test_presets_parse_and_base_is_as_published():
     assert parse([])[1] == "demo"
 
 
-def test_unknown_flags_presets_and_values(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--config=huge", "no preset or file 'huge'; the presets are base, debug"),
+        ("--steps=many", "--steps: expected int, found 'many'"),
+        ("--precision=fp8", "--precision: expected one of fp32, bf16, bf16-residual, fp16"),
+        ("--batch-tokens=1000 --micro-batch-tokens=600", "--batch-tokens 1000 is not a mult"),
+        ("--validation-fraction=nan", "--validation-fraction must be between 0 and 1, found nan"),
+        ("--log-every=0", "--log-every must be at least 1, found 0"),
+        ("--zero-stage=3", "--zero-stage must be 0, 1 or 2, found 3"),
+    ],
+)
+def test_bad_values_of_flags(flags, message):
+    with pytest.raises(UsageError, match=message):
+        parse(flags.split())
+
+
+def test_unknown_flags_and_own_files(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         parse(["--stepz=3"])
     assert error.value.code == 2
     assert "--stepz" in capsys.readouterr().err
-    with pytest.raises(UsageError, match="no preset or file 'huge'; the presets are base, debug"):
-        parse(["--config=huge"])
-    with pytest.raises(UsageError, match="--steps: expected int, found 'many'"):
-        parse(["--steps=many"])
-    expected = "--precision: expected one of fp32, bf16, bf16-residual, fp16"
-    with pytest.raises(UsageError, match=expected):
-        parse(["--precision=fp8"])
-    for flags, message in [
-        (["--batch-tokens=1000", "--micro-batch-tokens=600"], "--batch-tokens 1000 is not a mult"),
-        (["--validation-fraction=nan"], "--validation-fraction must be between 0 and 1, found nan"),
-        (["--log-every=0"], "--log-every must be at least 1, found 0"),
-        (["--zero-stage=3"], "--zero-stage must be 0, 1 or 2, found 3"),
-    ]:
-        with pytest.raises(UsageError, match=message):
-            parse(flags)
     file = tmp_path / "own.yaml"
     file.write_text("learning_rat: 1e-4\n")
-    with pytest.raises(
-        UsageError, match="unknown key 'learning_rat', did you mean 'learning_rate'"
-    ):
+    message = "unknown key 'learning_rat', did you mean 'learning_rate'"
+    with pytest.raises(UsageError, match=message):
         parse([f"--config={file}"])
     file.write_text("learning_rate: 1e-4\nsteps: 3\n")
-    assert parse(["--seed=12345678901234567"])[0].seed == 12345678901234567
     config, name = parse([f"--config={file}", "--steps=5"])
     assert (config.learning_rate, config.steps, name) == (1e-4, 5, "own")
+    assert parse(["--seed=12345678901234567"])[0].seed == 12345678901234567
 
 
 @pytest.mark.parametrize(
