@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PATHS = [str(ROOT), str(ROOT / "kernels")]
-"""Where child processes find the packages of this checkout."""
 
 # threads that wait for each other by spinning take many times as long where cores are shared
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

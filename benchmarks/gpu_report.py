@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import PATHS, ROOT
+from benchmarks import ROOT
 from benchmarks.common import RUNS, Row, first_line
 from benchmarks.harness import Case, Workload
 from benchmarks.op_speed import FAILURES
@@ -180,9 +180,8 @@ def _tests(tiny: bool) -> list[str]:
 
 
 def _environment(tiny: bool) -> dict[str, str]:
-    paths = [*PATHS, os.environ.get("PYTHONPATH", "")]
-    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    return os.environ | own | ({"OMP_NUM_THREADS": "1"} if tiny else {})
+    threads = {"OMP_NUM_THREADS": "1"} if tiny else {}
+    return os.environ | {"PYTHONUNBUFFERED": "1"} | threads
 
 
 def _run(command: list[str], seconds: float, log: BinaryIO, environment: dict[str, str]) -> str:

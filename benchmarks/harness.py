@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import PATHS
 from benchmarks.common import MIB, MemoryMeter, Row, first_line, is_out_of_memory, percentiles
 from lra.model import LongRangeClassifier, model_config
 from lra.tasks import TASKS
@@ -374,8 +373,6 @@ class Harness:
 
     def __init__(self, seconds: float, rounds: int) -> None:
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
-        # before Python 3.13 the server does not inherit sys.path
-        os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
         _CONTEXT.set_forkserver_preload([__name__])
         with _CONTEXT.Pool(1) as first:
             # the server has imported everything when its first process works

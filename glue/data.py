@@ -133,7 +133,7 @@ def read_table(path: Path, table: FileColumns, labels: Sequence[str]) -> TextExa
     for where, fields in _read_rows(path, table):
         try:
             row = [_text(where, fields, column, table) for column in table.texts]
-            label = None if table.label is None else _label_text(where, fields, table.label)
+            label = None if table.label is None else _field(where, fields, table.label)
         except _IncompleteRowError:
             if not table.skips_incomplete:
                 raise
@@ -166,8 +166,12 @@ def label_names(path: Path, table: FileColumns) -> tuple[str, ...]:
         DataError: as for `read_table`, or there are less than two labels.
     """
     assert table.label is not None
-    rows = _read_rows(path, table)
-    found = {_label_text(where, fields, table.label) for where, fields in rows}
+    found = set()
+    for where, fields in _read_rows(path, table):
+        label = _field(where, fields, table.label)
+        if not label.strip():
+            raise DataError(f"{where}: the label in column {table.label!r} is empty")
+        found.add(label)
     if len(found) < 2:
         raise DataError(
             f"{path}: expected at least two labels in {table.label!r}, found {sorted(found)}"
@@ -267,13 +271,6 @@ def _field(where: str, fields: Fields, column: ColumnKey) -> str:
         known = ", ".join(name for name in fields if isinstance(name, str))
         raise _IncompleteRowError(f"{where}: no {named}; it has {known or len(fields)}")
     return fields[column]
-
-
-def _label_text(where: str, fields: Fields, column: ColumnKey) -> str:
-    label = _field(where, fields, column)
-    if not label.strip():
-        raise _IncompleteRowError(f"{where}: the label in column {column!r} is empty")
-    return label
 
 
 def _text(where: str, fields: Fields, column: ColumnKey, table: FileColumns) -> str:

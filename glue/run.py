@@ -13,14 +13,12 @@ from typing import Any
 # threads that wait for work without a core of their own are ten times slower when they spin
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch
-
 from glue.finetune import ExampleSource, FineTuningRun, cached_checkpoint, load_examples
 from glue.model import EncoderCheckpoint, check_pooler
 from glue.report import summarise
 from glue.settings import GlueConfig, parse
 from ponet.run.report import ResultError
-from ponet.run.runs import choose_device, run_all, run_program, threads_per_run
+from ponet.run.runs import run_all, run_options, run_program
 from ponet.run.trainer import RunOptions
 
 logger = logging.getLogger("glue")
@@ -40,7 +38,7 @@ def runs_folder(config: GlueConfig, checkpoint: EncoderCheckpoint) -> Path:
 
 
 def plan_runs(
-    config: GlueConfig, source: ExampleSource, checkpoint: EncoderCheckpoint, device: torch.device
+    config: GlueConfig, source: ExampleSource, checkpoint: EncoderCheckpoint, options: RunOptions
 ) -> list[FineTuningRun]:
     """All runs of a task.
 
@@ -48,13 +46,6 @@ def plan_runs(
         DataError: its examples are missing or unfit.
     """
     data = load_examples(source)
-    options = RunOptions(
-        device=device,
-        threads=threads_per_run(config.threads, config.jobs),
-        log_every=config.log_every,
-        checkpoint_seconds=60 * config.checkpoint_minutes,
-        shows_bar=config.jobs == 1,
-    )
     return [
         FineTuningRun(
             settings=settings,
@@ -66,14 +57,14 @@ def plan_runs(
             options=options,
             keeps_model=config.save_models,
         )
-        for settings in config.runs_of(data.task, device.type)
+        for settings in config.runs_of(data.task, options.device.type)
     ]
 
 
 def work() -> tuple[dict[str, Any], list[str]]:
     """All that the command line asks for; returns the document and what went wrong on the way."""
     config = parse()
-    device = choose_device(config.device)
+    options = run_options(config)
     assert config.checkpoint is not None
     checkpoint = cached_checkpoint(Path(config.checkpoint))
     for pooler in config.poolers():
@@ -82,7 +73,7 @@ def work() -> tuple[dict[str, Any], list[str]]:
     runs = [
         run
         for source in sources_of(config)
-        for run in plan_runs(config, source, checkpoint, device)
+        for run in plan_runs(config, source, checkpoint, options)
     ]
     results, failures = run_all("glue", runs, jobs=config.jobs)
     summary = []

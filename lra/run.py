@@ -37,7 +37,7 @@ from lra.store import ArenaData, load_arena_data
 from lra.tasks import tasks_named
 from ponet.files import write_bytes
 from ponet.run.device import device_name
-from ponet.run.runs import RunFolder, choose_device, run_all, run_program, threads_per_run
+from ponet.run.runs import RunFolder, run_all, run_options, run_program
 from ponet.run.trainer import Progress, RunOptions, Trainer, step_seed
 
 _TRAIN_STAGE, _PRETRAIN_STAGE = 0, 1
@@ -190,20 +190,14 @@ def make_runs(config: ArenaConfig) -> list[ArenaRun]:
         UsageError: settings contradict each other or the device.
         ArenaError: the data of a task are missing or unfit.
     """
-    device = choose_device(config.device)
-    settings = config.runs(device.type)
+    options = run_options(config)
+    settings = config.runs(options.device.type)
     data_folders = {
         task.name: prepare_task(task.name, config.data_dir, num_examples=config.num_examples)
         for task in tasks_named(config.task)
     }
-    options = RunOptions(
-        device=device,
-        threads=threads_per_run(config.threads, config.jobs),
-        log_every=config.log_every,
-        checkpoint_seconds=60 * config.checkpoint_minutes,
-        shows_bar=config.jobs == 1,
-    )
-    captures = config.capture == "on" or (config.capture == "auto" and device.type == "cuda")
+    on_gpu = options.device.type == "cuda"
+    captures = config.capture == "on" or (config.capture == "auto" and on_gpu)
     return [
         ArenaRun(
             settings=run,

@@ -12,7 +12,7 @@ from lra.store import DATA_DIR
 from lra.tasks import TASKS, ArenaTask, ProtocolName, tasks_named
 from ponet import PoNetConfig
 from ponet.mixers import MIXERS
-from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml
+from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml, require
 
 PRESETS = Path(__file__).with_name("configs")
 
@@ -168,17 +168,17 @@ class ArenaConfig(SharedSettings, ArenaGrid):
     def __post_init__(self) -> None:
         for names, known in (("task", (*TASKS, "all")), ("model", tuple(MIXERS))):
             for name in getattr(self, names):
-                _require(name in known, names, name, f"one of {', '.join(known)}")
+                require(name in known, names, f"one of {', '.join(known)}", name)
         for names, least in ((_AT_LEAST_1, 1), (_AT_LEAST_0, 0)):
             for name in names:
                 value = getattr(self, name)
-                _require(value is None or value >= least, name, value, f"at least {least}")
+                require(value is None or value >= least, name, f"at least {least}", value)
         for name in ("learning_rate", "pretrain_learning_rate"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "above 0")
+            require(value is None or value > 0, name, "above 0", value)
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
-            _require(0 <= value < 1, name, value, "at least 0 and below 1")
+            require(0 <= value < 1, name, "at least 0 and below 1", value)
 
     def runs(self, device: str) -> list[ArenaSettings]:
         """All runs of the command, seeds innermost.
@@ -223,11 +223,6 @@ def _run_settings(
     # sizes that contradict each other are found before the first run begins
     settings.model_config()
     return settings
-
-
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise UsageError(f"--{name.replace('_', '-')} must be {expected}, found {value}")
 
 
 def parse(argv: Sequence[str] | None = None) -> ArenaConfig:

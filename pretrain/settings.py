@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from ponet.config import PoNetConfig
-from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml
+from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml, require
 from ponet.tokenizer import SpecialTokens
 from pretrain.examples import OBJECTIVES, ExampleSettings
 
@@ -140,12 +140,11 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():
-            if getattr(self, name) < least:
-                raise _refusal(name, f"at least {least}", getattr(self, name))
-        if self.zero_stage not in (0, 1, 2):
-            raise _refusal("zero_stage", "0, 1 or 2", self.zero_stage)
-        if not 0 < self.validation_fraction < 1:
-            raise _refusal("validation_fraction", "between 0 and 1", self.validation_fraction)
+            value = getattr(self, name)
+            require(value >= least, name, f"at least {least}", value)
+        stage, fraction = self.zero_stage, self.validation_fraction
+        require(stage in (0, 1, 2), "zero_stage", "0, 1 or 2", stage)
+        require(0 < fraction < 1, "validation_fraction", "between 0 and 1", fraction)
         if self.batch_tokens % self.micro_batch_tokens:
             raise UsageError(
                 f"--batch-tokens {self.batch_tokens} is not a multiple of "
@@ -203,10 +202,6 @@ class PretrainConfig:
             mask_id=special.mask,
             special_ids=special.as_tuple(),
         )
-
-
-def _refusal(name: str, expected: str, found: Any) -> UsageError:
-    return UsageError(f"--{name.replace('_', '-')} must be {expected}, found {found}")
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[PretrainConfig, str]:

@@ -21,6 +21,16 @@ class UsageError(ValueError):
     """A flag or a configuration file that cannot be used."""
 
 
+def require(holds: bool, name: str, expected: str, found: object) -> None:
+    """Refuse the value of a field.
+
+    Raises:
+        UsageError: it does not hold.
+    """
+    if not holds:
+        raise UsageError(f"{_flag(name)} must be {expected}, found {found}")
+
+
 def field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass and of those it inherits from, on one line."""
     docs = {}

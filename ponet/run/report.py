@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ponet.files import write_atomically, write_text
-from ponet.run.runs import RESULT
+from ponet.run.runs import RESULT, exit_with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,5 +117,4 @@ def report_program(
     try:
         print(report(parser.parse_args().folder), end="")
     except (ResultError, OSError) as error:
-        sys.stderr.write(f"{program}: error: {error}\n")
-        sys.exit(1)
+        exit_with_error(program, error)

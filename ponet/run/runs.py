@@ -163,6 +163,24 @@ def threads_per_run(threads: int | None, jobs: int) -> int:
     return threads or max(1, len(os.sched_getaffinity(0)) // jobs)
 
 
+def run_options(config: Any) -> RunOptions:
+    """Where and how the runs of a command compute.
+
+    Args:
+        config: its settings, with `device`, `threads`, `jobs`, `log_every`, `checkpoint_minutes`.
+
+    Raises:
+        UsageError: a GPU is asked for and there is none.
+    """
+    return RunOptions(
+        device=choose_device(config.device),
+        threads=threads_per_run(config.threads, config.jobs),
+        log_every=config.log_every,
+        checkpoint_seconds=60 * config.checkpoint_minutes,
+        shows_bar=config.jobs == 1,
+    )
+
+
 def run_all(
     program: str, runs: Sequence[AnyRun], *, jobs: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
