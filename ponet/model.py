@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ponet.checkpoint import PreTrainedModel
 from ponet.config import ConfigError, PoNetConfig
 from ponet.mixers import mixer_class
-from ponet.mixers.projections import cast_for_projections, is_plain
+from ponet.mixers.projections import cast_for_projections, plain_parameters
 from ponet.packing import (
     BatchLayout,
     TokenStream,
@@ -370,10 +370,12 @@ class MaskedLMHead(nn.Module):
         """`[M, C]` -> `[M, V']`: V filled up as `fast_width` says, with -inf."""
         hidden = self.norm(F.gelu(self.dense(hidden)))
         missing = fast_width(self.decoder.out_features, hidden.device) - self.decoder.out_features
-        if not missing or not is_plain(self.decoder):
+        parameters = plain_parameters(self.decoder)
+        if not missing or parameters is None:
             return self.decoder(hidden)
-        weight = F.pad(self.decoder.weight, (0, 0, 0, missing))
-        return F.linear(hidden, weight, F.pad(self.decoder.bias, (0, missing), value=-torch.inf))
+        weight, bias = parameters
+        weight = F.pad(weight, (0, 0, 0, missing))
+        return F.linear(hidden, weight, F.pad(bias, (0, missing), value=-torch.inf))
 
 
 def fast_width(width: int, device: torch.device) -> int:

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 from ponet import PoNetConfig
 from ponet.mixers.pooling import PoNetMixer
-from ponet.mixers.projections import is_plain
+from ponet.mixers.projections import plain_parameters
 from ponet.mixers.published import PublishedPoNetMixer
 from ponet.packing import BatchLayout, layout_of, stream_of_packed, stream_of_rows
 from ponet_kernels import use_backend
@@ -95,7 +95,7 @@ def test_adapter_equals_merged_weights(names, lengths, padding):
     for name in names:
         setattr(adapted, name, LowRank(getattr(adapted, name)))
         module = getattr(adapted, name)
-        assert not is_plain(module)
+        assert plain_parameters(module) is None
         with torch.no_grad():
             getattr(plain, name).weight.add_(module.up @ module.down)
     expected = results(plain, hidden, place)
@@ -163,7 +163,7 @@ def test_hook_on_a_projection(name, second_stage):
 def test_parametrised_projection():
     plain, other = build(), build()
     parametrizations.weight_norm(other.key)
-    assert not is_plain(other.key)
+    assert plain_parameters(other.key) is None
     hidden, place = states(23), layout(RAGGED)
     assert_close(other(hidden, place), plain(hidden, place), 1e-12)
 

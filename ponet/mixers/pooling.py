@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
-from ponet.mixers.projections import cast_for_projections, is_plain, project_together
+from ponet.mixers.projections import cast_for_projections, plain_parameters, project_together
 from ponet.packing import BatchLayout
 from ponet_kernels import fused_pooling, global_aggregation, global_mean
 
@@ -63,15 +63,15 @@ class PoNetMixer(nn.Module):
         """g' of each sequence, or g when the second stage is off: `[B, C]`."""
         query = self.query
         if not self.config.use_global_second_stage:
-            if not is_plain(query):
+            if plain_parameters(query) is None:
                 return global_mean(query(hidden), layout)
             # the projection of the mean is the mean of the projections
             return query(global_mean(hidden, layout).to(hidden.dtype))
         key, heads = self.key, self.config.num_attention_heads
-        if not (is_plain(query) and is_plain(key)):
+        of_query, of_key = plain_parameters(query), plain_parameters(key)
+        if of_query is None or of_key is None:
             return self.attend(query(hidden), key(hidden), layout)
-        parameters = (query.weight, query.bias, key.weight, key.bias)
-        return global_aggregation(hidden, *parameters, heads, layout)
+        return global_aggregation(hidden, *of_query, *of_key, heads, layout)
 
     def attend(self, queries: Tensor, keys: Tensor, layout: BatchLayout) -> Tensor:
         """g' from queries and keys of every token: the mean query attends over the keys.

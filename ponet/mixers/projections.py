@@ -41,22 +41,29 @@ def cast_for_projections(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a projection is a plain linear layer, whose weight may be used in its place.
+def plain_parameters(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a plain linear layer, which may be used in place of its `forward`.
 
-    Adapters, quantised layers and layers with hooks are not: their `forward` is what counts.
+    None for adapters, quantised layers and layers with hooks: their `forward` is what counts.
     """
-    if type(module) is not nn.Linear:
-        return False
-    weight = module.weight
-    return (
-        (type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight))
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-    )
+    if (
+        type(module) is not nn.Linear
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return None
+    # not `module.weight`, which takes a microsecond of the host to find
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is None or bias is None:
+        return None
+    if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
+        return None
+    return weight, bias
 
 
-def project_together(hidden: Tensor, projections: Sequence[nn.Linear]) -> Tensor:
+def project_together(hidden: Tensor, projections: Sequence[nn.Module]) -> Tensor:
     """Projections side by side, by one product forward and one backward where all are plain.
 
     Args:
@@ -66,10 +73,12 @@ def project_together(hidden: Tensor, projections: Sequence[nn.Linear]) -> Tensor
     Returns:
         `[T, E_1 + E_2 + ...]`.
     """
-    if not all(map(is_plain, projections)):
+    parameters = [plain_parameters(projection) for projection in projections]
+    plain = [pair for pair in parameters if pair is not None]
+    if len(plain) < len(projections):
         return torch.cat([projection(hidden) for projection in projections], dim=1)
-    weight = torch.cat([projection.weight for projection in projections])
-    return F.linear(hidden, weight, torch.cat([projection.bias for projection in projections]))
+    weights, biases = zip(*plain)
+    return F.linear(hidden, torch.cat(weights), torch.cat(biases))
 
 
 def pad_tokens(values: Tensor, length: int) -> Tensor:

@@ -23,6 +23,7 @@ about 2^-22.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -352,6 +353,7 @@ def _with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@cache
 def _precision(operand: torch.dtype, result: torch.dtype = torch.float32) -> str:
     """How to multiply on the device at hand.
 
@@ -370,11 +372,13 @@ def _max_registers(operand: torch.dtype, others: int | None = None) -> int | Non
     return 168 if operand == torch.float64 else others
 
 
+@cache
 def _row_block(num_rows: int) -> int:
     # tl.dot takes blocks of at least 16
     return max(16, next_power_of_2(num_rows))
 
 
+@cache
 def _channel_block(num_channels: int, itemsize: int, num_bytes: int) -> int:
     """Channels a block: `num_bytes` of a token, or as many as there are."""
     return max(16, min(num_bytes // itemsize, next_power_of_2(num_channels)))

@@ -5,6 +5,8 @@ belongs to a whole row (ids, marks, flags) stays one-dimensional until it meets 
 loads a block `[BLOCK_T, 1]` once for every channel that a lane holds.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -59,6 +61,7 @@ def with_channels_adjacent(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+@cache
 def channel_block(num_channels: int, itemsize: int) -> int:
     """Channels of a block: a line or the row, whichever is shorter."""
     return min(LINE_BYTES // itemsize, next_power_of_2(max(num_channels, 1)))

@@ -265,7 +265,7 @@ def fill_empty_kernel(
         store_rows(argmax_ptr, segment, C, offs_c, argmax, is_empty, C)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Windows:
     """How the rows of one launch are cut."""
 
@@ -292,7 +292,7 @@ def cut_rows(num_rows: int, num_channels: int, itemsize: int, min_programs: int)
     return Windows(rows, count, block_w, block_c, (ceil_div(count, block_w) * columns,))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Partials:
     """Heads and tails of the windows."""
 
