@@ -205,3 +205,26 @@ def test_adapter_under_autocast_and_in_training():
     assert out.dtype == torch.bfloat16
     assert_close(out, expected, 0.05)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_one_operator_or_its_parts(dtype):
+    """Equal bits; parameters that are frozen have no gradient and change no other."""
+    mixer, hidden, place = build(dtype=dtype), states(23, dtype), layout(RAGGED)
+    whole = results(mixer, hidden, place)
+    mixer.plain_projections = lambda: None
+    parts = results(mixer, hidden, place)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+    del mixer.plain_projections
+    for name in ("output", "segment", "local"):
+        getattr(mixer, name).requires_grad_(False)
+    leaf = hidden.clone().requires_grad_()
+    upstream = torch.randn(
+        whole["out"].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
+    mixer(leaf, place).backward(upstream.to(dtype))
+    assert torch.equal(leaf.grad, whole["hidden"])
+    for name, parameter in mixer.named_parameters():
+        frozen = name.split(".")[0] in ("output", "segment", "local")
+        assert parameter.grad is None if frozen else torch.equal(parameter.grad, whole[name])

@@ -36,7 +36,7 @@ def _nothing(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(0, dtype=dtype)
 
 
-def _compute(
+def pool(
     global_vectors: Tensor | None,
     values: Tensor,
     cu_segments: Tensor,
@@ -67,7 +67,7 @@ def _compute(
     )
 
 
-def _shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def pool_shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, values, _, _, segment_sequences, _, has_segment, has_local, longest, _, with_argmax, _ = (
         inputs
     )
@@ -81,7 +81,7 @@ def _shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out, maxima, torch.empty_like(maxima, dtype=argmax_dtype(longest))
 
 
-def _compute_backward(
+def pool_backward(
     grad: Tensor,
     global_vectors: Tensor | None,
     values: Tensor,
@@ -142,8 +142,8 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None if saved[0] is None else grad_global, grad_values, *(None,) * 10
 
 
-_backward = register("fused_pooling_backward", _compute_backward, _backward_shapes)
-_fused_pooling = register("fused_pooling", _compute, _shapes, _save, _differentiate)
+_backward = register("fused_pooling_backward", pool_backward, _backward_shapes)
+_fused_pooling = register("fused_pooling", pool, pool_shapes, _save, _differentiate)
 
 
 def fused_pooling(

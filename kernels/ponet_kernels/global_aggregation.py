@@ -81,7 +81,7 @@ def _heads_first(rows: Tensor, num_heads: int) -> Tensor:
     return rows.as_strided((num_heads, batch_size, head_width), (head_width, width, 1))
 
 
-def _compute(
+def aggregate(
     x: Tensor,
     query_weight: Tensor,
     query_bias: Tensor,
@@ -112,7 +112,7 @@ def _compute(
     return pooled, means, g, rows, weights, sums
 
 
-def _shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def aggregate_shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, query_weight, _, _, _, num_heads, cu_seqlens, _, _ = inputs
     batch_size, num_channels = cu_seqlens.shape[0] - 1, x.shape[1]
     dtype, width = accumulation_dtype(query_weight.dtype), query_weight.shape[0]
@@ -126,7 +126,7 @@ def _shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     )
 
 
-def _compute_backward(
+def aggregate_backward(
     grad: Tensor,
     x: Tensor,
     query_weight: Tensor,
@@ -171,7 +171,7 @@ def _compute_backward(
     return grad_x, grad_wq, grad_bq, grad_wk, grad_bk
 
 
-def _backward_shapes(
+def aggregate_backward_shapes(
     grad: Tensor, x: Tensor, query_weight: Tensor, key_weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     bias = query_weight.shape[:1]
@@ -194,8 +194,10 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*gradients, None, None, None, None)
 
 
-_backward = register("global_aggregation_backward", _compute_backward, _backward_shapes)
-_global_aggregation = register("global_aggregation", _compute, _shapes, _save, _differentiate)
+_backward = register("global_aggregation_backward", aggregate_backward, aggregate_backward_shapes)
+_global_aggregation = register(
+    "global_aggregation", aggregate, aggregate_shapes, _save, _differentiate
+)
 
 
 def global_mean(x: Tensor, layout: PackedLayout) -> Tensor:

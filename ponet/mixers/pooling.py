@@ -7,9 +7,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
-from ponet.mixers.projections import cast_for_projections, plain_parameters, project_together
+from ponet.mixers.projections import (
+    all_plain,
+    cast_for_projections,
+    plain_parameters,
+    project_together,
+)
 from ponet.packing import BatchLayout
-from ponet_kernels import fused_pooling, global_aggregation, global_mean
+from ponet_kernels import (
+    fused_pooling,
+    global_aggregation,
+    global_mean,
+    multi_granularity_pooling,
+)
 
 
 class PoNetMixer(nn.Module):
@@ -41,6 +51,10 @@ class PoNetMixer(nn.Module):
             `[T, C]`.
         """
         hidden = cast_for_projections(hidden)
+        plain = self.plain_projections()
+        if plain is not None:
+            heads = self.config.num_attention_heads
+            return self.dense(multi_granularity_pooling(hidden, plain, heads, layout))
         mixed = fused_pooling(
             self.pool_sequences(hidden, layout) if self.config.use_global else None,
             self.project(hidden),
@@ -49,6 +63,15 @@ class PoNetMixer(nn.Module):
             use_local=self.config.use_local,
         )
         return self.dense(mixed)
+
+    def plain_projections(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Weight and bias of all five; None where an ablation or an adapter changes the block."""
+        config = self.config
+        if not (config.use_global and config.use_global_second_stage):
+            return None
+        if not (config.use_segment and config.use_local):
+            return None
+        return all_plain((self.query, self.key, self.output, self.segment, self.local))
 
     def project(self, hidden: Tensor) -> Tensor:
         """Output, segment and local projections of each token, side by side: `[T, 3 C]`."""
@@ -68,10 +91,10 @@ class PoNetMixer(nn.Module):
             # the projection of the mean is the mean of the projections
             return query(global_mean(hidden, layout).to(hidden.dtype))
         key, heads = self.key, self.config.num_attention_heads
-        of_query, of_key = plain_parameters(query), plain_parameters(key)
-        if of_query is None or of_key is None:
+        plain = all_plain((query, key))
+        if plain is None:
             return self.attend(query(hidden), key(hidden), layout)
-        return global_aggregation(hidden, *of_query, *of_key, heads, layout)
+        return global_aggregation(hidden, *plain[0], *plain[1], heads, layout)
 
     def attend(self, queries: Tensor, keys: Tensor, layout: BatchLayout) -> Tensor:
         """g' from queries and keys of every token: the mean query attends over the keys.

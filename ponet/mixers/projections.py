@@ -63,6 +63,17 @@ def plain_parameters(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     return weight, bias
 
 
+def all_plain(modules: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]] | None:
+    """Weight and bias of each; None unless all are plain linear layers."""
+    found = []
+    for module in modules:
+        parameters = plain_parameters(module)
+        if parameters is None:
+            return None
+        found.append(parameters)
+    return found
+
+
 def project_together(hidden: Tensor, projections: Sequence[nn.Module]) -> Tensor:
     """Projections side by side, by one product forward and one backward where all are plain.
 
@@ -73,11 +84,10 @@ def project_together(hidden: Tensor, projections: Sequence[nn.Module]) -> Tensor
     Returns:
         `[T, E_1 + E_2 + ...]`.
     """
-    parameters = [plain_parameters(projection) for projection in projections]
-    plain = [pair for pair in parameters if pair is not None]
-    if len(plain) < len(projections):
+    parameters = all_plain(projections)
+    if parameters is None:
         return torch.cat([projection(hidden) for projection in projections], dim=1)
-    weights, biases = zip(*plain)
+    weights, biases = zip(*parameters, strict=True)
     return F.linear(hidden, torch.cat(weights), torch.cat(biases))
 
 
