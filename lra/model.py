@@ -105,8 +105,6 @@ def model_inputs(
         sequences=sequences,
         positions=columns,
         row_length=row_length,
-        index=None,
-        rows=None,
     )
     return ModelInputs(
         input_ids=ids,

@@ -15,29 +15,25 @@ _ALIGNMENT = 16
 
 
 class HostBatch:
-    """Named tensors and the layout of a stream, made on the host.
+    """Named tensors and the layout of the stream that they describe, made on the host.
 
     Pinned, its copy to a GPU waits for nothing and nothing waits for it. A `DataLoader` with
     `pin_memory=True` pins it, and its workers send it as one tensor.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], layout: BatchLayout) -> None:
-        """Copy tensors of the CPU into a block.
-
-        Args:
-            tensors: by name, such as the arguments of a model.
-            layout: of the stream they describe.
-        """
-        parts = {_LAYOUT + name: tensor for name, tensor in layout.tensors().items()}
-        self._layout = layout.with_tensors({name: torch.empty(0) for name in layout.tensors()})
+        """Copy tensors of the CPU into a block."""
+        parts = layout.tensors()
+        self._layout = layout.with_tensors(dict.fromkeys(parts, torch.empty(0)))
+        named = {**tensors, **{_LAYOUT + name: tensor for name, tensor in parts.items()}}
         self._places: dict[str, tuple[torch.dtype, torch.Size, int]] = {}
         size = 0
-        for name, tensor in (parts := {**tensors, **parts}).items():
+        for name, tensor in named.items():
             self._places[name] = (tensor.dtype, tensor.shape, size)
             size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._block = torch.empty(size, dtype=torch.uint8)
         for name, view in self._views(self._block).items():
-            view.copy_(parts[name])
+            view.copy_(named[name])
 
     def _views(self, block: Tensor) -> dict[str, Tensor]:
         views = {}
@@ -55,10 +51,8 @@ class HostBatch:
         """The tensors on a device by name, and `layout`; on the CPU as they are, without a copy."""
         block = self._block
         if device.type != "cpu":
-            block = (block if block.is_pinned() else block.pin_memory()).to(
-                device, non_blocking=True
-            )
+            pinned = block if block.is_pinned() else block.pin_memory()
+            block = pinned.to(device, non_blocking=True)
         views = self._views(block)
-        parts = {n.removeprefix(_LAYOUT): x for n, x in views.items() if n.startswith(_LAYOUT)}
-        tensors = {name: x for name, x in views.items() if not name.startswith(_LAYOUT)}
-        return {**tensors, "layout": self._layout.with_tensors(parts)}
+        parts = {name: views.pop(_LAYOUT + name) for name in self._layout.tensors()}
+        return {**views, "layout": self._layout.with_tensors(parts)}

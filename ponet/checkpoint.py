@@ -1,8 +1,8 @@
 """Model folders: `config.json` and `model.safetensors`, written whole or not at all.
 
 Parameters in files bear the names that they have in modules. Published PoNet checkpoints, and
-folders that this project wrote before, have other names; they are told by these and renamed when
-they are read. `python -m ponet.convert` writes them.
+folders that this project wrote before, have other names, which are renamed when they are read.
+`python -m ponet.convert` writes them.
 """
 
 import logging
@@ -67,23 +67,18 @@ def published_name(name: str) -> str:
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
     number = re.search(r"\.\d+\.", name)
-    pattern = name if number is None else name.replace(number[0], ".N.", 1)
+    layer = number[0] if number else ".N."
     for old, new in names.items():
-        if pattern.startswith(old):
-            renamed = new + pattern.removeprefix(old)
-            return renamed if number is None else renamed.replace(".N.", number[0], 1)
+        start = old.replace(".N.", layer)
+        if name.startswith(start):
+            return new.replace(".N.", layer) + name.removeprefix(start)
     return name
 
 
 def module_entries(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring the entries of any file to one form: the names in a model with heads.
+    """Bring entries to one form: our names in a model with heads, none repeated.
 
-    Args:
-        entries: of a whole model or of a bare encoder (no "ponet." in front of the names), with
-            published names or with ours.
-
-    Returns:
-        Entries without those that repeat others.
+    They may have published names, and be of a bare encoder: no "ponet." in front of the names.
     """
     prefix = "ponet." if any(name.startswith("embeddings.") for name in entries) else ""
     whole = {prefix + name: tensor for name, tensor in entries.items()}
@@ -91,24 +86,16 @@ def module_entries(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Entries of a model folder as `module_entries` names them.
-
-    Args:
-        folder: holds `model.safetensors`, or `pytorch_model.bin` (loaded without unpickling code).
-
-    Raises:
-        CheckpointError: there is no such file, or it is damaged.
-    """
-    safe, pickled = folder / WEIGHTS, folder / PICKLED_WEIGHTS
+    """Entries of `model.safetensors` or `pytorch_model.bin` as `module_entries` names them."""
+    file = next((f for f in (folder / WEIGHTS, folder / PICKLED_WEIGHTS) if f.is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: expected {WEIGHTS} or {PICKLED_WEIGHTS}, found neither")
     try:
-        if safe.is_file():
-            return module_entries(load_file(safe))
-        if pickled.is_file():
-            return module_entries(torch.load(pickled, map_location="cpu", weights_only=True))
+        if file.name == WEIGHTS:
+            return module_entries(load_file(file))
+        return module_entries(torch.load(file, map_location="cpu", weights_only=True))
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        damaged = safe if safe.is_file() else pickled
-        raise CheckpointError(f"{damaged}: damaged or not a checkpoint: {error}") from error
-    raise CheckpointError(f"{folder}: expected {WEIGHTS} or {PICKLED_WEIGHTS}, found neither")
+        raise CheckpointError(f"{file}: damaged or not a checkpoint: {error}") from error
 
 
 def write_weights(folder: Path, entries: Mapping[str, Tensor]) -> None:
@@ -129,12 +116,9 @@ class PreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> Self:
-        """Load a model folder: `config.json` and `model.safetensors` or `pytorch_model.bin`.
-
-        Both our folders and published PoNet checkpoints load. Nothing is unpickled.
+        """Load a model folder of ours or a published one; nothing is unpickled.
 
         Args:
-            folder: the model folder.
             **changes: fields of the configuration to replace, such as `num_labels`.
 
         Raises:
@@ -153,11 +137,7 @@ class PreTrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; tied parameters are written once.
-
-        Args:
-            folder: made when missing; each file appears whole or not at all.
-        """
+        """Write `config.json` and `model.safetensors`; tied parameters are written once."""
         folder = Path(folder)
         write_weights(folder, dict(self.named_parameters()))
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
@@ -165,33 +145,24 @@ class PreTrainedModel(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, entries: Mapping[str, Tensor], origin: str) -> None:
-        """Copy entries into the parameters.
-
-        Args:
-            entries: as `read_weights` returns them.
-            origin: what to name in errors.
-
-        Raises:
-            CheckpointError: entries are missing or have another shape, each named.
-        """
-        parameters = self.named_weights()
-        missing = [name for name in parameters if name not in entries]
-        fresh = [name for name in missing if self.new_weights and name.startswith(self.new_weights)]
-        wrong = [
-            f"{name}: expected {tuple(p.shape)}, found {tuple(entries[name].shape)}"
-            for name, p in parameters.items()
-            if name in entries and p.shape != entries[name].shape
-        ]
-        wrong += [f"{name}: missing" for name in missing if name not in fresh]
+        """Copy entries, as `read_weights` returns them, into the parameters; all must fit."""
+        fresh, wrong = [], []
+        for name, parameter in self.named_weights().items():
+            entry = entries.get(name)
+            if entry is None and name.startswith(self.new_weights):
+                fresh.append(name)
+            elif entry is None:
+                wrong.append(f"{name}: missing")
+            elif entry.shape != parameter.shape:
+                shapes = f"expected {tuple(parameter.shape)}, found {tuple(entry.shape)}"
+                wrong.append(f"{name}: {shapes}")
+            else:
+                parameter.copy_(entry)
         if wrong:
-            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise CheckpointError(
-                f"{origin}: weights do not fit {type(self).__name__}: {'; '.join(wrong[:5])}{more}"
-            )
+            kind, first = type(self).__name__, "; ".join(wrong[:5])
+            raise CheckpointError(f"{origin}: {len(wrong)} weights do not fit {kind}: {first}")
         if fresh:
             logger.warning("%s holds no %s: initialised at random", origin, ", ".join(fresh))
-        for name in parameters.keys() - set(fresh):
-            parameters[name].copy_(entries[name])
 
     def named_weights(self) -> dict[str, nn.Parameter]:
         """The parameters by the names that `read_weights` gives them."""

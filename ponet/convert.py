@@ -10,27 +10,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from ponet.checkpoint import (
-    CONFIG,
-    CheckpointError,
-    published_name,
-    read_weights,
-    write_weights,
-)
+from ponet.checkpoint import CONFIG, CheckpointError, published_name, read_weights, write_weights
 
 _COPIED = (CONFIG, "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
 def write_published(source: Path, target: Path) -> None:
-    """Write a model folder in the published form, with its configuration and tokenizer.
-
-    Args:
-        source: a model folder of either form.
-        target: another folder, made when missing.
-
-    Raises:
-        CheckpointError: the weights are missing or damaged, or both folders are the same.
-    """
+    """Write any model folder in the published form, with its configuration and tokenizer."""
     if source.resolve() == target.resolve():
         raise CheckpointError(f"{target}: expected another folder than the one that is read")
     entries = read_weights(source)

@@ -5,7 +5,7 @@ work is done on padding. Everything here is computed once per batch, not once pe
 by the collator on the host, otherwise by the model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,26 +19,24 @@ from ponet_kernels.layout import SEES_LEFT, SEES_RIGHT, SPECIAL
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The rectangle `[B, N, C]` that some mixers and poolers are defined on, real tokens first."""
+    """The rectangle `[B, N, C]` of a stream."""
 
     num_rows: int
-    """B."""
     length: int
     """N, at least the longest sequence."""
     mask: Tensor | None
-    """`[B, N]` bool, true at real tokens, and at the first place of an empty row, which is zero: a
-    softmax over nothing would be NaN. None where all are real."""
+    """`[B, N]` bool, true at real tokens, and in a layout at the first place of an empty row, which
+    is zero: a softmax over nothing would be NaN. None where all are real."""
     places: Tensor | None
     """`[T]` int64, where each token of the stream stands among the `B * N`; None where the stream
     is the rectangle."""
 
     def from_stream(self, stream: Tensor) -> Tensor:
         """`[T, ...]` -> `[B, N, ...]`, zero at padding."""
-        shape = (self.num_rows, self.length)
         if self.places is not None:
             empty = stream.new_zeros(self.num_rows * self.length, *stream.shape[1:])
-            return empty.index_copy(0, self.places, stream).unflatten(0, shape)
-        return stream.unflatten(0, shape)
+            stream = empty.index_copy(0, self.places, stream)
+        return stream.unflatten(0, (self.num_rows, self.length))
 
     def to_stream(self, rows: Tensor) -> Tensor:
         """`[B, N, ...]` -> `[T, ...]`."""
@@ -48,12 +46,22 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLayout(PackedLayout):
-    """A layout, and the rectangle of its sequences."""
+    """A layout, and the rectangle that some mixers and poolers are defined on."""
 
     @cached_property
     def rows(self) -> Rows:
-        """The rectangle, made at most once per batch, without reading from a device."""
-        return rows_of(self.cu_seqlens, self.token_sequences, self.max_seqlen)
+        """Real tokens first in each row; made once per batch, without reading from a device."""
+        num_rows, length = self.num_sequences, self.max_seqlen
+        if self.num_tokens == num_rows * length:
+            return Rows(num_rows=num_rows, length=length, mask=None, places=None)
+        sequences = self.token_sequences
+        shown = self.cu_seqlens.diff().clamp(min=1).unsqueeze(1)
+        return Rows(
+            num_rows=num_rows,
+            length=length,
+            mask=torch.arange(length, device=sequences.device) < shown,
+            places=sequences * length + _columns(self.cu_seqlens, sequences),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,147 +76,106 @@ class TokenStream:
     """`[T]` int64, place in the row counted from the first real token."""
     row_length: int
     """N, or the longest sequence when the input came packed."""
-    index: Tensor | None
-    """`[T]` int64, places of the real tokens in the flattened rows; None where all are real."""
-    rows: tuple[int, int] | None
-    """(B, N) of the rows; None when the input came packed."""
+    rows: Rows | None = None
+    """The rows that the input came in, padding anywhere; None when it came packed."""
 
     def pack(self, values: Tensor) -> Tensor:
         """`[B, N, ...]` -> `[T, ...]`; already packed values pass through."""
-        if self.rows is None:
-            return values
-        flat = values.flatten(0, 1)
-        return flat if self.index is None else flat.index_select(0, self.index)
+        return values if self.rows is None else self.rows.to_stream(values)
 
     def unpack(self, values: Tensor) -> Tensor:
         """`[T, ...]` -> `[B, N, ...]` with zeros at padding; packed input stays packed."""
-        if self.rows is None:
-            return values
-        if self.index is None:
-            return values.unflatten(0, self.rows)
-        batch_size, length = self.rows
-        flat = values.new_zeros(batch_size * length, *values.shape[1:])
-        return flat.index_copy(0, self.index, values).unflatten(0, self.rows)
+        return values if self.rows is None else self.rows.from_stream(values)
 
 
-def _offsets(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+def _columns(cu_seqlens: Tensor, sequences: Tensor) -> Tensor:
+    """`[T]` int64, the place of each token in its sequence."""
+    # shape[0] because len() of a traced tensor asks for a number that is not known yet
+    places = torch.arange(sequences.shape[0], device=sequences.device)
+    return places - cu_seqlens.long().index_select(0, sequences)
 
 
 def stream_of_rows(input_ids: Tensor, attention_mask: Tensor | None) -> TokenStream:
-    """Take the padding out of rows.
+    """Take the padding out of rows `[B, N]`, which is where the mask of their shape is zero.
 
     A masked token is treated as absent wherever it stands: it has no part in any pooling, and the
     local window does not reach across the place it held.
-
-    Args:
-        input_ids: `[B, N]`, integer.
-        attention_mask: `[B, N]`, bool or number, non-zero at real tokens; None: all are real.
-
-    Raises:
-        ValueError: the mask has another shape than the ids.
     """
-    batch_size, length = input_ids.shape
+    num_rows, length = input_ids.shape
     device = input_ids.device
-    columns = torch.arange(length, device=device).expand(batch_size, length)
-    sequences = torch.arange(batch_size, device=device).unsqueeze(1).expand(batch_size, length)
-    if attention_mask is None:
-        counts = torch.full((batch_size,), length, device=device)
-        index, positions, sequences = None, columns.flatten(), sequences.flatten()
-    else:
+    rows = Rows(num_rows=num_rows, length=length, mask=None, places=None)
+    counts = torch.full((num_rows,), length, device=device)
+    columns = torch.arange(length, device=device).expand(num_rows, length)
+    numbers = torch.arange(num_rows, device=device).unsqueeze(1).expand(num_rows, length)
+    if attention_mask is not None:
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, "
                 f"input_ids {tuple(input_ids.shape)}"
             )
         mask = attention_mask.bool()
+        rows = replace(rows, mask=mask, places=mask.flatten().nonzero().squeeze(1))
         counts = mask.sum(dim=1)
-        index = mask.flatten().nonzero().squeeze(1)
         # rows without columns have no first one
-        first = mask.int().argmax(dim=1, keepdim=True) if length else counts.unsqueeze(1)
-        positions = (columns - first).flatten().index_select(0, index)
-        sequences = sequences.flatten().index_select(0, index)
+        columns = columns - mask.int().argmax(dim=1, keepdim=True) if length else columns
     return TokenStream(
-        cu_seqlens=_offsets(counts),
-        sequences=sequences,
-        positions=positions,
+        cu_seqlens=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
+        sequences=rows.to_stream(numbers),
+        positions=rows.to_stream(columns),
         row_length=length,
-        index=index,
-        rows=(batch_size, length),
+        rows=rows,
     )
 
 
 def stream_of_packed(input_ids: Tensor, cu_seqlens: Tensor) -> TokenStream:
-    """Describe ids that are packed already.
-
-    Args:
-        input_ids: `[T]`, integer.
-        cu_seqlens: `[B + 1]`, int32, offsets of the sequences, from 0 to T.
-
-    Raises:
-        ValueError: the offsets do not span the ids or decrease.
-    """
+    """Describe ids `[T]` that are packed already, by the offsets `[B + 1]` of their sequences."""
     lengths = cu_seqlens.diff()
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(input_ids) or (lengths < 0).any():
         raise ValueError(
-            f"cu_seqlens must ascend from 0 to {len(input_ids)}, the number of tokens, found "
-            f"{cu_seqlens.tolist()}"
+            f"cu_seqlens must ascend from 0 to {len(input_ids)}, found {cu_seqlens.tolist()}"
         )
     sequences = torch.arange(len(lengths), device=input_ids.device).repeat_interleave(lengths)
-    places = torch.arange(len(input_ids), device=input_ids.device)
     return TokenStream(
         cu_seqlens=cu_seqlens.int(),
         sequences=sequences,
-        positions=places - cu_seqlens.long().index_select(0, sequences),
+        positions=_columns(cu_seqlens, sequences),
         row_length=int(lengths.max()) if len(lengths) else 0,
-        index=None,
-        rows=None,
     )
 
 
-def stream_of_layout(layout: PackedLayout) -> TokenStream:
-    """Describe ids that are packed as a layout says; nothing is checked or read from a device."""
-    sequences = layout.token_sequences
-    places = torch.arange(layout.num_tokens, device=sequences.device)
-    return TokenStream(
-        cu_seqlens=layout.cu_seqlens,
-        sequences=sequences,
-        positions=places - layout.cu_seqlens.long().index_select(0, sequences),
-        row_length=layout.max_seqlen,
-        index=None,
-        rows=None,
-    )
-
-
-def _offsets_of_starts(starts: Tensor) -> Tensor:
-    # shape[0], as below, because len() of a traced tensor asks for a number that is not known yet
-    places = starts.nonzero().squeeze(1)
-    return torch.cat([places, places.new_full((1,), starts.shape[0])]).int()
-
-
-def _longest(cu_segments: Tensor, bound: int) -> int:
-    """Tokens of the longest segment, or the bound where looking costs a wait for the device."""
-    looks = cu_segments.device.type == "cpu" and not torch.compiler.is_compiling()
-    return int(cu_segments.diff().max()) if looks and cu_segments.shape[0] > 1 else bound
-
-
-def rows_of(cu_seqlens: Tensor, sequences: Tensor, length: int) -> Rows:
-    """The rectangle of a stream.
-
-    Args:
-        cu_seqlens: `[B + 1]` int32.
-        sequences: `[T]` int64, the sequence of each token.
-        length: N, at least the longest sequence.
-    """
-    num_rows, num_tokens = cu_seqlens.shape[0] - 1, sequences.shape[0]
-    if num_tokens == num_rows * length:
-        return Rows(num_rows=num_rows, length=length, mask=None, places=None)
-    columns = torch.arange(num_tokens, device=sequences.device)
-    columns = columns - cu_seqlens.long().index_select(0, sequences)
-    shown = cu_seqlens.diff().clamp(min=1).unsqueeze(1)
-    mask = torch.arange(length, device=sequences.device) < shown
-    places = sequences * length + columns
-    return Rows(num_rows=num_rows, length=length, mask=mask, places=places)
+def stream_of(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: BatchLayout | None,
+) -> TokenStream:
+    """Describe the input of a model, whose arguments these are."""
+    if layout is not None:
+        others = (attention_mask, segment_ids, cu_seqlens)
+        if input_ids.shape != (layout.num_tokens,) or any(x is not None for x in others):
+            raise ValueError(
+                f"with layout, input_ids must be [{layout.num_tokens}] and attention_mask, "
+                f"segment_ids and cu_seqlens None, found input_ids {tuple(input_ids.shape)}"
+            )
+        # as it is trusted, nothing is read from a device
+        sequences = layout.token_sequences
+        return TokenStream(
+            cu_seqlens=layout.cu_seqlens,
+            sequences=sequences,
+            positions=_columns(layout.cu_seqlens, sequences),
+            row_length=layout.max_seqlen,
+        )
+    if cu_seqlens is not None:
+        if input_ids.ndim != 1 or attention_mask is not None:
+            raise ValueError(
+                "with cu_seqlens, input_ids must be [T] and attention_mask None, found "
+                f"input_ids {tuple(input_ids.shape)}"
+            )
+        return stream_of_packed(input_ids, cu_seqlens)
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be [B, N] rows, found {tuple(input_ids.shape)}")
+    return stream_of_rows(input_ids, attention_mask)
 
 
 def _changes(ids: Tensor) -> Tensor:
@@ -218,31 +185,7 @@ def _changes(ids: Tensor) -> Tensor:
     return changed
 
 
-def _starts_around(special: Tensor) -> Tensor:
-    """Every special token is a segment of its own, and so is each stretch between them.
-
-    Args:
-        special: `[T]` bool, the token is [CLS] or [SEP].
-
-    Returns:
-        `[T]` bool, a segment starts at the token (sequence starts not considered).
-    """
-    return torch.cat([special[:1], special[1:] | special[:-1]])
-
-
-def _starts_of_given(segment_ids: Tensor, sequences: Tensor) -> Tensor:
-    """A segment starts where the given id changes.
-
-    Args:
-        segment_ids: `[T]`, integer, ids as the caller numbers them, ascending in each sequence.
-        sequences: `[T]`, integer, the sequence of each token.
-
-    Returns:
-        `[T]` bool, as for `_starts_around`.
-
-    Raises:
-        ValueError: ids decrease inside a sequence, so that a segment would not be one stretch.
-    """
+def _require_ascending(segment_ids: Tensor, sequences: Tensor) -> None:
     falls = (segment_ids[1:] < segment_ids[:-1]) & (sequences[1:] == sequences[:-1])
     # a traced graph has no values to look at
     if not torch.compiler.is_compiling() and falls.any():
@@ -251,21 +194,6 @@ def _starts_of_given(segment_ids: Tensor, sequences: Tensor) -> Tensor:
             f"segment_ids: sequence {int(sequences[t])} has id {int(segment_ids[t + 1])} after "
             f"{int(segment_ids[t])}; ids must not decrease, a segment is one stretch of tokens"
         )
-    return _changes(segment_ids)
-
-
-def _starts_of_chunks(positions: Tensor, row_length: int, num_segments: int) -> Tensor:
-    """Equal chunks of row_length // num_segments + 1 tokens, as published for Long Range Arena.
-
-    Args:
-        positions: `[T]`, integer, place of each token in its row.
-        row_length: length of a row, padding included.
-        num_segments: chunks asked for; the rule gives at most that many, the last one shorter.
-
-    Returns:
-        `[T]` bool, as for `_starts_around`.
-    """
-    return _changes(positions // (row_length // num_segments + 1))
 
 
 def layout_of(
@@ -280,50 +208,43 @@ def layout_of(
         stream: the tokens.
         special: `[T]` bool, tokens to be kept apart: each is a segment and a run of its own.
         segment_ids: `[T]`, integer, the caller's segments; they come before the next two rules.
-        num_segments: cut rows into this many equal chunks; None: at special tokens.
-
-    Raises:
-        ValueError: `segment_ids` decrease inside a sequence.
+        num_segments: cut rows of N columns into chunks of `N // num_segments + 1`, as published for
+            Long Range Arena; None: at special tokens.
     """
     # a start at T, that of an empty last sequence, is none
-    starts = special.new_zeros(special.shape[0] + 1)
-    starts = starts.index_fill(0, stream.cu_seqlens[:-1].long(), True)[:-1]
-    apart = _starts_around(special) | starts
+    begins = special.new_zeros(special.shape[0] + 1)
+    begins = begins.index_fill(0, stream.cu_seqlens[:-1].long(), True)[:-1]
+    apart = begins | torch.cat([special[:1], special[1:] | special[:-1]])
     starts = apart
     if segment_ids is not None:
-        starts = apart | _starts_of_given(segment_ids, stream.sequences)
+        _require_ascending(segment_ids, stream.sequences)
+        starts = apart | _changes(segment_ids)
     elif num_segments is not None:
-        starts = apart | _starts_of_chunks(stream.positions, stream.row_length, num_segments)
+        starts = apart | _changes(stream.positions // (stream.row_length // num_segments + 1))
     # where padding was taken out between two tokens, local windows end
     gaps = torch.zeros_like(special)
     gaps[1:] = stream.positions[1:] != stream.positions[:-1] + 1
-    apart = apart | gaps
-    cu_segments = _offsets_of_starts(starts)
+    places = starts.nonzero().squeeze(1)
+    cu_segments = torch.cat([places, places.new_full((1,), starts.shape[0])]).int()
+    longest = stream.row_length
+    # on another device looking costs a wait
+    if special.device.type == "cpu" and not torch.compiler.is_compiling() and len(places):
+        longest = int(cu_segments.diff().max())
     return BatchLayout(
         cu_seqlens=stream.cu_seqlens,
         cu_segments=cu_segments,
         token_segments=starts.cumsum(0).sub_(1),
         segment_sequences=stream.sequences.index_select(0, cu_segments[:-1]),
-        token_marks=token_marks(apart, special),
+        token_marks=token_marks(apart | gaps, special),
         max_seqlen=stream.row_length,
-        max_segment_len=_longest(cu_segments, stream.row_length),
+        max_segment_len=longest,
     )
 
 
 def layout_for(
     config: PoNetConfig, stream: TokenStream, ids: Tensor, segment_ids: Tensor | None = None
 ) -> BatchLayout:
-    """Cut a stream as a model does: at special tokens, at given segments, or into chunks.
-
-    Args:
-        config: of the model.
-        stream: the tokens.
-        ids: `[T]`, integer.
-        segment_ids: as for `layout_of`.
-
-    Raises:
-        ValueError: `segment_ids` decrease inside a sequence.
-    """
+    """Cut a stream of ids `[T]` as a model does; segment ids as for `layout_of`."""
     special = torch.zeros_like(ids, dtype=torch.bool)
     if config.separate_special_tokens:
         special = (ids == config.cls_token_id) | (ids == config.sep_token_id)

@@ -38,31 +38,16 @@ from ponet.config import ConfigError, PoolerConfig
 from ponet.packing import BatchLayout
 from ponet_kernels import PackedLayout, global_mean, segment_max
 
-__all__ = ["POOLERS", "PoolerConfig", "SentencePooler", "build_pooler", "first_tokens"]
-
 LayerRule = Literal["last", "max", "mean", "norm"]
 """How the states of a token in several layers become one."""
 
 
-def _tokens_at(tokens: Tensor, cu_seqlens: Tensor, places: Tensor | int) -> Tensor:
+def tokens_at(tokens: Tensor, cu_seqlens: Tensor, places: Tensor | int) -> Tensor:
     """The token at a place of each sequence, zero for an empty one: `[T, C]` -> `[B, C]`."""
     offsets = cu_seqlens.long()
     padded = torch.cat([tokens, tokens.new_zeros(1, tokens.shape[1])])
     empty = offsets[1:] == offsets[:-1]
     return padded.index_select(0, torch.where(empty, tokens.shape[0], offsets[:-1] + places))
-
-
-def first_tokens(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The first token of each sequence, zero for an empty one.
-
-    Args:
-        tokens: `[T, C]`.
-        cu_seqlens: `[B + 1]`, int32.
-
-    Returns:
-        `[B, C]`.
-    """
-    return _tokens_at(tokens, cu_seqlens, 0)
 
 
 def _rows(tokens: Tensor, layout: BatchLayout) -> Tensor:
@@ -71,39 +56,22 @@ def _rows(tokens: Tensor, layout: BatchLayout) -> Tensor:
     return rows if layout.rows.length else rows.new_zeros(len(rows), 1, *rows.shape[2:])
 
 
-def _join_layers(layers: Sequence[Tensor], rule: LayerRule) -> Tensor:
-    """One state of each token from those of k layers `[M, C]`; the first layer wins ties."""
-    if rule == "last":
-        return layers[-1]
-    stacked = torch.stack(tuple(layers))
-    if rule == "max":
-        return stacked.max(dim=0).values
-    if rule == "mean":
-        return stacked.mean(dim=0)
-    longest = stacked.detach().norm(dim=2).argmax(dim=0)
-    return stacked[longest, torch.arange(stacked.shape[1], device=stacked.device)]
-
-
 class SentencePooler(nn.Module):
-    """What all poolers share: the choice of layers, and a last projection where there is one."""
+    """What all poolers share: the choice of layers, and a projection before a tanh, or none."""
+
+    divisor: str | None = None
+    """Field of the configuration that divides the hidden size."""
 
     def __init__(
-        self,
-        config: PoolerConfig,
-        hidden_size: int,
-        layer_rule: LayerRule,
-        dense: nn.Linear | None,
+        self, config: PoolerConfig, hidden_size: int, rule: LayerRule, dense: nn.Linear | None
     ) -> None:
-        """Take the settings.
-
-        Args:
-            config: of the pooler.
-            hidden_size: width of the states.
-            layer_rule: the pooler's own choice of layers.
-            dense: projection before a tanh; None: neither.
-        """
         super().__init__()
-        self.layer_rule: LayerRule = "norm" if config.layer_choice == "norm" else layer_rule
+        divisor = getattr(config, self.divisor) if self.divisor else 1
+        if hidden_size % divisor:
+            raise ConfigError(
+                f"hidden_size {hidden_size} is not a multiple of pooler {self.divisor} {divisor}"
+            )
+        self.layer_rule: LayerRule = "norm" if config.layer_choice == "norm" else rule
         self.num_layers = 1 if self.layer_rule == "last" else config.num_layers
         self.literal = config.reading == "literal"
         self.config = config
@@ -111,18 +79,12 @@ class SentencePooler(nn.Module):
         self.dense = dense
 
     def forward(self, states: Sequence[Tensor], layout: BatchLayout) -> Tensor:
-        """Pool each sequence.
+        """Pool each sequence: `[B, output_size]`.
 
         Args:
             states: `[T, C]` each, after the embedding and after each layer.
             layout: where the sequences lie, and how long their rows are with padding, which the
                 sound readings do not depend on.
-
-        Returns:
-            `[B, output_size]`.
-
-        Raises:
-            ValueError: there are fewer layers than the pooler reads.
         """
         if self.num_layers > len(states) - 1:
             raise ValueError(
@@ -135,21 +97,31 @@ class SentencePooler(nn.Module):
         """Pool the states of the layers that the pooler reads: `[B, C]`, before the projection."""
         raise NotImplementedError
 
+    def _join(self, layers: Sequence[Tensor]) -> Tensor:
+        """One state of each token from those of k layers `[M, C]`; the first layer wins ties."""
+        if self.layer_rule == "last":
+            return layers[-1]
+        stacked = torch.stack(tuple(layers))
+        if self.layer_rule == "max":
+            return stacked.max(dim=0).values
+        if self.layer_rule == "mean":
+            return stacked.mean(dim=0)
+        longest = stacked.detach().norm(dim=2).argmax(dim=0)
+        return stacked[longest, torch.arange(stacked.shape[1], device=stacked.device)]
+
 
 class FirstTokenPooler(SentencePooler):
     """The first token: cls and max_cls."""
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         # chosen before layers are joined, which then costs B states and not T
-        return _join_layers([first_tokens(x, layout.cu_seqlens) for x in layers], self.layer_rule)
+        return self._join([tokens_at(x, layout.cu_seqlens, 0) for x in layers])
 
 
 class SwapPooler(FirstTokenPooler):
     """mswap: each feature weighted by a softmax over its window, then ReLU."""
 
-    def __init__(self, *settings: Any) -> None:
-        super().__init__(*settings)
-        _require_divisor("window", self.config.window, self.output_size)
+    divisor = "window"
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         vectors = super()._pool(layers, layout)
@@ -161,14 +133,14 @@ class MeanPooler(SentencePooler):
     """mean: over the tokens."""
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
-        return global_mean(_join_layers(layers, self.layer_rule), layout)
+        return global_mean(self._join(layers), layout)
 
 
 class MaxPooler(SentencePooler):
     """max: over the tokens, element by element; the first token wins ties."""
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
-        tokens = _join_layers(layers, self.layer_rule)
+        tokens = self._join(layers)
         lengths = layout.cu_seqlens.diff()
         whole = PackedLayout.of_sequences(layout.cu_seqlens, len(tokens), layout.max_seqlen)
         return segment_max(tokens, whole).masked_fill((lengths == 0).unsqueeze(1), 0.0)
@@ -178,13 +150,13 @@ class MeanMaxPooler(SentencePooler):
     """meanmax: the mean, or literally the sum, beside the token with the longest vector."""
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
-        tokens = _join_layers(layers, self.layer_rule)
+        tokens = self._join(layers)
         average = global_mean(tokens, layout)
         if self.literal:
             average = average * layout.cu_seqlens.diff().unsqueeze(1)
         norms = _rows(tokens.detach().norm(dim=1), layout)
         # the first of equal norms, so padding, whose norm is zero, never comes before a token
-        longest = _tokens_at(tokens, layout.cu_seqlens, norms.argmax(dim=1))
+        longest = tokens_at(tokens, layout.cu_seqlens, norms.argmax(dim=1))
         return torch.cat([average, longest], dim=1)
 
 
@@ -192,7 +164,7 @@ class StochasticPooler(SentencePooler):
     """stochastic: for each feature the activation of a token, drawn in proportion to it."""
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
-        activations = F.relu(_join_layers(layers, self.layer_rule))
+        activations = F.relu(self._join(layers))
         if self.training or self.literal:
             return self._draw(_rows(activations, layout))
         # sum_t p_t a_t with p_t = a_t / sum_s a_s; zero where nothing is active
@@ -216,18 +188,17 @@ class StochasticPooler(SentencePooler):
 class AttentionPooler(SentencePooler):
     """mha, maxseq_mha, meanseq_mha: attention of the first token, without residual or norm."""
 
+    divisor = "num_heads"
+
     def __init__(self, *settings: Any) -> None:
         super().__init__(*settings)
-        width, num_heads = self.output_size, self.config.num_heads
-        _require_divisor("num_heads", num_heads, width)
         # PyTorch's initial weights, as published, in place of BERT's
+        width, num_heads = self.output_size, self.config.num_heads
         self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
-        rows = _rows(_join_layers(layers, self.layer_rule), layout)
-        ignored = None
-        if not self.literal and layout.rows.mask is not None:
-            ignored = ~layout.rows.mask
+        rows, mask = _rows(self._join(layers), layout), layout.rows.mask
+        ignored = None if self.literal or mask is None else ~mask
         vectors, _ = self.attention(
             rows[:, :1], rows, rows, key_padding_mask=ignored, need_weights=False
         )
@@ -235,12 +206,10 @@ class AttentionPooler(SentencePooler):
 
 
 class PoolerKind(NamedTuple):
-    """An entry of `POOLERS`."""
-
     build: type[SentencePooler]
     layer_rule: LayerRule
     dense_inputs: int
-    """Vectors that the projection before the tanh reads; 0: no projection, no tanh."""
+    """Vectors that the projection before the tanh reads; 0: neither."""
 
 
 POOLERS: dict[str, PoolerKind] = {
@@ -255,31 +224,14 @@ POOLERS: dict[str, PoolerKind] = {
     "mean": PoolerKind(MeanPooler, "last", 0),
     "max": PoolerKind(MaxPooler, "last", 0),
 }
-"""The poolers by name."""
 
 
 def build_pooler(
-    config: PoolerConfig,
-    hidden_size: int,
-    initializer_range: float,
-    *,
-    with_dense: bool = True,
+    config: PoolerConfig, hidden_size: int, initializer_range: float, *, with_dense: bool = True
 ) -> SentencePooler:
-    """Make a pooler.
+    """Make a pooler; its projection has BERT's initial weights.
 
-    Args:
-        config: which one, and its settings.
-        hidden_size: width of the states.
-        initializer_range: standard deviation of a new projection's weights, BERT's rule.
-        with_dense: the projection before the tanh and the tanh are part of the pooler; without, a
-            caller that has the projection of a pre-trained encoder applies both.
-
-    Returns:
-        The pooler; `output_size` is the width of its vectors, `num_layers` counts the last layers
-        that it reads.
-
-    Raises:
-        ConfigError: there is no such pooler, or the hidden size does not fit it.
+    Without `with_dense` a caller that has a pre-trained projection applies it and the tanh.
     """
     if config.name not in POOLERS:
         raise ConfigError(f"pooler name must be one of {', '.join(POOLERS)}, found {config.name!r}")
@@ -290,8 +242,3 @@ def build_pooler(
         nn.init.normal_(dense.weight, std=initializer_range)
         nn.init.zeros_(dense.bias)
     return kind.build(config, hidden_size, kind.layer_rule, dense)
-
-
-def _require_divisor(name: str, value: int, hidden_size: int) -> None:
-    if hidden_size % value:
-        raise ConfigError(f"hidden_size {hidden_size} is not a multiple of pooler {name} {value}")

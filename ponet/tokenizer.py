@@ -7,10 +7,10 @@ text without accents, split at white space and punctuation, longest match first 
 import hashlib
 import importlib.metadata
 import json
-from collections import Counter
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import sentencex
 from tokenizers import Tokenizer
@@ -20,7 +20,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from ponet.files import write_text
+from ponet.files import write_json, write_text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """Special tokens in the order of their ids in a trained vocabulary, 0 to 4."""
@@ -28,13 +28,11 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORD_PIECE_PREFIX = "##"
 """Marks a piece that continues a word."""
 
-_NO_LENGTH_LIMIT = int(1e30)
 _LANGUAGE = "en"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpecialTokens:
-    """Ids of the special tokens."""
+class SpecialTokens(NamedTuple):
+    """Ids of the special tokens, in the order of `SPECIAL_TOKENS`."""
 
     pad: int
     unk: int
@@ -43,48 +41,29 @@ class SpecialTokens:
     mask: int
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Tokenizer) -> "SpecialTokens":
-        """Look the five tokens up.
+    def from_tokenizer(cls, tokenizer: Tokenizer) -> Self:
+        """Look the five tokens up; `ValueError` names those that are missing."""
+        vocabulary = tokenizer.get_vocab()
+        _require_special_tokens(vocabulary, "")
+        return cls(*(vocabulary[token] for token in SPECIAL_TOKENS))
 
-        Raises:
-            ValueError: some of them are not in the vocabulary.
-        """
-        ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
-        found = [index for index in ids if index is not None]
-        if len(found) < len(ids):
-            pairs = zip(SPECIAL_TOKENS, ids, strict=True)
-            missing = ", ".join(token for token, index in pairs if index is None)
-            raise ValueError(
-                f"the vocabulary lacks {missing}; expected all of {', '.join(SPECIAL_TOKENS)}"
-            )
-        pad, unk, cls_, sep, mask = found
-        return cls(pad=pad, unk=unk, cls=cls_, sep=sep, mask=mask)
 
-    def as_tuple(self) -> tuple[int, ...]:
-        """The ids in the order of the fields."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+def _require_special_tokens(vocabulary: Mapping[str, int], where: str) -> None:
+    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+    if missing:
+        raise ValueError(
+            f"{where}the vocabulary lacks {', '.join(missing)}; "
+            f"expected all of {', '.join(SPECIAL_TOKENS)}"
+        )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer from a file or from a folder that holds one.
-
-    Args:
-        path: a `tokenizer.json`, a BERT `vocab.txt` (one token per line; taken as uncased), or a
-            folder with either, the first preferred.
-
-    Raises:
-        ValueError: there is no such file, or it is neither of the two.
-    """
+    """Read a `tokenizer.json`, an uncased BERT `vocab.txt`, or a folder that holds one of them."""
     path = Path(path).expanduser()
-    file = path
-    if path.is_dir():
-        candidates = [path / "tokenizer.json", path / "vocab.txt"]
-        found = [candidate for candidate in candidates if candidate.is_file()]
-        if not found:
-            raise ValueError(f"{path}: no tokenizer.json and no vocab.txt in this folder")
-        file = found[0]
-    if not file.is_file():
-        raise ValueError(f"{path}: no such file; expected a tokenizer.json or a vocab.txt")
+    candidates = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
+    file = next(filter(Path.is_file, candidates), None)
+    if file is None:
+        raise ValueError(f"{path}: no tokenizer.json, no vocab.txt, no folder with either")
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -100,18 +79,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _from_vocabulary_file(file: Path, text: str) -> Tokenizer:
     """BERT's `vocab.txt`: the line number is the id."""
-    tokens = text.removesuffix("\n").split("\n")
-    tokens = [token.rstrip("\r") for token in tokens]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(vocabulary) < len(tokens):
-        token, _ = Counter(tokens).most_common(1)[0]
-        line = len(tokens) - tokens[::-1].index(token)
-        raise ValueError(f"{file}, line {line}: the token {token!r} stands there a second time")
-    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
-    if missing:
-        raise ValueError(
-            f"{file}: the vocabulary lacks {', '.join(missing)}; expected one token per line"
-        )
+    vocabulary: dict[str, int] = {}
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        token = line.rstrip("\r")
+        if token in vocabulary:
+            raise ValueError(f"{file}, line {number}: the token {token!r} stands there again")
+        vocabulary[token] = len(vocabulary)
+    _require_special_tokens(vocabulary, f"{file}: ")
     return bert_tokenizer(vocabulary)
 
 
@@ -148,39 +122,24 @@ def save_tokenizer(
 ) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` reads them.
 
-    Each file is complete or absent: written beside its place and moved there.
-
-    Args:
-        tokenizer: a tokenizer with BERT's five special tokens.
-        folder: made if missing.
-        max_length: tokens a model takes, written as `model_max_length`; no limit by default.
-
-    Raises:
-        ValueError: a special token is missing.
+    `max_length` counts the tokens that a model takes; None: no limit.
     """
     SpecialTokens.from_tokenizer(tokenizer)
     config = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS} | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": _NO_LENGTH_LIMIT if max_length is None else max_length,
+        "model_max_length": int(1e30) if max_length is None else max_length,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(Path(folder) / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_json(Path(folder) / "tokenizer_config.json", config)
 
 
 def split_sentences(document: str) -> list[str]:
-    """Sentences of a document; none crosses the end of a paragraph.
-
-    Args:
-        document: paragraphs separated by newlines.
-    """
-    paragraphs = filter(None, document.split("\n"))
+    """Sentences of a document; none crosses a newline, the end of a paragraph."""
     # the package gives its type checkers no stubs
     segment = sentencex.segment  # pyright: ignore[reportAttributeAccessIssue]
-    segments = chain.from_iterable(segment(_LANGUAGE, paragraph) for paragraph in paragraphs)
+    segments = chain.from_iterable(segment(_LANGUAGE, p) for p in document.split("\n") if p)
     return list(filter(None, map(str.strip, segments)))
 
 

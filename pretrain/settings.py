@@ -200,7 +200,7 @@ class PretrainConfig:
             cls_id=special.cls,
             sep_id=special.sep,
             mask_id=special.mask,
-            special_ids=special.as_tuple(),
+            special_ids=tuple(special),
         )
 
 
