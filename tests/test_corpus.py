@@ -27,8 +27,6 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def build(tmp_path, tokenizer):
-    """Build with the same settings each time."""
-
     def build(documents=DOCUMENTS, using=tokenizer, **options) -> Corpus:
         defaults = {"cache_dir": tmp_path / "cache", "key_parts": {"text": "k"}}
         return build_corpus(documents, using, **(defaults | options))

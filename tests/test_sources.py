@@ -145,11 +145,9 @@ def test_same_documents_from_json_and_parquet(tmp_path_factory, texts):
         ("a.jsonl", b"[1]", "line 1: expected one JSON object per line, found a list"),
         ("a.jsonl", b'{"text": "One.', "line 1: expected one JSON object per line ("),
         ("a.parquet", b"PAR1 nothing", "a.parquet: not a readable parquet file"),
-        ("a.txt.gz", b"One.", "a.txt.gz: the compressed file is damaged"),
         ("a.txt.gz", gzip.compress(b"One.\n")[:-6], "compressed file is damaged"),
         ("a.txt.xz", lzma.compress(b"One.\n")[:-6], "compressed file is damaged"),
         ("a.parquet", {"body": [""], "id": [1]}, "a.parquet, row 0: no field 'text'; found body"),
-        ("a.parquet", {"text": [1]}, "a.parquet, row 0: expected text in field 'text', found int"),
     ],
 )
 def test_complaints_about_files(tmp_path, name, content, message):
@@ -175,7 +173,7 @@ def test_complaints_before_anything_is_read(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch) -> Mock:
-    """Stands in for the hub; its `side_effect` is what it answers with."""
+    """Stands in for the hub."""
     load = Mock(return_value=Dataset.from_dict({"text": ["One.", None, "Two."], "id": [1, 2, 3]}))
     monkeypatch.setattr("datasets.load_dataset", load)
     monkeypatch.setattr(sources, "_load_hub", sources._load_hub.__wrapped__)
@@ -198,24 +196,15 @@ def test_names_of_the_hub_and_local_paths_which_win(hub, tmp_path, monkeypatch):
     assert read("org/name") == ["Local."]
 
 
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        ([Dataset.from_dict({"body": [""], "id": [1]})], "row 0: no field 'text'; found body, id"),
-        ([Dataset.from_dict({"text": [1]})], "row 0: expected text in field 'text', found int"),
-        (ConnectionError("no"), "--data PATH"),
-        (FileNotFoundError("gone"), "--data PATH"),
-    ],
-)
-def test_complaints_about_the_hub(hub, answer, message):
-    hub.side_effect = answer
-    found = complaint("org/name")
-    assert found.startswith("org/name")
-    assert message in found
+def test_complaints_about_the_hub(hub):
+    hub.return_value = Dataset.from_dict({"body": [""], "id": [1]})
+    assert complaint("org/name") == "org/name, row 0: no field 'text'; found body, id"
+    for error in (ConnectionError("no"), FileNotFoundError("gone")):
+        hub.side_effect = error
+        assert "--data PATH" in complaint("org/name")
 
 
 def test_offline_for_real():
-    # as all tests are
     message = complaint("some-org/some-name-that-nobody-has")
     assert message.startswith("some-org/some-name-that-nobody-has: ")
     assert "--data PATH" in message
@@ -254,9 +243,8 @@ def test_vocabulary_is_learned_from_all_sources_in_turn(tmp_path):
 
 
 def test_real_data(wikipedia):
-    report = SourceReport()
-    articles = read(wikipedia, max_characters=10**6, report=report)
-    assert sum(map(len, articles)) == report.characters >= 10**6
+    articles = read(wikipedia, max_characters=10**6)
+    assert 10**6 <= sum(map(len, articles)) < 2 * 10**6
     wiki = read(wikipedia.parents[1] / "wikitext-2" / "valid.txt")
     assert len(wiki) == 60
     assert wiki[0].startswith("Homarus gammarus , known as the European lobster")
