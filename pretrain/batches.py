@@ -3,16 +3,14 @@
 The examples of an epoch are shuffled and packed into bins of at most `micro_batch_tokens` tokens;
 `micro_batches_per_step` bins in a row are one global batch. Everything follows from
 (seed, epoch), so a position in the stream is the pair (epoch, step) and resuming replays nothing.
-An epoch is planned in the background of the training process; loader workers receive only the
-rows of the examples they draw.
+Loader workers receive only the rows of the examples they draw.
 """
 
-import multiprocessing
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -21,13 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ponet.batch import HostBatch
 from ponet.packing import BatchLayout, layout_of_segments
-from pretrain.examples import (
-    ExamplePlan,
-    ExampleSettings,
-    TokenCorpus,
-    draw_batch,
-    plan_epoch,
-)
+from pretrain.examples import ExamplePlan, ExampleSettings, TokenCorpus, draw_batch, plan_epoch
 
 # epoch, step and slot of a micro-batch, and its examples
 BatchItem = tuple[int, int, int, ExamplePlan]
@@ -35,55 +27,27 @@ BatchItem = tuple[int, int, int, ExamplePlan]
 # what the model reads; its positions and segments are those of the layout
 _INPUTS = ("input_ids", "token_type_ids", "labels", "label_positions", "sso_labels")
 
-# how far ahead of the shuffled order a bin may look for an example that fits its rest: further
-# gains little, since a handful of short examples among them is enough
+# how far ahead of the shuffled order a bin may look for an example that fits its rest: a handful
+# of short ones is enough
 LOOK_AHEAD = 128
 
 # tells the shuffle's random stream from any other use of the same seed
 _SHUFFLE = 0x5F0E
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bins:
-    """Examples grouped into bins."""
-
-    members: np.ndarray
-    """Indices of the examples, bin after bin, `int64` `[num_examples]`."""
-    offsets: np.ndarray
-    """Where each bin begins in `members`, and the end, `int64` `[num_bins + 1]`."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Return the examples of one bin, `int64` `[size]`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"bin {index} of {len(self)}")
-        return self.members[self.offsets[index] : self.offsets[index + 1]]
-
-
-def pack_bins(lengths: np.ndarray, budget: int, order: np.ndarray) -> Bins:
-    """Pack examples into bins, nearly in the given order.
+def pack_bins(lengths: np.ndarray, budget: int, order: np.ndarray) -> list[np.ndarray]:
+    """Pack examples into bins of at most `budget` tokens, nearly in the given order.
 
     A bin takes the next examples of the order while any of them fits, then fills its rest with
     the longest that fits among the `LOOK_AHEAD` next ones. The oldest waiting example opens the
     next bin, so none is put off for long.
 
     Args:
-        lengths: Tokens of each example, at least 1, `int64` `[num_examples]`.
-        budget: Most tokens of a bin.
-        order: Indices of the examples to pack, `int64` `[N]`.
-
-    Returns:
-        Bins that hold each index of `order` once.
-
-    Raises:
-        ValueError: If an example is longer than the budget.
+        lengths: Tokens of each example, from 1 to `budget`, `int64` `[num_examples]`.
+        order: Indices of the examples to pack, `int64` `[N]`; each gets into one bin.
     """
     sizes: list[int] = lengths[order].tolist()
     longest = max(sizes, default=0)
-    if longest > budget:
-        raise ValueError(f"an example of {longest} tokens does not fit a budget of {budget}")
     num_examples = len(sizes)
     # one integer per example sorts by length, then the earlier in the order the greater
     ranks: list[int] = (lengths[order] * num_examples + np.arange(num_examples)[::-1]).tolist()
@@ -111,84 +75,52 @@ def pack_bins(lengths: np.ndarray, budget: int, order: np.ndarray) -> Bins:
             members.append(position)
             left -= sizes[position]
         offsets.append(len(members))
-    return Bins(
-        members=order[np.array(members, dtype=np.int64)],
-        offsets=np.array(offsets, dtype=np.int64),
-    )
+    packed = order[members]
+    return [packed[start:end] for start, end in pairwise(offsets)]
 
 
+@dataclass
 class EpochBatches:
     """The micro-batches of one epoch, in the order in which all ranks together take them.
 
-    Args:
-        corpus: The flat token arrays.
-        documents: Indices of the documents to use, `int64` `[num_used]`.
-        settings: How examples are made.
-        seed: Seed of the run.
-        epoch: Number of the pass over the documents.
-        micro_batch_tokens: Most tokens of a micro-batch.
-        micro_batches_per_step: Of all ranks together. The incomplete global batch at the end of
-            the epoch is dropped.
+    A step takes `micro_batches_per_step`, of all ranks together; the incomplete global batch at the
+    end of the epoch is dropped.
 
     Raises:
-        ValueError: If a micro-batch cannot hold an example of `seq_len`, if the documents do not
-            fill one global batch, or for what `plan_epoch` refuses.
+        ValueError: If the documents fill no global batch, or for what `plan_epoch` refuses.
     """
 
-    def __init__(
-        self,
-        corpus: TokenCorpus,
-        documents: np.ndarray,
-        settings: ExampleSettings,
-        *,
-        seed: int,
-        epoch: int,
-        micro_batch_tokens: int,
-        micro_batches_per_step: int = 1,
-    ) -> None:
-        if micro_batch_tokens < settings.seq_len:
-            raise ValueError(
-                f"micro_batch_tokens {micro_batch_tokens} cannot hold an example of seq_len "
-                f"{settings.seq_len}; raise --micro-batch-tokens or lower --seq-len"
-            )
-        if micro_batches_per_step < 1:
-            raise ValueError(f"micro_batches_per_step must be positive: {micro_batches_per_step}")
-        self.epoch = epoch
-        self.micro_batch_tokens = micro_batch_tokens
-        self.micro_batches_per_step = micro_batches_per_step
-        self.plan = plan_epoch(corpus, documents, settings, seed, epoch)
+    corpus: TokenCorpus
+    documents: np.ndarray
+    settings: ExampleSettings
+    seed: int
+    epoch: int
+    micro_batch_tokens: int
+    micro_batches_per_step: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.settings.seq_len <= self.micro_batch_tokens
+        self.plan = plan_epoch(self.corpus, self.documents, self.settings, self.seed, self.epoch)
         # SeedSequence takes no negative numbers
-        shuffle = np.random.default_rng([_SHUFFLE, seed & 0xFFFFFFFFFFFFFFFF, epoch])
+        shuffle = np.random.default_rng([_SHUFFLE, self.seed & 0xFFFFFFFFFFFFFFFF, self.epoch])
         order = shuffle.permutation(len(self.plan))
-        self.bins = pack_bins(self.plan.length, micro_batch_tokens, order)
+        self.bins = pack_bins(self.plan.length, self.micro_batch_tokens, order)
+        self.num_steps = len(self.bins) // self.micro_batches_per_step
+        """Complete global batches."""
         if self.num_steps == 0:
             raise ValueError(
-                f"the corpus fills no global batch: {len(documents)} documents give "
+                f"the corpus fills no global batch: {len(self.documents)} documents give "
                 f"{len(self.plan)} examples with {self.plan.length.sum()} tokens in "
-                f"{len(self.bins)} micro-batches of {micro_batch_tokens} tokens, but a step takes "
-                f"{micro_batches_per_step} of them; lower --batch-tokens or --micro-batch-tokens, "
-                f"or give more text"
+                f"{len(self.bins)} micro-batches of {self.micro_batch_tokens} tokens, but a step "
+                f"takes {self.micro_batches_per_step} of them; lower --batch-tokens or "
+                "--micro-batch-tokens, or give more text"
             )
-
-    @property
-    def num_steps(self) -> int:
-        """Complete global batches of the epoch."""
-        return len(self.bins) // self.micro_batches_per_step
-
-    @property
-    def num_dropped_bins(self) -> int:
-        """Micro-batches of the incomplete last global batch, which this epoch does not show."""
-        return len(self.bins) % self.micro_batches_per_step
-
-    @property
-    def num_dropped_examples(self) -> int:
-        """Examples in the dropped micro-batches."""
-        return len(self.plan) - int(self.bins.offsets[len(self.bins) - self.num_dropped_bins])
-
-    @property
-    def packing_efficiency(self) -> float:
+        dropped = self.bins[self.num_steps * self.micro_batches_per_step :]
+        self.num_dropped_examples = sum(map(len, dropped))
+        """Examples of the incomplete last global batch, which this epoch does not show."""
+        room = len(self.bins) * self.micro_batch_tokens
+        self.packing_efficiency = float(self.plan.length.sum()) / room
         """Share of the token budget of all bins that examples fill."""
-        return float(self.plan.length.sum()) / (len(self.bins) * self.micro_batch_tokens)
 
     def item(self, step: int, slot: int) -> BatchItem:
         """The examples of a micro-batch: `slot` within the global batch `step` of the epoch."""
@@ -199,22 +131,16 @@ class EpochBatches:
 class MicroBatchSampler(Sampler[BatchItem]):
     """Endless stream of the micro-batches of one rank.
 
-    Global batch `s` of an epoch is the same `micro_batches_per_step` bins for any `world_size`;
-    rank `r` takes slots `r`, `r + world_size`, and so on. Every rank plans every epoch itself,
-    which is cheaper than sending plans around, and plans the next one while this one is consumed.
+    Global batch `s` of an epoch is the same `micro_batches_per_step` bins for any `world_size`,
+    which divides their number; rank `r` takes slots `r`, `r + world_size`, and so on. Every rank
+    plans every epoch itself, which is cheaper than sending plans around, and plans the next one
+    while this one is consumed.
 
-    Args:
-        corpus, documents, settings, seed, micro_batch_tokens, micro_batches_per_step: As for
-            `EpochBatches`.
-        rank: This process.
-        world_size: Number of processes.
-        start_epoch: Epoch of the first step to take.
-        start_step: First step to take in that epoch; the number of steps of the epoch means the
-            beginning of the next one, so that "the step after the last done" is always valid.
+    The stream begins with step `start_step` of `start_epoch`; the number of steps of that epoch
+    means the beginning of the next one, so that "the step after the last done" is always valid.
 
     Raises:
-        ValueError: If ranks do not share the global batch evenly, if the start lies beyond the
-            epoch, or for what `EpochBatches` refuses.
+        ValueError: If the start lies beyond the epoch, or for what `EpochBatches` refuses.
     """
 
     def __init__(
@@ -231,28 +157,18 @@ class MicroBatchSampler(Sampler[BatchItem]):
         start_epoch: int = 0,
         start_step: int = 0,
     ) -> None:
-        if micro_batches_per_step % world_size:
-            raise ValueError(
-                f"micro_batches_per_step {micro_batches_per_step} must be a multiple of "
-                f"world_size {world_size}"
-            )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is outside world_size {world_size}")
-        self.corpus = corpus
-        self.settings = settings
+        assert micro_batches_per_step % world_size == 0
         self._slots = range(rank, micro_batches_per_step, world_size)
         self._start_step = start_step
-        self._plan = partial(
-            EpochBatches,
+        self.first_epoch = EpochBatches(
             corpus,
             documents,
             settings,
             seed=seed,
+            epoch=start_epoch,
             micro_batch_tokens=micro_batch_tokens,
             micro_batches_per_step=micro_batches_per_step,
         )
-        self.first_epoch = self._plan(epoch=start_epoch)
-        """Batches of the epoch the stream begins in: number of steps, packing efficiency."""
         if not 0 <= start_step <= self.first_epoch.num_steps:
             raise ValueError(
                 f"cannot start at step {start_step} of epoch {start_epoch}, which has "
@@ -264,7 +180,7 @@ class MicroBatchSampler(Sampler[BatchItem]):
         batches, step = self.first_epoch, self._start_step
         with ThreadPoolExecutor(max_workers=1) as planner:
             while True:
-                upcoming = planner.submit(self._plan, epoch=batches.epoch + 1)
+                upcoming = planner.submit(replace, batches, epoch=batches.epoch + 1)
                 for current in range(step, batches.num_steps):
                     for slot in self._slots:
                         yield batches.item(current, slot)
@@ -279,9 +195,7 @@ class MicroBatch:
     """Arguments of `PoNetForPreTraining.forward`."""
     epoch: int
     step: int
-    """Global batch of the epoch."""
     slot: int
-    """Micro-batch of the global batch."""
     tokens: int
     """T, special ones included."""
     masked: int
@@ -295,15 +209,14 @@ class MicroBatch:
         return self
 
 
+@dataclass
 class PackedDataset(Dataset[MicroBatch]):
-    """Draws the micro-batch a sampler's item describes; spawned loader workers pickle it."""
+    """Draws the micro-batch that an item of `MicroBatchSampler` describes."""
 
-    def __init__(self, corpus: TokenCorpus, settings: ExampleSettings) -> None:
-        self.corpus = corpus
-        self.settings = settings
+    corpus: TokenCorpus
+    settings: ExampleSettings
 
     def __getitem__(self, index: BatchItem) -> MicroBatch:
-        """Draw one micro-batch of `MicroBatchSampler`."""
         epoch, step, slot, plan = index
         arrays = draw_batch(self.corpus, plan, self.settings)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -327,29 +240,19 @@ class PackedDataset(Dataset[MicroBatch]):
 
 
 def make_loader(
-    sampler: MicroBatchSampler,
-    *,
-    num_workers: int = 0,
-    pin_memory: bool = False,
+    sampler: MicroBatchSampler, *, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    """Make the endless loader of one rank; its batches do not depend on the number of workers.
-
-    Args:
-        sampler: The stream to draw.
-        num_workers: Processes that draw batches, 0 for this one.
-        pin_memory: Whether batches land in page-locked memory, for copies to a GPU.
-    """
-    # forked workers share the corpus arrays of this process, elsewhere each unpickles its own. A
-    # spawned worker that is stopped while it sends a batch may also abort in its own shutdown
-    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    """The endless loader of one rank; its batches do not depend on the number of workers."""
     return DataLoader(
-        PackedDataset(sampler.corpus, sampler.settings),
+        PackedDataset(sampler.first_epoch.corpus, sampler.first_epoch.settings),
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        multiprocessing_context="fork" if num_workers and can_fork else None,
+        # forked workers share the corpus arrays of this process; a spawned one that is stopped
+        # while it sends a batch may also abort in its own shutdown
+        multiprocessing_context="fork" if num_workers else None,
         # the loader draws a seed for its workers: not from the generator that dropout uses, or a
         # resumed run would draw other numbers than an uninterrupted one
         generator=torch.Generator(),
@@ -365,21 +268,12 @@ def evaluation_batches(
     micro_batch_tokens: int,
     max_batches: int,
 ) -> list[MicroBatch]:
-    """Draw the fixed set of micro-batches a run is evaluated on.
+    """Draw the fixed set of micro-batches a run is evaluated on, spread over all documents.
 
-    The same examples with the same masks at every evaluation, spread over all documents. With
-    several ranks, rank `r` takes every `world_size`-th from the `r`-th on.
-
-    Args:
-        corpus: The flat token arrays.
-        documents: Indices of the held-out documents, `int64` `[num_used]`.
-        settings: How examples are made.
-        seed: Seed of the set; keep it when runs are to be compared.
-        micro_batch_tokens: Most tokens of a micro-batch.
-        max_batches: Most micro-batches; fewer where the documents give fewer.
+    There are fewer than `max_batches` where the documents give fewer.
 
     Raises:
-        ValueError: If the documents give no example, or for what `EpochBatches` refuses.
+        ValueError: If the documents give no example.
     """
     batches = EpochBatches(
         corpus, documents, settings, seed=seed, epoch=0, micro_batch_tokens=micro_batch_tokens

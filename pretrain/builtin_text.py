@@ -1,9 +1,8 @@
 """English prose out of the documentation that every Python installation carries.
 
-The text is what people wrote to be read: documentation strings, the long strings in which numpy,
-torch and `pydoc_data` keep their manuals, documentation files and package descriptions. Wrapped
-lines are joined, inline markup is taken off, and only paragraphs that look like English sentences
-remain: no code, tables, parameter lists or licences. Python files are read, never imported.
+It stands in documentation strings, other long strings, documentation files and package
+descriptions. Only paragraphs that look like English sentences remain: no code, tables, parameter
+lists or licences. Python files are read, never imported.
 """
 
 import ast
@@ -33,8 +32,7 @@ _MIN_DOCUMENT = 400
 _OWN_DOCUMENT = 1000
 
 # a run of string literals (implicit concatenation makes one string of them), or a comment; the
-# alternatives consume whatever could hold a quote, so a match never starts inside one of them;
-# loops are unrolled (plain characters, then an escape or a lone quote, and again) for speed
+# alternatives consume whatever could hold a quote, so a match never starts inside one of them
 _LITERALS = (
     r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""',
     r"'''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''",
@@ -80,26 +78,19 @@ def builtin_documents() -> Iterator[str]:
                 yield "\n".join(fresh)
 
 
-def builtin_files() -> list[Path]:
-    """Documentation of this interpreter: the standard library, then the installed packages.
-
-    Returns:
-        Python and documentation files in an order that depends on their names alone; tests,
-        vendored copies and licences are left out.
-    """
+def builtin_files() -> Iterator[Path]:
+    """Python and documentation files of this interpreter and its packages, ordered by name."""
     paths = sysconfig.get_paths()
     roots = [paths["stdlib"], paths["purelib"], paths["platlib"], *site.getsitepackages()]
     if site.ENABLE_USER_SITE:
         roots.append(site.getusersitepackages())
-    files: dict[Path, None] = {}
     for root in dict.fromkeys(Path(root).resolve() for root in roots):
         for folder, subfolders, names in os.walk(root):
             # in place: the walk goes on with what is left, in this order
             subfolders[:] = sorted(filter(_is_documentation, subfolders))
             for name in sorted(filter(_is_documentation, names)):
                 if name.endswith(_SUFFIXES):
-                    files[Path(folder, name)] = None
-    return list(files)
+                    yield Path(folder, name)
 
 
 def _is_documentation(name: str) -> bool:
@@ -110,11 +101,7 @@ def _is_documentation(name: str) -> bool:
 # read twice, for the vocabulary and for the corpus: 10 MB of text against 10 s of work
 @cache
 def _documents_of_file(path: Path) -> list[list[str]]:
-    """Documents of a file, each a list of paragraphs.
-
-    The strings of a Python module make one document together, except that a long one, such as a
-    chapter of a manual, makes its own.
-    """
+    """Documents of a file, each a list of paragraphs: all strings, and each long one by itself."""
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError):
@@ -132,13 +119,9 @@ def _documents_of_file(path: Path) -> list[list[str]]:
 
 
 def strings_of_python(source: str) -> Iterator[str]:
-    """Long string constants of a module in source order, documentation strings among them.
+    """Long string constants of a module in source order, but f-strings; it need not be valid.
 
-    Strings are found by their quotes and evaluated with `ast.literal_eval`; parsing whole modules
-    gives the same text and takes ten times as long. f-strings are passed over.
-
-    Args:
-        source: the text of a Python file; it need not be valid.
+    Parsing whole modules gives the same text and takes ten times as long.
     """
     for match in _STRING_RUN.finditer(source):
         literal = match.group()
@@ -146,9 +129,8 @@ def strings_of_python(source: str) -> Iterator[str]:
         if len(literal) < _MIN_STRING or literal[0] == "#" or before.isalpha():
             continue
         try:
-            with warnings.catch_warnings():
-                # invalid escapes in somebody's docstring are not our caller's concern
-                warnings.simplefilter("ignore")
+            # invalid escapes in somebody's docstring are not our caller's concern
+            with warnings.catch_warnings(action="ignore"):
                 value = ast.literal_eval(f"({literal})")
         except (SyntaxError, ValueError):
             continue
@@ -159,9 +141,9 @@ def strings_of_python(source: str) -> Iterator[str]:
 def prose_of_markup(text: str) -> list[str]:
     """Paragraphs of English sentences in a docstring, reStructuredText or Markdown text.
 
-    A paragraph ends at an empty line, a heading, a bullet, or where the indentation changes, and is
-    kept or dropped as a whole. One that stands indented right below another describes that one, a
-    parameter for example, and is dropped.
+    A paragraph ends at an empty line, a heading, a bullet, or where the indentation changes. One
+    that stands indented right below another describes that one, a parameter for example, and is
+    dropped.
     """
     paragraphs: list[list[str]] = []
     current: list[str] = []
@@ -183,11 +165,11 @@ def prose_of_markup(text: str) -> list[str]:
             words = words[bullet.end() :]
         current.append(words)
         above, indent_above = words, indent
-    plain = (plain_text(" ".join(lines)) for lines in paragraphs)
-    return [text for text in plain if is_prose(text)]
+    plain = (_plain_text(" ".join(lines)) for lines in paragraphs)
+    return [text for text in plain if _is_prose(text)]
 
 
-def plain_text(markup: str) -> str:
+def _plain_text(markup: str) -> str:
     """The words without inline markup; "... as follows:" at the end leads to nothing any more."""
     for pattern, replacement in _MARKUP:
         markup = pattern.sub(replacement, markup)
@@ -197,11 +179,8 @@ def plain_text(markup: str) -> str:
     return text
 
 
-def is_prose(paragraph: str) -> bool:
-    """Whether a plain paragraph reads like English sentences.
-
-    The thresholds were set by reading samples of what each of them lets through.
-    """
+def _is_prose(paragraph: str) -> bool:
+    """Whether a plain paragraph reads like English sentences; thresholds were set by reading."""
     words = paragraph.split()
     if len(words) < 7 or not _SENTENCES.match(paragraph) or _NOT_PROSE.search(paragraph):
         return False

@@ -16,11 +16,11 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,24 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from ponet.files import current_umask, write_json
+from ponet.files import write_json
 from ponet.run.cli import UsageError
 from ponet.tokenizer import load_tokenizer, save_tokenizer, splitter_version, tokenizer_fingerprint
 from pretrain.engine import Ranks
+from pretrain.examples import TokenCorpus
 from pretrain.settings import PretrainConfig
-from pretrain.sources import SourceReport, content_key, in_turn, iter_documents
+from pretrain.sources import SourceReport, content_key, iter_documents
 from pretrain.tokenise import TokenisedDocuments, token_dtype, tokenise, train_tokenizer
 
 FORMAT_VERSION = 1
 """Part of every cache key: raise it when the same documents give other files."""
 
 _MANIFEST = "corpus.json"
-_FILES: tuple[str, ...] = ("tokens.bin", "sentences.bin", "documents.bin")
-_CHECKSUM_BLOCK = 2**24
-_COUNTED_TOKENS = 2**24
+_FILES = {
+    "tokens": "tokens.bin",
+    "sentence_offsets": "sentences.bin",
+    "document_offsets": "documents.bin",
+}
 # part of the cache key: raise it when the same text gives another vocabulary
 _VOCABULARY_VERSION = 2
 
@@ -56,15 +59,9 @@ class DamagedCorpusError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corpus:
+class Corpus(TokenCorpus):
     """A tokenised text; the arrays are read from disk as they are used."""
 
-    tokens: np.ndarray
-    """`[num_tokens]` `uint16` (`uint32` if the vocabulary is larger), without special tokens."""
-    sentence_offsets: np.ndarray
-    """`[num_sentences + 1]` `int64`, where each sentence begins in `tokens`."""
-    document_offsets: np.ndarray
-    """`[num_documents + 1]` `int64`, where each document begins among the sentences."""
     folder: Path
     metadata: dict[str, Any]
     """The manifest: `counts`, `settings`, `sources`, `files`."""
@@ -77,9 +74,8 @@ class Corpus:
     def token_frequencies(self) -> np.ndarray:
         """How often each token of the vocabulary occurs, `int64` `[vocab_size]`."""
         counts = np.zeros(self.metadata["vocab_size"], dtype=np.int64)
-        # bincount works on an int64 copy, eight bytes per token
-        for start in range(0, len(self.tokens), _COUNTED_TOKENS):
-            part = self.tokens[start : start + _COUNTED_TOKENS]
+        # in parts: bincount works on an int64 copy, eight bytes per token
+        for part in np.array_split(self.tokens, 1 + len(self.tokens) // 2**24):
             counts += np.bincount(part, minlength=len(counts))
         return counts
 
@@ -87,16 +83,11 @@ class Corpus:
 def prepare(config: PretrainConfig, ranks: Ranks, run: Path | None) -> tuple[Tokenizer, Corpus]:
     """Tokenizer and corpus of a run: the first process of each machine makes or checks them.
 
-    Args:
-        config: the settings.
-        ranks: this process among all.
-        run: folder of a run to resume, whose tokenizer and cached corpus are taken; None for a
-            new one.
+    With the folder of a `run` to resume they are those it began with.
 
     Raises:
         SourceError: a source cannot be read.
         UsageError: a resumed run would go on with other text, or machines read different text.
-        ValueError: the vocabulary or the text is unusable.
     """
     made = _prepare(config, run) if ranks.local_rank == 0 else None
     dist.barrier(ranks.patient_group)
@@ -169,14 +160,11 @@ def _tokenizer(config: PretrainConfig, text: str) -> Tokenizer:
 
 
 def vocabulary_text(config: PretrainConfig) -> Iterator[str]:
-    """Documents of all sources in turn, because a vocabulary is learned from the first of them.
-
-    Raises:
-        SourceError: a source cannot be read.
-    """
+    """Documents of all sources in turn, because a vocabulary is learned from the first of them."""
     if config.max_characters is not None:
         return iter_documents(config.data, config.text_field, max_characters=config.max_characters)
-    return in_turn([iter_documents([source], config.text_field) for source in config.data])
+    sources = [iter_documents([source], config.text_field) for source in config.data]
+    return filter(None, chain.from_iterable(zip_longest(*sources)))
 
 
 def build_corpus(
@@ -191,14 +179,9 @@ def build_corpus(
     """Tokenise documents into the cache, or load them when they are there already.
 
     Args:
-        documents: paragraphs separated by newlines; not touched when the cache has the corpus.
-        tokenizer: splits sentences to tokens.
+        documents: as `tokenise` takes them; not touched when the cache has the corpus.
         cache_dir: made if missing; each corpus gets a folder of its own in it.
-        key_parts: JSON values that decide what `documents` holds, above all `content_key`. The
-            tokenizer, the sentence splitter and the format are added here.
-        num_workers: processes that split and tokenise; 0 works in this one. They start only when
-            the text is longer than 48 MiB. As ever with processes, the caller's main module must
-            be safe to import.
+        key_parts: JSON values that decide what `documents` holds, above all `content_key`.
         report: counts to store with the corpus after `documents` are read.
 
     Raises:
@@ -222,68 +205,42 @@ def build_corpus(
                 return load_corpus(folder)
             except DamagedCorpusError as error:
                 logger.warning("%s; building it again", error)
-        # left by a process that was killed while it held the lock
-        for stale in cache_dir.glob(f".{folder.name}-*"):
-            shutil.rmtree(stale, ignore_errors=True)
         with closing(tokenise(documents, tokenizer, num_workers)) as batches:
             _write_folder(folder, batches, tokenizer, settings, report)
-        # just written and checksummed on the way
         return load_corpus(folder, verify=False)
 
 
 def load_corpus(folder: str | Path, *, verify: bool = True) -> Corpus:
-    """Map a finished corpus.
-
-    Args:
-        folder: a folder made by `build_corpus`.
-        verify: compare checksums, which reads every byte once (about a second per GB). Sizes are
-            compared in any case.
+    """Map a corpus that `build_corpus` made.
 
     Raises:
-        DamagedCorpusError: a file is missing, has another size or other bytes than recorded.
+        DamagedCorpusError: a file is missing, has another size or, where `verify` asks for a
+            look at every byte (about a second per GB), another checksum than recorded.
     """
     folder = Path(folder)
+    manifest, arrays = folder / _MANIFEST, {}
     try:
-        metadata = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        version, counts, files = (metadata[k] for k in ("format_version", "counts", "files"))
-        dtypes = [np.dtype(metadata["dtype"]), np.dtype(np.int64), np.dtype(np.int64)]
-        lengths = [counts["tokens"], counts["sentences"] + 1, counts["documents"] + 1]
-        recorded = [(files[name]["bytes"], files[name]["crc32"]) for name in _FILES]
+        metadata = json.loads(manifest.read_text(encoding="utf-8"))
+        if metadata["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format {metadata['format_version']}, expected {FORMAT_VERSION}")
+        dtype, files = np.dtype(metadata["dtype"]), metadata["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCorpusError(
-            f"{folder / _MANIFEST}: not a readable manifest ({type(error).__name__}: {error})"
+            f"{manifest}: not a readable manifest ({type(error).__name__}: {error})"
         ) from error
-    if version != FORMAT_VERSION:
-        raise DamagedCorpusError(f"{folder}: format {version}, expected {FORMAT_VERSION}")
-    arrays = []
-    for name, dtype, length, (size, checksum) in zip(
-        _FILES, dtypes, lengths, recorded, strict=True
-    ):
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found is None or found != size or found != length * dtype.itemsize:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise DamagedCorpusError(f"{path} {state}, expected {size} bytes")
-        if verify and _file_checksum(path) != checksum:
+    for field, name in _FILES.items():
+        path, recorded = folder / name, files[name]
+        if not path.is_file():
+            raise DamagedCorpusError(f"{path} is missing")
+        found = path.stat().st_size
+        if found != recorded["bytes"]:
+            raise DamagedCorpusError(f"{path} has {found} bytes, expected {recorded['bytes']}")
+        mapped = np.memmap(path, dtype=dtype if field == "tokens" else np.int64, mode="r")
+        if verify and zlib.crc32(mapped.data) != recorded["crc32"]:
             raise DamagedCorpusError(f"{path}: the checksum differs from the recorded one")
-        arrays.append(np.memmap(path, dtype=dtype, mode="r", shape=(length,)))
-    tokens, sentence_offsets, document_offsets = arrays
-    return Corpus(
-        tokens=tokens,
-        sentence_offsets=sentence_offsets,
-        document_offsets=document_offsets,
-        folder=folder,
-        metadata=metadata,
-    )
-
-
-def _file_checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(_CHECKSUM_BLOCK):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+        # a plain view: every slice of np.memmap costs more
+        arrays[field] = np.asarray(mapped)
+    return Corpus(**arrays, folder=folder, metadata=metadata)
 
 
 def _write_folder(
@@ -294,10 +251,12 @@ def _write_folder(
     report: SourceReport | None,
 ) -> None:
     """Write beside the final place and move there when complete."""
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    # left by a process that was killed while it held the lock
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
     try:
-        counts, checksums = _write_arrays(unfinished, batches)
-        sizes = {name: (unfinished / name).stat().st_size for name in _FILES}
+        counts, files = _write_arrays(unfinished, batches)
         manifest = {
             "format_version": FORMAT_VERSION,
             "vocab_size": tokenizer.get_vocab_size(),
@@ -305,16 +264,11 @@ def _write_folder(
             "counts": counts,
             "sources": asdict(report) if report else None,
             "settings": settings,
-            "files": {n: {"bytes": sizes[n], "crc32": checksums[n]} for n in _FILES},
+            "files": files,
         }
         write_json(unfinished / _MANIFEST, manifest)
-        # a folder made by mkdtemp is private; the cache is not
-        unfinished.chmod(0o777 & ~current_umask())
-        if folder.exists():
-            # damaged, or it would have been used; moved first, so that no half of it is ever seen
-            damaged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-            folder.rename(damaged / folder.name)
-            shutil.rmtree(damaged)
+        # a damaged one
+        shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -322,53 +276,44 @@ def _write_folder(
 
 def _write_arrays(
     folder: Path, batches: Iterable[TokenisedDocuments]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Append batch after batch.
-
-    Returns:
-        Counts of documents, sentences, tokens and skipped documents, and checksums by file.
-
-    Raises:
-        ValueError: nothing was written.
-    """
-    checksums = dict.fromkeys(_FILES, 0)
+) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Append batch after batch; returns counts, and sizes and checksums of the files."""
     counts = {"documents": 0, "sentences": 0, "tokens": 0, "skipped_documents": 0}
-    files = {name: (folder / name).open("wb") for name in _FILES}
-
-    def append(*arrays: np.ndarray) -> None:
-        for name, array in zip(_FILES, arrays, strict=True):
-            data = np.ascontiguousarray(array).view(np.uint8).data
-            with _errors_name(folder / name):
-                files[name].write(data)
-            checksums[name] = zlib.crc32(data, checksums[name])
-
     first = np.zeros(1, dtype=np.int64)
+    _append(folder, sentence_offsets=first, document_offsets=first)
     # None: a bar where stderr is a terminal
-    bar = tqdm(desc="tokenising", unit="tok", unit_scale=True, disable=None)
-    try:
-        append(first[:0], first, first)
+    with tqdm(desc="tokenising", unit="tok", unit_scale=True, disable=None) as bar:
         for batch in batches:
-            append(
-                batch.tokens,
-                counts["tokens"] + np.cumsum(batch.sentence_sizes, dtype=np.int64),
-                counts["sentences"] + np.cumsum(batch.document_sizes, dtype=np.int64),
+            _append(
+                folder,
+                tokens=batch.tokens,
+                sentence_offsets=counts["tokens"] + np.cumsum(batch.sentence_sizes),
+                document_offsets=counts["sentences"] + np.cumsum(batch.document_sizes),
             )
             counts["documents"] += len(batch.document_sizes)
             counts["sentences"] += len(batch.sentence_sizes)
             counts["tokens"] += len(batch.tokens)
             counts["skipped_documents"] += batch.num_skipped
             bar.update(len(batch.tokens))
-    finally:
-        bar.close()
-        for name, file in files.items():
-            with _errors_name(folder / name), file:
-                file.flush()
-                os.fsync(file.fileno())
     if not counts["documents"]:
         raise ValueError(
             f"no document holds a sentence ({counts['skipped_documents']} documents were read)"
         )
-    return counts, checksums
+    files = {}
+    for name in _FILES.values():
+        path = folder / name
+        with _errors_name(path), path.open("rb") as file:
+            os.fsync(file.fileno())
+        checksum = zlib.crc32(np.memmap(path, mode="r").data)
+        files[name] = {"bytes": path.stat().st_size, "crc32": checksum}
+    return counts, files
+
+
+def _append(folder: Path, **arrays: np.ndarray) -> None:
+    for field, array in arrays.items():
+        path = folder / _FILES[field]
+        with _errors_name(path), path.open("ab") as file:
+            file.write(array.tobytes())
 
 
 @contextmanager

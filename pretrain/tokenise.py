@@ -1,7 +1,6 @@
 """Text to tokens: train a WordPiece vocabulary, and encode documents sentence by sentence."""
 
 import json
-import os
 import string
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
@@ -27,12 +26,10 @@ from ponet.tokenizer import (
 # words kept for reuse by `SentenceEncoder`; a word takes about 200 bytes with its ids
 _MAX_CACHED_WORDS = 1_000_000
 _WORD_GROUP = 256
-# characters handed to a worker at once: seconds of work would starve the others at the end,
-# and far less would be spent on handing over
+# handed to a worker at once: seconds of work would starve the others at the end
 _BATCH_CHARACTERS = 2**20
 # worker processes need seconds to start (they import torch with the caller's main module) and
-# have each to meet the words of the language: with less text than this they cost more than they
-# save
+# have each to meet the words of the language: with less text they cost more than they save
 _BATCHES_WITHOUT_WORKERS = 48
 
 
@@ -42,15 +39,13 @@ def train_tokenizer(
     """Train an uncased WordPiece vocabulary; the same documents always give the same one.
 
     Args:
-        documents: text to learn from.
         vocab_size: number of tokens, special ones included; small texts may give fewer.
-        max_characters: stop reading after so many; word counts hardly change beyond the default,
-            and memory stays bounded.
+        max_characters: to read; word counts hardly change beyond the default.
 
     Raises:
         ValueError: no text, or a vocabulary too small for the letters of the text.
     """
-    sample = list(_take(documents, max_characters))
+    sample = next(_batched(documents, max_characters), None)
     if not sample:
         raise ValueError("cannot train a vocabulary: there is no text")
     alphabet = _alphabet(sample, limit=max(1, vocab_size // 20))
@@ -76,16 +71,6 @@ def train_tokenizer(
     return bert_tokenizer(tokenizer.get_vocab(with_added_tokens=True))
 
 
-def _take(documents: Iterable[str], max_characters: int) -> Iterator[str]:
-    """The first documents up to a number of characters."""
-    characters = 0
-    for document in documents:
-        yield document
-        characters += len(document)
-        if characters >= max_characters:
-            return
-
-
 def _alphabet(documents: list[str], limit: int) -> list[str]:
     """Most frequent characters of the normalised text, in code point order; ASCII is always in."""
     normalizer = BertNormalizer()
@@ -99,7 +84,7 @@ def _alphabet(documents: list[str], limit: int) -> list[str]:
 
 
 def token_dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
-    """Smallest type that holds every id: `uint16` up to 65,536 tokens, `uint32` beyond."""
+    """Smallest type that holds every id."""
     return np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
 
 
@@ -112,28 +97,19 @@ class SentenceEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Take a copy of a tokenizer, without truncation and padding."""
+        # a copy, without truncation and padding
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.dtype = np.dtype(token_dtype(tokenizer))
-        self._words_stand_alone = _words_stand_alone(tokenizer)
+        self._encode = self._by_words if _words_stand_alone(tokenizer) else self._whole
         # the bytes of a word's ids
         self._words: dict[str, bytes] = {}
 
     def encode(self, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode without special tokens.
-
-        Args:
-            sentences: any texts.
-
-        Returns:
-            The tokens of all sentences one after the other, and the `int64` number of tokens of
-            each sentence.
-        """
-        encode = self._by_words if self._words_stand_alone else self._whole
-        encoded = encode(sentences)
+        """The tokens of all sentences end to end, and the `int64` number of tokens of each."""
+        encoded = self._encode(sentences)
         sizes = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         return np.frombuffer(b"".join(encoded), dtype=self.dtype), sizes // self.dtype.itemsize
 
@@ -168,13 +144,10 @@ class SentenceEncoder:
 def _words_stand_alone(tokenizer: Tokenizer) -> bool:
     """Whether encoding the space-separated words one by one gives the encoding of the text."""
     settings = json.loads(tokenizer.to_str())
-    kinds = [
-        (settings[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")
-    ]
-    added = settings["added_tokens"] or []
-    return kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and not any(
-        " " in token["content"] for token in added
-    )
+    parts = (settings[name] or {} for name in ("normalizer", "pre_tokenizer", "model"))
+    kinds = [part.get("type") for part in parts]
+    added = "".join(token["content"] for token in settings["added_tokens"])
+    return kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and " " not in added
 
 
 class TokenisedDocuments(NamedTuple):
@@ -182,40 +155,50 @@ class TokenisedDocuments(NamedTuple):
 
     tokens: np.ndarray
     sentence_sizes: np.ndarray
-    """Tokens of each sentence."""
+    """In tokens."""
     document_sizes: np.ndarray
-    """Sentences of each document."""
+    """In sentences."""
     num_skipped: int
-    """Documents left out."""
 
 
 def tokenise(
     documents: Iterable[str], tokenizer: Tokenizer, num_workers: int = 0
 ) -> Generator[TokenisedDocuments, None, None]:
-    """Split documents to sentences and encode them, in order.
+    """Split documents, paragraphs separated by newlines, to sentences and encode them, in order.
 
-    Args:
-        documents: paragraphs separated by newlines.
-        tokenizer: of the sentences.
-        num_workers: processes for what is beyond 48 MiB of text; 0: this one alone.
+    Worker processes help with what is beyond 48 MiB of text.
     """
-    batches = _batched(documents)
+    batches = _batched(documents, _BATCH_CHARACTERS)
     encoder = SentenceEncoder(tokenizer)
     for batch in batches if num_workers == 0 else islice(batches, _BATCHES_WITHOUT_WORKERS):
         yield _tokenise_batch(encoder, batch)
-    first = next(batches, None)
-    if first is not None:
-        yield from _tokenise_in_pool(chain([first], batches), tokenizer, num_workers)
+    if not num_workers:
+        return
+    # fork is unsafe beside the threads of torch and tokenizers; the first batch starts processes
+    pool = ProcessPoolExecutor(
+        num_workers, get_context("spawn"), _start_worker, (tokenizer.to_str(),)
+    )
+    pending: deque[Future[TokenisedDocuments]] = deque()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(_tokenise_in_worker, batch))
+            # enough to keep all workers busy, few enough to bound memory
+            if len(pending) > 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Consecutive documents with about `_BATCH_CHARACTERS` together."""
+def _batched(documents: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Consecutive documents, as few as have `size` characters together."""
     batch: list[str] = []
     characters = 0
     for document in documents:
         batch.append(document)
         characters += len(document)
-        if characters >= _BATCH_CHARACTERS:
+        if characters >= size:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -236,36 +219,13 @@ def _tokenise_batch(encoder: SentenceEncoder, documents: list[str]) -> Tokenised
     )
 
 
-def _tokenise_in_pool(
-    batches: Iterable[list[str]], tokenizer: Tokenizer, num_workers: int
-) -> Iterator[TokenisedDocuments]:
-    # fork is unsafe beside the threads of torch and tokenizers
-    pool = ProcessPoolExecutor(
-        num_workers, get_context("spawn"), _start_worker, (tokenizer.to_str(),)
-    )
-    pending: deque[Future[TokenisedDocuments]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(_tokenise_in_worker, batch))
-            # enough to keep all workers busy, few enough to bound memory
-            if len(pending) > 2 * num_workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_encoder: SentenceEncoder | None = None
+_encoder_of_worker: SentenceEncoder
 
 
 def _start_worker(tokenizer_json: str) -> None:
-    """Prepare a worker process; it shall not start threads of its own beside the others."""
-    global _worker_encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_encoder = SentenceEncoder(Tokenizer.from_str(tokenizer_json))
+    global _encoder_of_worker
+    _encoder_of_worker = SentenceEncoder(Tokenizer.from_str(tokenizer_json))
 
 
 def _tokenise_in_worker(documents: list[str]) -> TokenisedDocuments:
-    assert _worker_encoder is not None
-    return _tokenise_batch(_worker_encoder, documents)
+    return _tokenise_batch(_encoder_of_worker, documents)

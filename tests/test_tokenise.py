@@ -1,8 +1,7 @@
 """Training a vocabulary, and encoding many sentences with it."""
 
-import os
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,10 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from ponet.tokenizer import SPECIAL_TOKENS, SpecialTokens
+from ponet.tokenizer import SPECIAL_TOKENS
 from pretrain import tokenise
 from pretrain.tokenise import SentenceEncoder, train_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     "The cat sat on the mat, and the other cats sat there too.\nThey were sitting still.",
     "A d\u00e9j\u00e0-vu: the cats' mats matter. \u4e2d\u6587 \u03b1\u03b2\u03b3 the end!",
@@ -41,24 +39,11 @@ def test_vocabulary(tokenizer):
 
 
 def test_vocabulary_is_the_same_in_another_process():
-    program = (
-        "from ponet.tokenizer import tokenizer_fingerprint\n"
-        "from pretrain.tokenise import train_tokenizer\n"
-        "import pathlib, argparse, textwrap, inspect\n"
-        "texts = [inspect.getsource(m) for m in (pathlib, argparse, textwrap)]\n"
-        "print(tokenizer_fingerprint(train_tokenizer(texts, 1500)))\n"
-    )
-    outputs = {
-        subprocess.check_output(
-            [sys.executable, "-c", program],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            cwd=ROOT,
-            text=True,
-        )
-        for seed in ("1", "2")
-    }
-    assert len(outputs) == 1
-    assert len(outputs.pop().strip()) == 64
+    # hash maps of the library are seeded per process
+    texts = [Path(module.__file__).read_text("utf-8") for module in (tokenise, pytest)]
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        other = pool.submit(train_tokenizer, texts, 1500).result()
+    assert other.to_str() == train_tokenizer(texts, 1500).to_str()
 
 
 def test_vocabulary_of_a_limited_or_unusable_text():
@@ -102,28 +87,17 @@ def test_encoding_equals_the_library(tokenizer, texts):
     assert [len(part) for part in encoder.encode([])] == [0, 0]
 
 
-def test_more_words_than_are_kept(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenise, "_MAX_CACHED_WORDS", 3)
-    encoder = SentenceEncoder(tokenizer)
-    for text in ["the cats sat there too", "the mat", "a cat", "the cats sat"]:
-        check(encoder, tokenizer, [text])
-
-
 @pytest.mark.parametrize("added", [["foobar", AddedToken("sat", single_word=True)], ["new york"]])
-def test_added_tokens(tokenizer, added):
+def test_added_tokens_truncation_and_more_words_than_are_kept(tokenizer, monkeypatch, added):
+    monkeypatch.setattr(tokenise, "_MAX_CACHED_WORDS", 3)
     other = Tokenizer.from_str(tokenizer.to_str())
     other.add_tokens(added)
-    texts = ["the foobar sat", "foobarfoobar x", "the_foobar new york", "new  york"]
-    check(SentenceEncoder(other), other, texts)
-
-
-def test_truncation_and_padding_are_off(tokenizer):
-    cut = Tokenizer.from_str(tokenizer.to_str())
-    cut.enable_truncation(3)
+    cut = Tokenizer.from_str(other.to_str())
+    cut.enable_truncation(1)
     cut.enable_padding(length=6)
-    text = "the cats sat on the mat"
-    assert len(SentenceEncoder(cut).encode([text])[0]) == len(tokenizer.encode(text).ids) - 2
-    assert cut.truncation is not None
+    encoder = SentenceEncoder(cut)
+    for text in ["the foobar sat", "foobarfoobar x", "the_foobar new york", "new  york", "the"]:
+        check(encoder, other, [text])
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
