@@ -34,6 +34,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ponet.run.hub import import_datasets
 from pretrain.builtin_text import BUILTIN_VERSION, builtin_documents, builtin_files
 
 READER_VERSION = 1
@@ -281,8 +282,7 @@ def _read_source(source: _Source, text_field: str) -> Iterator[str]:
 @lru_cache(maxsize=4)
 def _load_hub(spec: str, hub_id: str, config: str | None) -> Any:
     """The train split of a hub data set, downloaded or from the local cache."""
-    # a second to import, and needed by this kind of source only
-    import datasets
+    datasets = import_datasets()
 
     advice = "give a local copy with --data PATH"
     try:
