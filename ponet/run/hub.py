@@ -12,7 +12,7 @@ def import_datasets() -> Any:
     By itself it would try for half a minute, with two lines of the log each time.
     """
     # a second to import, and needed by few sources of data
-    import datasets
+    import datasets.config
 
     hub = urlsplit(datasets.config.HF_ENDPOINT)
     # what a proxy reaches cannot be told from here
