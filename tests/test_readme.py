@@ -179,39 +179,32 @@ class Newcomer:
     def follow(self, page: str) -> None:
         """Do what a page says, in its order; what another page said word for word is done."""
         for number, (kind, block) in enumerate(blocks_of(page)):
+            commands = commands_in(block)
             if kind == "python":
-                self._python(f"{Path(page).stem}_{number}.py", block)
-                continue
-            for command in commands_in(block):
+                path = re.match(r"# (\S+\.py)\n", block)
+                name = path[1] if path else f"{Path(page).stem}_{number}.py"
+                (self.folder / name).write_text(block)
+                commands = [] if path else [f"python {name}"]
+            for command in commands:
                 skipped = found_in(command, ONLY_PARSED | ({} if self._patient else SLOW))
                 if not skipped and command not in self._done:
                     self._done.add(command)
-                    self._command(command)
+                    self._do(command)
 
-    def _python(self, name: str, block: str) -> None:
-        path = re.match(r"# (\S+\.py)\n", block)
-        (self.folder / (path[1] if path else name)).write_text(block)
-        if not path and block not in self._done:
-            self._done.add(block)
-            self._run([name], block)
-
-    def _command(self, command: str) -> None:
+    def _do(self, command: str) -> None:
         words = shlex.split(command)
         if not re.search(AS_WRITTEN, command):
             words += shlex.split(" ".join(found_in(command, SMALLER)))
         # a launcher with one process starts what follows
         if words[0] == "python" or (words[0] == "deepspeed" and not self._patient):
-            self._run(words[1:], command)
+            output = self.folder / "output"
+            status = run_program(words[1:], self.folder, output)
+            assert status == 0, f"{command}\nstatus {status}\n{output.read_text()[-3000:]}"
         else:
             line = command if words[0] == "echo" else shlex.join(words)
             options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
             ended = subprocess.run(line, shell=True, cwd=self.folder, **options)
             assert ended.returncode == 0, f"{command}\n{ended.stdout[-500:]}{ended.stderr[-3000:]}"
-
-    def _run(self, words: list[str], command: str) -> None:
-        output = self.folder / "output"
-        status = run_program(words, self.folder, output)
-        assert status == 0, f"{command}\nstatus {status}\n{output.read_text()[-3000:]}"
 
 
 @pytest.fixture(scope="module")
