@@ -4,8 +4,8 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from torch.utils.tensorboard import SummaryWriter
@@ -48,13 +48,7 @@ class MetricsWriter:
         self._board = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
-        """Record numbers.
-
-        Args:
-            kind: "train" or "eval".
-            step: optimizer steps done.
-            values: numbers by name; undefined ones are left out.
-        """
+        """Record numbers by name after optimizer steps, of kind "train" or "eval"."""
         if self._file is None or self._board is None:
             return
         values = {name: value for name, value in values.items() if value is not None}
@@ -66,12 +60,7 @@ class MetricsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
@@ -79,14 +68,11 @@ class MetricsWriter:
 
 def _keep_until(path: Path, step: int) -> None:
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            # the run was killed while it wrote this line, the last one
-            break
-        if entry["step"] <= step:
-            kept.append(line + "\n")
+    # the last line may be cut, where the run was killed
+    with suppress(json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
     write_text(path, "".join(kept))
 
 
@@ -104,8 +90,7 @@ def log_steps(
     Args:
         writer: of the metrics.
         name: of the run, empty where a program has one run only.
-        step: the last one, counted from 1.
-        steps: of the whole run.
+        step, steps: the last one, counted from 1, and those of the whole run.
         metrics: `loss` and its parts (`mlm_loss`), `learning_rate`, `step_ms`, `peak_memory_mib`,
             where tokens are counted `tokens_per_second`, and others for the records alone.
         remaining_seconds: until the end of the run.
@@ -128,10 +113,8 @@ def log_steps(
 
 def describe(scores: Mapping[str, float | None]) -> str:
     """Scores on a line."""
-    return ", ".join(
-        f"{name} {'undefined' if value is None else f'{value:.4f}'}"
-        for name, value in scores.items()
-    )
+    texts = {k: "undefined" if value is None else f"{value:.4f}" for k, value in scores.items()}
+    return ", ".join(map(" ".join, texts.items()))
 
 
 def _duration(seconds: float) -> str:

@@ -12,7 +12,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ponet.files import write_atomically, write_text
-from ponet.run.runs import RESULT, exit_with_error
+from ponet.run.cli import errors_in_one_line
+from ponet.run.runs import RESULT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ def read_results(
 
     Args:
         folder: of the runs.
-        record: a dataclass of the fields that the report needs; others are left out.
+        record: a dataclass of the fields that the report needs.
         identity: fields in which two results of the same run agree.
         program: that makes results, for messages.
 
@@ -61,8 +62,6 @@ def _read_result(path: Path, adapter: TypeAdapter[Any]) -> Any:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ResultError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from error
-    except OSError as error:
-        raise ResultError(f"{path}: cannot be read: {error}") from error
 
 
 def read_published(path: Path) -> Any:
@@ -89,11 +88,7 @@ def scores_text(values: Sequence[float]) -> str:
 
 
 def write_report(folder: Path, text: str, figure: "Figure | None" = None) -> None:
-    """Write `report.md`, and `report.png` of a figure, each whole or not at all.
-
-    Raises:
-        OSError: one cannot be written.
-    """
+    """Write `report.md`, and `report.png` of a figure, each whole or not at all."""
     write_text(folder / "report.md", text)
     if figure is not None:
         write_atomically(folder / "report.png", partial(figure.savefig, format="png", dpi=130))
@@ -102,19 +97,10 @@ def write_report(folder: Path, text: str, figure: "Figure | None" = None) -> Non
 def report_program(
     program: str, description: str, default: str, report: Callable[[Path], str]
 ) -> None:
-    """The whole of a program that reports on a folder of runs and prints the Markdown.
-
-    Args:
-        program: its path, for errors.
-        description: for `--help`.
-        default: the folder when none is given.
-        report: writes the files of a folder and returns the Markdown.
-    """
+    """The whole of a program that writes a report on a folder of runs and prints its Markdown."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path(default), help=f"of the runs [{default}]"
     )
-    try:
+    with errors_in_one_line(program):
         print(report(parser.parse_args().folder), end="")
-    except (ResultError, OSError) as error:
-        exit_with_error(program, error)
