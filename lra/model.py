@@ -109,14 +109,10 @@ def model_inputs(
         index=None,
         rows=None,
     )
-    special = torch.zeros_like(columns, dtype=torch.bool)
     segments = columns // segment_columns(task, num_segments)
+    layout = layout_of(stream, torch.zeros_like(columns, dtype=torch.bool), segments)
     return ModelInputs(
-        input_ids=ids,
-        position_ids=columns,
-        layout=layout_of(stream, special, segments),
-        counted=counted,
-        scale=lengths / divisor,
+        input_ids=ids, position_ids=columns, layout=layout, counted=counted, scale=lengths / divisor
     )
 
 

@@ -59,9 +59,7 @@ class ArenaResult:
     pretrain_epochs: float
     seed: int
     complete: bool
-    """It is the whole published run on the whole data."""
     differences: list[str]
-    """Names of the settings that are not the published ones."""
     steps: int
     published_steps: int
     test_accuracy: float
@@ -77,8 +75,7 @@ class ArenaResult:
 def read_runs(folder: Path) -> Table:
     """All results below a folder, accuracies in percent, tasks and models in the order of reports.
 
-    Raises:
-        ResultError: they cannot be used, or complete runs of a task are on different data.
+    Complete runs of a task on different data are refused.
     """
     runs: Table = read_results(folder, ArenaResult, _IDENTITY, "lra/run.py")
     for path, task in zip(runs["path"], runs["task"], strict=True):
@@ -109,11 +106,7 @@ def model_title(model: str) -> str:
 
 
 def report(folder: Path) -> str:
-    """Write `report.md` on the runs below a folder into it; returns the Markdown.
-
-    Raises:
-        ResultError: there are no results, or one cannot be used.
-    """
+    """Write `report.md` on the runs below a folder into it; returns the Markdown."""
     runs, parts = read_runs(folder), ["# Long Range Arena", _NOTES]
     for name in sorted(set(runs["group"]), key=lambda name: (name != "published", name)):
         group = runs[runs["group"] == name]

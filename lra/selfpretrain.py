@@ -30,8 +30,7 @@ def hide_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hide the task's share of the real tokens, each by an independent draw; on the host.
 
-    Returns:
-        `[T]` ids with hidden tokens replaced, `[M]` places of these, `[M]` their original ids.
+    Returns `[T]` ids with hidden tokens replaced, `[M]` places of these, `[M]` their original ids.
     """
     ids = inputs.input_ids
     hidden = torch.rand(ids.shape, generator=generator) < task.mask_ratio

@@ -153,9 +153,7 @@ class CapturedStep(TrainingStep):
         torch.manual_seed(seed)
 
 
-def put_rows(
-    rows: Sequence[np.ndarray] | Sequence[tuple[float, ...]], device: torch.device
-) -> Tensor:
+def put_rows(rows: Sequence[np.ndarray | tuple[float, ...]], device: torch.device) -> Tensor:
     """A table of numbers on a device, without a wait for what it is doing."""
     table = torch.from_numpy(np.array(rows))
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
@@ -247,7 +245,6 @@ class FlatAdamW(torch.optim.AdamW):
         return [part.view(p.shape) for part, p in zip(parts, self._parameters, strict=True)]
 
     def _share(self) -> None:
-        """Let the state of each parameter be views of the vectors."""
         counts, means, squares = self._flat
         values = (counts.unbind(), self._views(means), self._views(squares))
         for parameter, *parts in zip(self._parameters, *values, strict=True):

@@ -19,7 +19,6 @@ from lra.store import Split
 from lra.tasks import TASKS
 from ponet.mixers import MIXERS
 from ponet_kernels import use_backend
-from ponet_kernels.layout import SEES_LEFT, SEES_RIGHT
 
 # of softmax attention; PoNet has 16,640 more
 PARAMETERS = {"listops": 209_802, "text": 370_562, "retrieval": 395_138}
@@ -159,29 +158,6 @@ def test_fixed_shapes_change_nothing(mixer, backend):
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append({"logits": logits.detach(), **gradients})
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
-
-
-def test_a_layout_of_fixed_shapes_by_hand():
-    inputs = resident_inputs(
-        torch.tensor([[5, 0, 6, 7], [0, 0, 0, 9]]),
-        BatchShape(num_tokens=10, num_ghosts=2),
-        task=dataclasses.replace(SMALL, seq_len=4),
-        mixer="ponet",
-        num_segments=3,
-    )
-    # columns 0 and 1 are the first chunk, 2 and 3 the second
-    assert inputs.input_ids.tolist() == [5, 6, 7, 9, 0, 0, 0, 0, 0, 0]
-    assert inputs.position_ids.tolist() == [0, 2, 3, 3, 0, 0, 0, 0, 0, 0]
-    assert inputs.scale.tolist() == [0.75, 0.25]
-    layout = inputs.layout
-    assert layout.cu_seqlens.tolist() == [0, 3, 4, 8, 10]
-    assert layout.cu_segments.tolist() == [0, 1, 3, 3, 4, 8, 10]
-    assert layout.token_segments.tolist() == [0, 1, 1, 3, 4, 4, 4, 4, 5, 5]
-    assert layout.segment_sequences.tolist() == [0, 0, 1, 1, 2, 3]
-    seen = [(int(x) & SEES_LEFT, int(x) & SEES_RIGHT) for x in layout.token_marks]
-    assert seen == [(0, 0), (0, 2), (1, 0), *[(0, 0)] * 7]
-    assert layout.rows.places is not None
-    assert layout.rows.places.tolist() == [0, 1, 2, 4, 8, 9, 10, 11, 12, 13]
 
 
 def test_a_black_image_is_answered():

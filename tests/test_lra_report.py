@@ -12,19 +12,16 @@ from lra.tasks import COMPARED
 from ponet.mixers import MIXERS
 from ponet.run.report import ResultError
 
-MAJORITY = {"listops": 0.17, "text": 0.5, "retrieval": 0.5, "image": 0.1, "pathfinder": 0.5}
-
 
 def save(root: Path, **changes: Any) -> Path:
     """Write one result as a run does."""
     result = {"task": "text", "model": "ponet", "protocol": "published", "seed": 0}
     result |= {"pretrain_epochs": 0, "complete": True, "differences": [], "steps": 20000}
     result |= {"published_steps": 20000, "test_accuracy": 0.7, "step_ms": 4.0, "commit": "abc"}
-    result |= {"device": "cpu, 2 threads", "data": {"digest": "d1", "more": 1}, **changes}
-    result.setdefault("majority_rate", MAJORITY.get(result["task"], 0.5))
-    name = f"{result['task']}-{result['model']}-seed{result['seed']}"
-    group = result["protocol"] + ("-pretrained" if result["pretrain_epochs"] else "")
-    path = root / group / name / "result.json"
+    result |= {"majority_rate": 0.5, "device": "cpu", "data": {"digest": "d1"}, "more": 1}
+    result |= changes
+    names = ("protocol", "pretrain_epochs", "task", "model", "seed")
+    path = root / "-".join(str(result[name]) for name in names) / "result.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(result))
     return path

@@ -1,4 +1,7 @@
-"""How a program begins and ends: dataclass defaults < YAML preset < flags, and errors in a line."""
+"""How a program begins and ends: dataclass defaults < YAML preset < flags, and errors in a line.
+
+What is wrong with a flag or a file is a `UsageError`.
+"""
 
 import argparse
 import ast
@@ -48,11 +51,7 @@ def errors_in_one_line(
 
 
 def require(holds: bool, name: str, expected: str, found: object) -> None:
-    """Refuse the value of a field.
-
-    Raises:
-        UsageError: it does not hold.
-    """
+    """Refuse the value of a field if something does not hold."""
     if not holds:
         raise UsageError(f"{_flag(name)} must be {expected}, found {found}")
 
@@ -62,11 +61,7 @@ def _flag(name: str) -> str:
 
 
 def read_yaml(path: Path, cls: type) -> dict[str, Any]:
-    """Fields of a dataclass from a YAML file.
-
-    Raises:
-        UsageError: the file is missing or no mapping, a key is unknown, or a value does not fit.
-    """
+    """Fields of a dataclass from a YAML file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -74,21 +69,16 @@ def read_yaml(path: Path, cls: type) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected keys and values, found {type(content).__name__}")
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
     for key in content:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
             meant = f", did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"{path}: unknown key {key!r}{meant}")
     return {key: _fitted(value, hints[key], f"{path}: {key}") for key, value in content.items()}
 
 
 def preset_path(name: str, presets: Path) -> Path:
-    """The file of a preset by name, or a YAML file by path.
-
-    Raises:
-        UsageError: there is neither.
-    """
+    """The file of a preset by name, or a YAML file by path."""
     for path in (presets / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
@@ -101,17 +91,14 @@ def parse_arguments(
 ) -> tuple[str, dict[str, Any]]:
     """Parse a command line, that of the process when None, with a flag for each field of `cls`.
 
-    Returns:
-        The preset's name or path, and the fields given as flags.
-
-    Raises:
-        UsageError: a value does not fit; an unknown flag ends the process with status 2.
+    Returns the name or path of the preset, and the fields that were given. An unknown flag ends
+    the process with status 2.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--config", default=default_preset, metavar="PRESET", help="name or YAML file"
     )
-    # launchers of older versions pass it; the environment variable LOCAL_RANK is what counts
+    # launchers may pass it; the environment variable LOCAL_RANK is what counts
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     _add_flags(parser, cls)
     given = vars(parser.parse_args(argv))

@@ -87,17 +87,13 @@ def log_steps(
 ) -> None:
     """Record and log the steps since the last time: the one line of all programs.
 
-    Args:
-        writer: of the metrics.
-        name: of the run, empty where a program has one run only.
-        step, steps: the last one, counted from 1, and those of the whole run.
-        metrics: `loss` and its parts (`mlm_loss`), `learning_rate`, `step_ms`, `peak_memory_mib`,
-            where tokens are counted `tokens_per_second`, and others for the records alone.
-        remaining_seconds: until the end of the run.
+    Metrics are `loss` and its parts (`mlm_loss`), `learning_rate`, `step_ms`, `peak_memory_mib`,
+    where tokens are counted `tokens_per_second`, and others for the records alone. The name is
+    empty where a program has one run only.
     """
     writer.write("train", step, metrics)
     losses = [(key, value) for key, value in metrics.items() if key.endswith("loss")]
-    speed = metrics.get("tokens_per_second")
+    speed, left = metrics.get("tokens_per_second"), remaining_seconds
     parts = [
         name,
         f"step {step}/{steps}",
@@ -106,7 +102,7 @@ def log_steps(
         f"{metrics['step_ms']:.3g} ms",
         "" if speed is None else f"{speed / 1e3:.1f}k tok/s",
         f"{metrics['peak_memory_mib']:,.0f} MiB",
-        f"eta {_duration(remaining_seconds)}",
+        f"eta {left / 60:.0f}m" if left >= 60 else f"eta {left:.0f}s",
     ]
     logger.info(" | ".join(filter(None, parts)))
 
@@ -115,7 +111,3 @@ def describe(scores: Mapping[str, float | None]) -> str:
     """Scores on a line."""
     texts = {k: "undefined" if value is None else f"{value:.4f}" for k, value in scores.items()}
     return ", ".join(map(" ".join, texts.items()))
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f}m" if seconds >= 60 else f"{seconds:.0f}s"

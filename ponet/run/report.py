@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -14,9 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from ponet.files import write_atomically, write_text
 from ponet.run.cli import errors_in_one_line
 from ponet.run.runs import RESULT
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
@@ -28,16 +25,10 @@ class ResultError(ValueError):
 def read_results(
     folder: Path, record: type[Any], identity: Sequence[str], program: str
 ) -> pd.DataFrame:
-    """All results below a folder, one row per run in the order of their paths.
+    """All results below a folder that a program made, one row per run in the order of their paths.
 
-    Args:
-        folder: of the runs.
-        record: a dataclass of the fields that the report needs.
-        identity: fields in which two results of the same run agree.
-        program: that makes results, for messages.
-
-    Raises:
-        ResultError: there is none, one is damaged, or two are of the same run.
+    Their fields are those of the dataclass `record`; results of the same run, which agree in the
+    fields of `identity`, are refused.
     """
     paths = sorted(folder.rglob(RESULT))
     if not paths:
@@ -87,8 +78,8 @@ def scores_text(values: Sequence[float]) -> str:
     return f"{scores.mean():.2f}{spread} ({len(scores)})"
 
 
-def write_report(folder: Path, text: str, figure: "Figure | None" = None) -> None:
-    """Write `report.md`, and `report.png` of a figure, each whole or not at all."""
+def write_report(folder: Path, text: str, figure: Any = None) -> None:
+    """Write `report.md`, and `report.png` of a figure of matplotlib, each whole or not at all."""
     write_text(folder / "report.md", text)
     if figure is not None:
         write_atomically(folder / "report.png", partial(figure.savefig, format="png", dpi=130))

@@ -34,7 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 class Run(Protocol):
-    """One run of a command, as handed to a process: it can be pickled."""
+    """One run of a command, as handed to a process: it can be pickled.
+
+    `finished` gives the figures of a run that is, `execute` does or continues it and gives them;
+    both raise `USER_ERRORS`.
+    """
 
     @property
     def name(self) -> str: ...
@@ -42,14 +46,8 @@ class Run(Protocol):
     def folder(self) -> Path: ...
     @property
     def options(self) -> RunOptions: ...
-
-    def finished(self) -> dict[str, Any] | None:
-        """The figures, if the run is finished; raises one of `USER_ERRORS` on a conflict."""
-        ...
-
-    def execute(self) -> dict[str, Any]:
-        """Do the run, or continue it; returns its figures, raises one of `USER_ERRORS`."""
-        ...
+    def finished(self) -> dict[str, Any] | None: ...
+    def execute(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,7 @@ class RunFolder:
     def finished(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         """The figures of a run by all that decides them; None when something is left to do.
 
-        Raises:
-            UsageError: the folder holds another run.
-            CheckpointError: a file of it is damaged.
+        A folder with another run is a UsageError, one with a damaged file a CheckpointError.
         """
         record = _read_json(self.path / _CONFIG)
         if record is None:
@@ -119,11 +115,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of all runs: "cpu", "cuda" or "auto", a GPU if there is one.
-
-    Raises:
-        UsageError: a GPU is asked for and there is none.
-    """
+    """The device of all runs: "cpu", "cuda" or "auto", a GPU if there is one."""
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
         raise UsageError("--device cuda: PyTorch finds no GPU; use cpu or auto")
@@ -144,19 +136,11 @@ def run_options(config: Any) -> RunOptions:
 def run_all(
     program: str, runs: Sequence[Run], *, jobs: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Do all runs of a command that are not finished.
+    """Do the runs of a command that are not finished, several jobs in processes of their own.
 
-    Args:
-        program: for the log.
-        runs: in the order in which they begin.
-        jobs: runs at a time, each in a process of its own; 1 stays in this process.
-
-    Returns:
-        The figures of the finished runs, then of the others in the order in which they ended; and
-        what went wrong, logged when it came.
-
-    Raises:
-        ValueError: a run conflicts with its folder or its data; found before the first one begins.
+    Returns the figures of the finished runs, then of the others in the order in which they ended;
+    and what went wrong, logged when it came. A run that conflicts with its folder or its data is
+    a ValueError before the first one begins.
     """
     known = [(run, run.finished()) for run in runs]
     results = [result for _, result in known if result is not None]

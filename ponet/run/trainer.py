@@ -7,7 +7,6 @@ interrupted run continues bit for bit without a state of random generators or of
 import io
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -137,7 +136,7 @@ class Trainer:
 
         Raises:
             CheckpointError: the checkpoint is damaged or of another run.
-            TrainingError: a loss is not finite; the last checkpoint is from before.
+            TrainingError: a loss is not finite.
         """
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / "checkpoint.pt"
@@ -244,5 +243,4 @@ class Trainer:
 
 def progress_bar(step: int, steps: int, *, shown: bool) -> tqdm:
     """A bar over the steps of a run, where a person watches a terminal."""
-    hidden = not shown or not sys.stderr.isatty()
-    return tqdm(initial=step, total=steps, disable=hidden, dynamic_ncols=True)
+    return tqdm(initial=step, total=steps, disable=None if shown else True, dynamic_ncols=True)
