@@ -34,7 +34,7 @@ from torch import Tensor
 from ponet import PoNetForPreTraining
 from ponet.files import write_json, write_text
 from ponet.model import PreTrainingOutput
-from ponet.run.cli import UsageError, read_yaml
+from ponet.run.cli import UsageError, errors_in_one_line, read_yaml
 from ponet.run.device import matmul_rate, peak_memory_mib, source_commit, training_flops
 from ponet.run.log import MetricsWriter, describe, log_steps, set_up_logging
 from ponet.run.trainer import TrainingError, progress_bar
@@ -54,23 +54,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main() -> None:
     """Run the program."""
     began = time.perf_counter()
-    try:
+    advice = "; --resume FOLDER continues from its newest checkpoint"
+    # other ranks may wait in a collective that this one will never join; no clean way out
+    with errors_in_one_line("pretrain", advice=advice, leave=os._exit):
         config, preset = parse()
         ranks = join_ranks()
         set_up_logging(ranks.rank)
         result = pretrain(config, preset, ranks, began)
-    # usage, configuration, data and checkpoint errors are ValueErrors; a full disk is an OSError
-    except (ValueError, TrainingError, OSError) as error:
-        sys.stderr.write(f"pretrain: error: {error}\n")
-        sys.stderr.flush()
-        # other ranks may wait in a collective that this one will never join; no clean way out
-        os._exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            "pretrain: interrupted; --resume FOLDER continues from its newest checkpoint\n"
-        )
-        sys.stderr.flush()
-        os._exit(130)
     dist.destroy_process_group()
     if ranks.rank == 0:
         print(json.dumps(result), flush=True)
