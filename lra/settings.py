@@ -207,5 +207,6 @@ def parse(argv: Sequence[str] | None = None) -> ArenaConfig:
         argv,
         description="Train and test token mixers on the Long Range Arena.",
         default_preset="default",
+        presets=PRESETS,
     )
     return ArenaConfig(**read_yaml(preset_path(preset, PRESETS), ArenaConfig) | flags)

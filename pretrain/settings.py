@@ -186,6 +186,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[PretrainConfig, str]:
         argv,
         description="Pre-train an encoder with masked LM and sentence structure.",
         default_preset="demo",
+        presets=PRESETS,
     )
     if flags.get("resume"):
         return _resumed(Path(flags["resume"]), flags), preset

@@ -310,7 +310,12 @@ def test_bad_values_of_flags(flag, message):
         parse([flag])
 
 
-def test_unknown_flags_and_own_files(tmp_path, capsys):
+def test_help_unknown_flags_and_own_files(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help", "--config=small"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--config PRESET base, debug, demo, small, or a YAML file [demo]" in shown
+    assert "--steps INT Optimizer steps. [2000]" in shown
     with pytest.raises(SystemExit, match="2"):
         parse(["--stepz=3"])
     assert "--stepz" in capsys.readouterr().err

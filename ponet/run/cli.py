@@ -82,37 +82,49 @@ def preset_path(name: str, presets: Path) -> Path:
     for path in (presets / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
-    known = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
-    raise UsageError(f"--config: no preset or file {name!r}; the presets are {known}")
+    raise UsageError(f"--config: no preset or file {name!r}; the presets are {_names_in(presets)}")
+
+
+def _names_in(presets: Path) -> str:
+    return ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
 
 
 def parse_arguments(
-    cls: type[Any], argv: Sequence[str] | None, *, description: str, default_preset: str
+    cls: type[Any],
+    argv: Sequence[str] | None,
+    *,
+    description: str,
+    default_preset: str,
+    presets: Path,
 ) -> tuple[str, dict[str, Any]]:
     """Parse a command line, that of the process when None, with a flag for each field of `cls`.
 
     Returns the name or path of the preset, and the fields that were given. An unknown flag ends
     the process with status 2.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--config", default=default_preset, metavar="PRESET", help="name or YAML file"
-    )
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False)
+    text = f"{_names_in(presets)}, or a YAML file [{default_preset}]"
+    parser.add_argument("--config", default=default_preset, metavar="PRESET", help=text)
     # launchers may pass it; the environment variable LOCAL_RANK is what counts
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    _add_flags(parser, cls)
+    # the other flags are shown with the values that the preset gives them
+    preset = parser.parse_known_args(argv)[0].config
+    parser.add_argument("-h", "--help", action="help", help="show this, with the preset's values")
+    _add_flags(parser, cls, read_yaml(preset_path(preset, presets), cls))
     given = vars(parser.parse_args(argv))
-    preset, _ = given.pop("config"), given.pop("local_rank")
+    del given["config"], given["local_rank"]
     hints = typing.get_type_hints(cls)
     return preset, {name: _fitted(given[name], hints[name], _flag(name)) for name in given}
 
 
-def _add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
+def _add_flags(parser: argparse.ArgumentParser, cls: type, preset: dict[str, Any]) -> None:
     """Absent flags stay absent."""
     docs, hints = _field_docs(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = _without_none(hints[field.name])
-        text = f"{docs.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        value = preset.get(field.name, field.default)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        text = f"{docs.get(field.name, '')} [{shown}]".replace("%", "%%")
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
