@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command import editable_wheel
 
 
@@ -20,14 +20,7 @@ class EditableWheel(editable_wheel.editable_wheel):
 
 
 setup(
-    packages=[
-        "ponet",
-        "ponet.mixers",
-        "ponet.run",
-        "ponet_kernels",
-        "ponet_kernels.triton_kernels",
-        "ponet_kernels.vectorised",
-    ],
+    packages=[*find_packages(include=["ponet", "ponet.*"]), *find_packages("kernels")],
     package_dir={"ponet_kernels": "kernels/ponet_kernels"},
     package_data={"ponet": ["py.typed"], "ponet_kernels": ["py.typed"]},
     cmdclass={"editable_wheel": EditableWheel},

@@ -26,9 +26,9 @@ from glue.encoding import ExampleEncoder
 from glue.model import LabelSpec, load_classifier, outputs_of
 from glue.tasks import ColumnKey, FileColumns
 from ponet import PoNetForSequenceClassification
-from ponet.run.cli import UsageError
+from ponet.run.cli import UsageError, errors_in_one_line
 from ponet.run.log import set_up_logging
-from ponet.run.runs import USER_ERRORS, choose_device, exit_with_error
+from ponet.run.runs import choose_device
 
 # examples that are encoded, predicted and written together
 _CHUNK = 4096
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     arguments = parser.parse_args(argv)
     set_up_logging(0)
-    try:
+    with errors_in_one_line("glue/predict.py"):
         predictor = Predictor(*load_classifier(arguments.model, choose_device(arguments.device)))
         trained_on = predictor.spec.text_columns
         columns = arguments.text_column or trained_on
@@ -132,8 +132,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         examples = read_input(arguments.file, columns)
         csv.writer(sys.stdout, lineterminator="\n").writerows(predictor.table(examples))
         sys.stdout.flush()
-    except USER_ERRORS as error:
-        exit_with_error("glue/predict.py", error)
 
 
 if __name__ == "__main__":

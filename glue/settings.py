@@ -306,6 +306,7 @@ def parse(argv: Sequence[str] | None = None) -> GlueConfig:
         argv,
         description="Fine-tune a checkpoint on GLUE, long texts or your own examples.",
         default_preset="default",
+        presets=PRESETS,
     )
     values = read_yaml(preset_path(preset, PRESETS), GlueConfig) | flags
     try:

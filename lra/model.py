@@ -1,9 +1,8 @@
 """The published Long Range Arena model, and how sequences of ids reach it, in two protocols.
 
-The model is a small encoder under any token mixer and a classifier. Its sizes are those of the
-code behind the Nystromformer (arXiv 2102.03902) and PoNet (arXiv 2110.02442) comparisons: the token
-mixer alone differs between the models of a task. The protocols differ in what a row is and in what
-the mean of the classifier is taken over:
+The model is a small encoder under any token mixer and a classifier, of the sizes of the code behind
+the Nystromformer (arXiv 2102.03902) and PoNet (arXiv 2110.02442) comparisons. The protocols differ
+in what a row is and in what the mean of the classifier is taken over:
 
 published   As in the code behind the published comparison. A row has the model's full length; id 0
             is absent, whether it is padding or a black pixel, so black pixels take no part in
@@ -26,11 +25,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lra.tasks import ArenaTask, ProtocolName
 from ponet import PoNetConfig, PoNetModel
 from ponet.batch import HostBatch
-from ponet.packing import BatchLayout, TokenStream, layout_of, stream_of_rows
+from ponet.packing import BatchLayout, TokenStream, layout_of
 from ponet_kernels import global_mean
 
 MIXERS_WITHOUT_MASK = ("fnet",)
@@ -48,7 +48,6 @@ class ModelInputs:
     position_ids: Tensor
     """`[T]` int64, the column of each token."""
     layout: BatchLayout
-    """Of the stream."""
     counted: Tensor | None
     """`[T]` bool, the tokens whose states count; None: all."""
     scale: Tensor
@@ -58,8 +57,7 @@ class ModelInputs:
         self, device: torch.device, others: Mapping[str, Tensor]
     ) -> "tuple[ModelInputs, dict[str, Tensor]]":
         """Move from the host, with others of the batch, by one copy that nothing waits for."""
-        names = ("input_ids", "position_ids", "counted", "scale")
-        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        own = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
         moved = HostBatch({**own, **others}, self.layout).to(device)
         moved_others = {name: moved.pop(name) for name in others}
         return replace(self, **moved), moved_others
@@ -87,62 +85,37 @@ def model_inputs(
         protocol: see the module.
         task: decides the length of rows.
         mixer: key of `ponet.mixers.MIXERS`.
-        num_segments: a segment has `seq_len // num_segments + 1` columns.
+        num_segments: see `segment_columns`.
     """
-    size = segment_columns(task, num_segments)
+    published, counted = protocol == "published", None
+    divisor = task.seq_len if published else lengths
     if mixer in MIXERS_WITHOUT_MASK:
-        return _whole_rows(ids, lengths, protocol, task, size)
+        filled = torch.arange(task.seq_len) < lengths.unsqueeze(1)
+        rows = ids.new_zeros(filled.shape).masked_scatter(filled, ids)
+        counted = (rows != 0 if published else filled).flatten()
+        ids, lengths = rows.flatten(), torch.full_like(lengths, task.seq_len)
     sequences = torch.arange(len(lengths)).repeat_interleave(lengths, output_size=len(ids))
     columns = torch.arange(len(ids)) - (lengths.cumsum(0) - lengths).index_select(0, sequences)
-    row_length, scale = int(lengths.max()), torch.ones(len(lengths))
-    if protocol == "published":
+    row_length = int(lengths.max())
+    if published and counted is None:
         present = ids.nonzero().squeeze(1)
         ids, sequences, columns = (x.index_select(0, present) for x in (ids, sequences, columns))
-        lengths = sequences.bincount(minlength=len(lengths))
-        row_length, scale = task.seq_len, lengths / task.seq_len
+        lengths, row_length = sequences.bincount(minlength=len(lengths)), task.seq_len
     stream = TokenStream(
-        cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(),
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(),
         sequences=sequences,
         positions=columns,
         row_length=row_length,
     )
+    segments = columns // segment_columns(task, num_segments)
+    layout = layout_of(stream, torch.zeros_like(columns, dtype=torch.bool), segments)
     return ModelInputs(
-        input_ids=ids,
-        position_ids=columns,
-        layout=_cut(stream, size),
-        counted=None,
-        scale=scale,
+        input_ids=ids, position_ids=columns, layout=layout, counted=counted, scale=lengths / divisor
     )
-
-
-def _whole_rows(
-    ids: Tensor, lengths: Tensor, protocol: ProtocolName, task: ArenaTask, size: int
-) -> ModelInputs:
-    filled = torch.arange(task.seq_len) < lengths.unsqueeze(1)
-    rows = ids.new_zeros(filled.shape).masked_scatter(filled, ids)
-    counted = rows != 0 if protocol == "published" else filled
-    stream = stream_of_rows(rows, None)
-    divisor = task.seq_len if protocol == "published" else lengths
-    return ModelInputs(
-        input_ids=rows.flatten(),
-        position_ids=stream.positions,
-        layout=_cut(stream, size),
-        counted=counted.flatten(),
-        scale=torch.full((len(lengths),), task.seq_len) / divisor,
-    )
-
-
-def _cut(stream: TokenStream, size: int) -> BatchLayout:
-    special = torch.zeros_like(stream.positions, dtype=torch.bool)
-    return layout_of(stream, special, stream.positions // size)
 
 
 def model_config(task: ArenaTask, mixer: str, **changes: Any) -> PoNetConfig:
-    """The published architecture for a task under a key of `ponet.mixers.MIXERS`.
-
-    Raises:
-        ConfigError: the changed fields contradict each other.
-    """
+    """The published architecture for a task under a key of `ponet.mixers.MIXERS`, with changes."""
     published = PoNetConfig(
         vocab_size=task.vocab_size,
         hidden_size=64,
@@ -194,7 +167,7 @@ class LongRangeClassifier(nn.Module):
         return self.classifier(vectors)
 
     def pool(self, inputs: ModelInputs) -> Tensor:
-        """Scaled sum of the real tokens' states, a vector a sequence: `[num_inputs * B, C]`."""
+        """Scaled sum of the real tokens' states per sequence: `[num_inputs * B, C]`."""
         states = self.ponet.encode(
             inputs.input_ids, position_ids=inputs.position_ids, layout=inputs.layout
         ).last

@@ -39,6 +39,7 @@ from lra.store import (
     write_task,
 )
 from lra.tasks import TASKS, ArenaTask, tasks_named
+from ponet.run.cli import errors_in_one_line
 from ponet.run.log import set_up_logging
 
 Drawn = list[tuple[int, Any]]
@@ -282,4 +283,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with errors_in_one_line("lra/prepare.py", advice="; the same command continues"):
+        sys.exit(main())

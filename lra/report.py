@@ -26,14 +26,7 @@ from ponet.run.report import (
 Table = Any
 """A `pandas.DataFrame`: its type stubs take nearly every access for an error."""
 
-TITLES = {
-    "listops": "ListOps",
-    "text": "Text",
-    "retrieval": "Retrieval",
-    "image": "Image",
-    "pathfinder": "Pathfinder",
-    "pathx": "Path-X",
-}
+TITLES = {name: name.title() for name in TASKS} | {"listops": "ListOps", "pathx": "Path-X"}
 """Tasks in print."""
 
 _PUBLISHED = read_published(Path(__file__).with_name("published.yaml"))
@@ -45,6 +38,8 @@ _NOTES = (
     "Published figures: PoNet, arXiv 2110.02442, Table 1, number of seeds not stated. The average "
     "is over the five tasks, where all have complete runs."
 )
+
+_IDENTITY = ("protocol", "pretrain_epochs", "task", "model", "seed")
 
 
 @dataclass
@@ -64,9 +59,7 @@ class ArenaResult:
     pretrain_epochs: float
     seed: int
     complete: bool
-    """It is the whole published run on the whole data."""
     differences: list[str]
-    """Names of the settings that are not the published ones."""
     steps: int
     published_steps: int
     test_accuracy: float
@@ -82,12 +75,9 @@ class ArenaResult:
 def read_runs(folder: Path) -> Table:
     """All results below a folder, accuracies in percent, tasks and models in the order of reports.
 
-    Raises:
-        ResultError: there is none, one cannot be used, two are of the same run, or complete runs of
-            a task in one group are on different data.
+    Complete runs of a task on different data are refused.
     """
-    identity = ("protocol", "pretrain_epochs", "task", "model", "seed")
-    runs: Table = read_results(folder, ArenaResult, identity, "lra/run.py")
+    runs: Table = read_results(folder, ArenaResult, _IDENTITY, "lra/run.py")
     for path, task in zip(runs["path"], runs["task"], strict=True):
         if task not in TASKS:
             raise ResultError(f"{path}: task: expected one of {', '.join(TASKS)}, found {task!r}")
@@ -115,9 +105,9 @@ def model_title(model: str) -> str:
     return title if title.lower() == model.lower() else f"{title} ({model})"
 
 
-def report_text(runs: Table) -> str:
-    """The whole report as Markdown."""
-    parts = ["# Long Range Arena", _NOTES]
+def report(folder: Path) -> str:
+    """Write `report.md` on the runs below a folder into it; returns the Markdown."""
+    runs, parts = read_runs(folder), ["# Long Range Arena", _NOTES]
     for name in sorted(set(runs["group"]), key=lambda name: (name != "published", name)):
         group = runs[runs["group"] == name]
         complete, incomplete = group[group["complete"]], group[~group["complete"]]
@@ -134,7 +124,9 @@ def report_text(runs: Table) -> str:
             parts += ["### Incomplete runs, in no mean", _incomplete_table(incomplete)]
         devices, commits = (sorted(set(group[column])) for column in ("device", "commit"))
         parts.append(f"Device: {'; '.join(devices)}. Commit: {', '.join(commits)}.")
-    return "\n\n".join(parts) + "\n"
+    text = "\n\n".join(parts) + "\n"
+    write_report(folder, text)
+    return text
 
 
 def _cells(complete: Table, column: str, text: Any) -> Table:
@@ -184,18 +176,6 @@ def _incomplete_table(incomplete: Table) -> str:
         for run in incomplete.to_dict("records")
     ]
     return markdown_table([*head, "not as published"], rows)
-
-
-def report(folder: Path) -> str:
-    """Read the runs below a folder and write `report.md` into it; returns the Markdown.
-
-    Raises:
-        ResultError: there are no results, or one cannot be used.
-        OSError: the file cannot be written.
-    """
-    text = report_text(read_runs(folder))
-    write_report(folder, text)
-    return text
 
 
 if __name__ == "__main__":

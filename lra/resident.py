@@ -56,10 +56,7 @@ class ResidentExamples:
     """A split on a device."""
 
     def __init__(self, split: Split, task: ArenaTask, mixer: str, stream: Tensor) -> None:
-        """Take a split whose sequences `resident_stream` put on the device.
-
-        The mixer, a key of `ponet.mixers.MIXERS`, decides whether absent tokens are seen.
-        """
+        """Take a split whose sequences `resident_stream` put on the device."""
         device = stream.device
         self.labels = torch.from_numpy(split.labels).to(device)
         """`[examples]` int64."""
@@ -81,10 +78,7 @@ class ResidentExamples:
         return BatchShape(num_tokens=num_tokens, num_ghosts=-(-missing // self._length))
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Ids of examples `[B]`, zero at padding: `[num_inputs * B, N]` int64.
-
-        All first inputs come before all second ones.
-        """
+        """Padded ids of examples `[B]`: `[num_inputs * B, N]` int64, all first inputs first."""
         starts, lengths = (
             values.index_select(0, indices).T.reshape(-1, 1)
             for values in (self._starts, self._lengths)
@@ -104,18 +98,14 @@ def resident_stream(split: Split, device: torch.device) -> Tensor:
 def resident_inputs(
     rows: Tensor, shape: BatchShape, *, task: ArenaTask, mixer: str, num_segments: int
 ) -> ModelInputs:
-    """What `lra.model.model_inputs` makes for the published protocol, in fixed shapes.
+    """What `lra.model.model_inputs` makes for the published protocol, in a fixed shape.
 
-    Args:
-        rows: `[R, N]` int64, zero at what is absent; nothing is read from its device.
-        shape: of the batches that this is one of.
-        task, mixer, num_segments: as there.
+    Rows are `[R, N]` int64, zero at what is absent; nothing is read from their device.
     """
     num_rows, length = rows.shape
-    # FNet sees whole rows
-    mixes = mixer in MIXERS_WITHOUT_MASK
+    sees_all = mixer in MIXERS_WITHOUT_MASK
     real = rows != 0
-    seen = (torch.ones_like(real) if mixes else real).flatten()
+    seen = (torch.ones_like(real) if sees_all else real).flatten()
     passed = seen.cumsum(0)  # [R N], seen tokens up to and with the place
     # the place in the rows of each token of the stream; R N for ghosts, as if in one more row
     slots = (passed - 1).masked_fill(~seen, shape.num_tokens)
@@ -124,7 +114,7 @@ def resident_inputs(
     before = (passed - seen.long()).view(num_rows, length)
     layout = _layout(order, before, passed[-1:], shape, segment_columns(task, num_segments))
     ids, counted = F.pad(rows.flatten(), (0, 1)), None
-    if mixes:
+    if sees_all:
         counted = F.pad(real.flatten(), (0, 1)).index_select(0, order)
     return ModelInputs(
         input_ids=ids.index_select(0, order),
@@ -142,8 +132,8 @@ def _layout(
 
     Args:
         order: `[T]`, the place of each token among the R N, ascending; R N for ghosts.
-        before: `[R, N]`, real tokens before each place.
-        total: `[1]`, real tokens.
+        before: `[R, N]`, seen tokens before each place.
+        total: `[1]`, seen tokens.
         shape: of the batch.
         size: columns of a segment.
     """
@@ -158,8 +148,8 @@ def _layout(
     ghosts = torch.cat([total, ends])  # where they begin, and the end
     cu_seqlens = torch.cat([before[:, 0], ghosts])
     chunks = before[:, ::size]
-    num_chunks = chunks.shape[1]
-    segments = torch.arange(chunks.numel() + shape.num_ghosts, device=device)
+    num_chunks, num_real = chunks.shape[1], chunks.numel()
+    segments = torch.arange(num_real + shape.num_ghosts, device=device)
     columns, rows = order % length, order // length
     breaks = (columns == 0) | ghost | F.pad(order.diff() != 1, (1, 0), value=True)
 
@@ -167,12 +157,10 @@ def _layout(
         cu_seqlens=cu_seqlens.int(),
         cu_segments=torch.cat([chunks.flatten(), ghosts]).int(),
         token_segments=torch.where(
-            ghost, chunks.numel() + rank // length, rows * num_chunks + columns // size
+            ghost, num_real + rank // length, rows * num_chunks + columns // size
         ),
         segment_sequences=torch.where(
-            segments < chunks.numel(),
-            segments // num_chunks,
-            segments - chunks.numel() + num_rows,
+            segments < num_real, segments // num_chunks, segments - num_real + num_rows
         ),
         token_marks=token_marks(breaks),
         max_seqlen=length,

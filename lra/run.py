@@ -30,9 +30,8 @@ from lra.data import Classification
 from lra.model import LongRangeClassifier
 from lra.prepare import prepare_task
 from lra.resident import obstacle
-from lra.selfpretrain import MaskedPrediction, build_masked_lm
+from lra.selfpretrain import MaskedPrediction
 from lra.settings import ArenaConfig, ArenaSettings, parse
-from lra.steps import PlainStep
 from lra.store import ArenaData, load_arena_data
 from lra.tasks import tasks_named
 from ponet.files import write_bytes
@@ -48,7 +47,7 @@ logger = logging.getLogger("lra.run")
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaRun:
-    """A run and where it happens, as handed to a process, which reads the data itself."""
+    """A run and where it happens: a `ponet.run.runs.Run`, whose process reads the data itself."""
 
     settings: ArenaSettings
     folder: Path
@@ -71,23 +70,11 @@ class ArenaRun:
         return {"data": data.manifest["digest"], **asdict(self.settings)}
 
     def finished(self) -> dict[str, Any] | None:
-        """The figures of the run; None when there is something left to do.
-
-        Raises:
-            UsageError: its folder holds a run with other settings or data.
-            ArenaError: the prepared task is damaged.
-        """
+        """The figures, if the run is finished; refuses a folder with other settings or data."""
         return RunFolder(self.folder).finished(self._identity(self._load()))
 
     def execute(self) -> dict[str, Any]:
-        """Self-pretrain, train and test, or continue to; returns the content of `result.json`.
-
-        Raises:
-            CheckpointError: a file of the folder is damaged.
-            ArenaError: a split does not fill one batch.
-            TrainingError: a loss is not finite.
-            OSError: a file could not be written.
-        """
+        """Self-pretrain, train and test, or continue to; returns the content of `result.json`."""
         settings, device, data = self.settings, self.options.device, self._load()
         torch.manual_seed(settings.seed)
         model = LongRangeClassifier(settings.model_config(), data.task.num_inputs).to(device)
@@ -96,10 +83,9 @@ class ArenaRun:
             logger.info("%s | steps are not captured: %s", self.name, reason)
         resident = self.captures and reason is None
         classification = Classification(model, data, settings, device, resident=resident)
-        RunFolder(self.folder).begin(
-            self._identity(data),
-            {"data": data.describe(), "model": settings.model_config().to_dict()},
-        )
+        folder = RunFolder(self.folder)
+        details = {"data": data.describe(), "model": settings.model_config().to_dict()}
+        folder.begin(self._identity(data), details)
         pretrain_seconds = self._pretrain(model, data) if settings.pretrain_epochs else 0.0
         if settings.compile:
             model.ponet.encoder.compile()
@@ -116,8 +102,6 @@ class ArenaRun:
         trainer.train(self.folder)
         assert trainer.best is not None
         model.load_state_dict(trainer.best)
-        tested = sum(len(indices) for indices in classification.test_batches())
-        logger.info("%s | testing on %d examples", self.name, tested)
         began = time.perf_counter()
         accuracy = classification.test_accuracy()
         seconds = pretrain_seconds + trainer.progress.seconds + time.perf_counter() - began
@@ -125,45 +109,27 @@ class ArenaRun:
         result = {
             **self._figures(data, trainer.progress),
             "test_accuracy": accuracy,
-            "num_test_examples": tested,
+            "num_test_examples": sum(map(len, classification.test_batches())),
             "num_parameters": sum(p.numel() for p in model.parameters()),
             "seconds": seconds,
         }
-        logger.info(
-            "%s | test accuracy %.4f (majority baseline %.4f) after %d steps%s",
-            self.name,
-            accuracy,
-            result["majority_rate"],
-            settings.steps,
-            "" if result["complete"] else ", not the complete published run",
-        )
-        return RunFolder(self.folder).finish(result)
+        text = f"test accuracy {accuracy:.4f} (majority baseline {result['majority_rate']:.4f})"
+        note = "" if result["complete"] else ", not the complete published run"
+        logger.info("%s | %s after %d steps%s", self.name, text, settings.steps, note)
+        return folder.finish(result)
 
     def _pretrain(self, classifier: LongRangeClassifier, data: ArenaData) -> float:
         """Give the classifier a self-pretrained encoder; returns the seconds it took."""
-        settings, device = self.settings, self.options.device
-        torch.manual_seed(step_seed(settings.seed, _PRETRAIN_STAGE))
-        model = build_masked_lm(settings).to(device)
-        prediction = MaskedPrediction(model, data, settings, device)
-        schedule = prediction.schedule
-        step = PlainStep(
-            model,
-            schedule,
-            loss=prediction.loss,
-            precision=settings.precision,
-            seeds=(settings.seed, _PRETRAIN_STAGE),
-            device=device,
-        )
+        seeds = (self.settings.seed, _PRETRAIN_STAGE)
+        torch.manual_seed(step_seed(*seeds))
+        prediction = MaskedPrediction(data, self.settings, self.options.device)
+        step, steps = prediction.training_step(seeds), prediction.schedule.steps
+        name = f"{self.name} pretraining"
         trainer = Trainer(
-            model,
-            step,
-            self.options,
-            name=f"{self.name} pretraining",
-            steps=schedule.steps,
-            eval_every=schedule.steps,
+            prediction.model, step, self.options, name=name, steps=steps, eval_every=steps
         )
         trainer.train(self.folder / "pretrain")
-        classifier.ponet.load_state_dict(model.ponet.state_dict())
+        classifier.ponet.load_state_dict(prediction.model.ponet.state_dict())
         return trainer.progress.seconds
 
     def _figures(self, data: ArenaData, progress: Progress) -> dict[str, Any]:
@@ -183,44 +149,34 @@ class ArenaRun:
         }
 
 
-def make_runs(config: ArenaConfig) -> list[ArenaRun]:
-    """All runs of a command, with their data prepared.
-
-    Raises:
-        UsageError: settings contradict each other or the device.
-        ArenaError: the data of a task are missing or unfit.
-    """
+def plan_runs(config: ArenaConfig) -> list[ArenaRun]:
+    """All runs of a command, with their data prepared."""
     options = run_options(config)
+    on_gpu = options.device.type == "cuda"
     settings = config.runs(options.device.type)
     data_folders = {
         task.name: prepare_task(task.name, config.data_dir, num_examples=config.num_examples)
         for task in tasks_named(config.task)
     }
-    on_gpu = options.device.type == "cuda"
-    captures = config.capture == "on" or (config.capture == "auto" and on_gpu)
     return [
         ArenaRun(
             settings=run,
             folder=Path(config.output_dir) / run.group / run.name,
             data_folder=data_folders[run.task],
             options=options,
-            captures=captures,
+            captures=config.capture == "on" or (config.capture == "auto" and on_gpu),
         )
         for run in settings
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program."""
-
-    def work() -> tuple[dict[str, Any], list[str]]:
-        config = parse(argv)
-        results, failures = run_all("lra", make_runs(config), jobs=config.jobs)
-        logger.info("for a table: python lra/report.py %s", config.output_dir)
-        return {"runs": results}, failures
-
-    run_program("lra", work)
+def work(argv: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """All that a command line asks for; returns the document and what went wrong on the way."""
+    config = parse(argv)
+    results, failures = run_all("lra", plan_runs(config), jobs=config.jobs)
+    logger.info("for a table: python lra/report.py %s", config.output_dir)
+    return {"runs": results}, failures
 
 
 if __name__ == "__main__":
-    main()
+    run_program("lra", work)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lra.data import PRETRAIN, BatchOrder, read_batch
 from lra.model import ModelInputs, initialise_linear_layers
 from lra.settings import ArenaSettings
-from lra.steps import OneCycle
+from lra.steps import OneCycle, PlainStep, TrainingStep
 from lra.store import ArenaData
 from lra.tasks import ArenaTask
 from ponet import PoNetForMaskedLM
@@ -25,20 +25,12 @@ _WARMUP_SHARE = 0.1
 _HIDING = 2
 
 
-def build_masked_lm(settings: ArenaSettings) -> PoNetForMaskedLM:
-    """The encoder of a task under a masked-LM head, initialised like the classifier's."""
-    model = PoNetForMaskedLM(settings.model_config())
-    initialise_linear_layers(model.ponet)
-    return model
-
-
 def hide_tokens(
     inputs: ModelInputs, task: ArenaTask, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hide the task's share of the real tokens, each by an independent draw; on the host.
 
-    Returns:
-        `[T]` ids with hidden tokens replaced, `[M]` places of these, `[M]` their original ids.
+    Returns `[T]` ids with hidden tokens replaced, `[M]` places of these, `[M]` their original ids.
     """
     ids = inputs.input_ids
     hidden = torch.rand(ids.shape, generator=generator) < task.mask_ratio
@@ -49,33 +41,33 @@ def hide_tokens(
 
 
 class MaskedPrediction:
-    """Loss of self-pretraining."""
+    """A masked-LM head on the encoder of a task, and its loss on the training set."""
 
-    def __init__(
-        self,
-        model: PoNetForMaskedLM,
-        data: ArenaData,
-        settings: ArenaSettings,
-        device: torch.device,
-    ) -> None:
-        """Arrange the batches; of the data, the training set alone is read.
-
-        Raises:
-            ArenaError: the training set does not fill one batch.
-        """
-        self._model = model
+    def __init__(self, data: ArenaData, settings: ArenaSettings, device: torch.device) -> None:
+        """Build the model, the encoder initialised like a classifier's, and arrange batches."""
+        self.model = PoNetForMaskedLM(settings.model_config())
+        initialise_linear_layers(self.model.ponet)
+        self.model.to(device)
         self._data = data
         self._settings = settings
         self._device = device
         clean = settings.protocol == "clean"
         self._batches = BatchOrder(data.train, settings, PRETRAIN, by_length=clean)
+        # the passes as steps, a tenth of them with rising learning rate
+        steps = max(1, math.ceil(settings.pretrain_epochs * self._batches.per_pass))
+        warmup, peak = round(_WARMUP_SHARE * steps), settings.pretrain_learning_rate
+        self.schedule = OneCycle(steps=steps, warmup_steps=warmup, peak=peak)
 
-    @property
-    def schedule(self) -> OneCycle:
-        """The passes as steps, a tenth of them with rising learning rate."""
-        steps = max(1, math.ceil(self._settings.pretrain_epochs * self._batches.per_pass))
-        peak = self._settings.pretrain_learning_rate
-        return OneCycle(steps=steps, warmup_steps=round(_WARMUP_SHARE * steps), peak=peak)
+    def training_step(self, seeds: tuple[int, ...]) -> TrainingStep:
+        """What trains the model, with seeds of run and stage."""
+        return PlainStep(
+            self.model,
+            self.schedule,
+            loss=self.loss,
+            precision=self._settings.precision,
+            seeds=seeds,
+            device=self._device,
+        )
 
     def batch(self, step: int) -> dict[str, Any]:
         """Arguments of the model in a step, counted from 0, on the device."""
@@ -87,14 +79,11 @@ class MaskedPrediction:
         inputs, others = replace(inputs, input_ids=hidden).to(
             self._device, {"labels": labels, "label_positions": places}
         )
-        return others | {
-            "input_ids": inputs.input_ids,
-            "position_ids": inputs.position_ids,
-            "layout": inputs.layout,
-        }
+        names = ("input_ids", "position_ids", "layout")
+        return others | {name: getattr(inputs, name) for name in names}
 
     def loss(self, step: int) -> Tensor:
         """Mean cross-entropy at the hidden tokens of the batch of a step."""
-        loss = self._model(**self.batch(step)).loss
+        loss = self.model(**self.batch(step)).loss
         assert loss is not None
         return loss

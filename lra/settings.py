@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lra.model import model_config
 from lra.steps import OneCycle
@@ -18,7 +18,9 @@ PRESETS = Path(__file__).with_name("configs")
 
 _AT_LEAST_1 = ("seeds", "jobs", "log_every", "steps", "batch_size", "eval_every", "eval_batches")
 _AT_LEAST_1 += ("test_examples", "num_segments", "threads")
-_AT_LEAST_0 = ("first_seed", "pretrain_epochs", "checkpoint_minutes")
+_AT_LEAST_0 = ("pretrain_epochs", "checkpoint_minutes")
+# the task decides where no flag does
+_OF_TASK = ("steps", "batch_size", "learning_rate", "eval_every", "num_segments")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +28,7 @@ class SharedSettings:
     """What a command hands on to its runs."""
 
     protocol: ProtocolName = "published"
-    """published: the reference code quirk by quirk; clean: no padding, all examples, selection
-    without test data."""
+    """published: the reference code quirk by quirk; clean: no padding, no choice by test data."""
     warmup_steps: int | None = None
     """Steps until the peak; None: the published share of the steps."""
     eval_batches: int | None = None
@@ -45,15 +46,13 @@ class SharedSettings:
     dropout: float = 0.1
     """Dropout after the embedding and each sub-layer."""
     attention_dropout: float = 0.1
-    """Dropout of attention probabilities, in mixers that have them. On a CPU softmax attention is
-    several times faster without."""
+    """Dropout of attention probabilities; on a CPU softmax attention is much faster without."""
     pretrain_epochs: float = 0.0
     """Passes over the training set in which hidden tokens are predicted, before the task."""
     pretrain_learning_rate: float = 1e-3
     """Peak learning rate of these passes."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic; auto: fp32 on a CPU; on a GPU fp16 with loss scaling as published, and bf16 in
-    the clean protocol."""
+    """Arithmetic; auto: fp32 on a CPU, on a GPU fp16 as published, or bf16 when clean."""
     compile: bool = False
     """Run the encoder through torch.compile."""
 
@@ -107,25 +106,23 @@ class ArenaSettings(SharedSettings):
         """Names of the settings that are not the published ones of the task."""
         free = ("protocol", "precision", "compile", "pretrain_epochs", "pretrain_learning_rate")
         config = ArenaConfig(**{name: getattr(self, name) for name in free})
-        published = _run_settings(config, TASKS[self.task], self.model, self.seed, "cuda")
+        published = config.settings(TASKS[self.task], self.model, self.seed, "cuda")
         names = [field.name for field in dataclasses.fields(self)]
         return [name for name in names if getattr(self, name) != getattr(published, name)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArenaGrid:
-    """What differs between the runs of a command; None: each task brings its published value."""
+class ArenaConfig(SharedSettings):
+    """Settings of a command: a run for each task, model and seed."""
 
     task: tuple[str, ...] = ("listops",)
     """Tasks: listops, text, retrieval, image, pathfinder, pathx, or all (without pathx)."""
     model: tuple[str, ...] = ("ponet",)
     """Token mixers: ponet, attention, fnet, linear, linformer, nystromformer, ..."""
     seeds: int = 1
-    """Runs of each task and model, with consecutive seeds."""
-    first_seed: int = 0
-    """Seed of the first run: of weights, order of examples and dropout."""
+    """Runs of each task and model, with seeds from 0: of weights, order of examples, dropout."""
     steps: int | None = None
-    """Training steps."""
+    """Training steps; None, here and below: the task's published value."""
     batch_size: int | None = None
     """Examples in a step."""
     learning_rate: float | None = None
@@ -134,16 +131,6 @@ class ArenaGrid:
     """Steps between evaluations on the development set."""
     num_segments: int | None = None
     """PoNet's segments have model length // num_segments + 1 tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArenaConfig(SharedSettings, ArenaGrid):
-    """Settings of a command: a run for each task, model and seed.
-
-    Raises:
-        UsageError: values contradict each other.
-    """
-
     jobs: int = 1
     """Runs at a time, each in a process of its own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -156,8 +143,7 @@ class ArenaConfig(SharedSettings, ArenaGrid):
     data_dir: str = DATA_DIR
     """Folder of prepared tasks; what is not there is prepared first, see lra/prepare.py."""
     num_examples: int | None = None
-    """Examples to generate where listops, pathfinder or pathx are not prepared yet; None: the
-    published numbers."""
+    """Examples to generate where a generated task is not prepared; None: the published number."""
     output_dir: str = "runs/lra"
     """Folder of all runs."""
     log_every: int = 50
@@ -181,60 +167,46 @@ class ArenaConfig(SharedSettings, ArenaGrid):
             require(0 <= value < 1, name, "at least 0 and below 1", value)
 
     def runs(self, device: str) -> list[ArenaSettings]:
-        """All runs of the command, seeds innermost.
-
-        Args:
-            device: "cpu" or "cuda".
-
-        Raises:
-            UsageError: a value does not fit a task or the device.
-            ConfigError: the sizes contradict each other.
-        """
+        """All runs of the command on a device, "cpu" or "cuda", seeds innermost."""
         return [
-            _run_settings(self, task, model, seed, device)
+            self.settings(task, model, seed, device)
             for task in tasks_named(self.task)
             for model in dict.fromkeys(self.model)
-            for seed in range(self.first_seed, self.first_seed + self.seeds)
+            for seed in range(self.seeds)
         ]
 
-
-def _run_settings(
-    config: ArenaConfig, task: ArenaTask, model: str, seed: int, device: str
-) -> ArenaSettings:
-    """Fill in what the task and the protocol decide."""
-    names = [field.name for field in dataclasses.fields(SharedSettings)]
-    values = {name: getattr(config, name) for name in names}
-    for name in ("steps", "batch_size", "learning_rate", "eval_every", "num_segments"):
-        given = getattr(config, name)
-        values[name] = getattr(task, name) if given is None else given
-    if values["eval_batches"] is None and config.protocol == "published":
-        values["eval_batches"] = task.eval_batches
-    if config.precision == "auto":
-        half = "fp16" if config.protocol == "published" else "bf16"
-        values["precision"] = half if device == "cuda" else "fp32"
-    if values["precision"] == "fp16" and device == "cpu":
-        raise UsageError("--precision fp16 scales the loss for a GPU; on a CPU use fp32 or bf16")
-    warmup, steps = values["warmup_steps"], values["steps"]
-    if warmup is not None and not 0 <= warmup <= steps:
-        raise UsageError(
-            f"--warmup-steps must be 0 to {steps}, the steps of {task.name}, found {warmup}"
-        )
-    settings = ArenaSettings(task=task.name, model=model, seed=seed, **values)
-    # sizes that contradict each other are found before the first run begins
-    settings.model_config()
-    return settings
+    def settings(self, task: ArenaTask, model: str, seed: int, device: str) -> ArenaSettings:
+        """Those of one run: what task and protocol decide is filled in."""
+        values: dict[str, Any] = {"task": task.name, "model": model, "seed": seed}
+        names = {field.name for field in dataclasses.fields(ArenaSettings)} - values.keys()
+        of_protocol = ("eval_batches",) if self.protocol == "published" else ()
+        for name in names:
+            value = getattr(self, name)
+            from_task = value is None and name in (*_OF_TASK, *of_protocol)
+            values[name] = getattr(task, name) if from_task else value
+        if self.precision == "auto":
+            half = "fp16" if self.protocol == "published" else "bf16"
+            values["precision"] = half if device == "cuda" else "fp32"
+        if values["precision"] == "fp16" and device == "cpu":
+            raise UsageError(
+                "--precision fp16 scales the loss for a GPU; on a CPU use fp32 or bf16"
+            )
+        settings = ArenaSettings(**values)
+        warmup, steps = settings.warmup_steps, settings.steps
+        fits = warmup is None or 0 <= warmup <= steps
+        require(fits, "warmup_steps", f"0 to {steps}, the steps of {task.name}", warmup)
+        # sizes that contradict each other are found before the first run begins
+        settings.model_config()
+        return settings
 
 
 def parse(argv: Sequence[str] | None = None) -> ArenaConfig:
-    """Settings of the command line.
-
-    Raises:
-        UsageError: a file, key, flag or value is wrong.
-    """
+    """Settings of the command line."""
     preset, flags = parse_arguments(
         ArenaConfig,
         argv,
         description="Train and test token mixers on the Long Range Arena.",
         default_preset="default",
+        presets=PRESETS,
     )
     return ArenaConfig(**read_yaml(preset_path(preset, PRESETS), ArenaConfig) | flags)

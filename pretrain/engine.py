@@ -4,10 +4,8 @@ import importlib.util
 import json
 import logging
 import os
-import socket
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ponet import PoNetForPreTraining
-from ponet.checkpoint import CheckpointError
 from ponet.model import PreTrainingOutput
 from ponet.run.cli import UsageError
 from ponet.run.trainer import autocast, linear_schedule, matrices_and_vectors
@@ -41,82 +38,57 @@ _OURS = {
     "bf16": "--precision",
     "fp16": "--precision",
     "torch_autocast": "--precision",
+    "zero_optimization.stage": "--zero-stage",
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Ranks:
     """This process among all of a run."""
 
     rank: int
-    """0 to world_size - 1."""
     local_rank: int
     """Place among the processes of this machine."""
     world_size: int
     device: torch.device
-    """Where this process computes."""
     patient_group: dist.ProcessGroup
     """For waiting as long as it takes, while one process prepares data."""
 
 
 def join_ranks() -> Ranks:
     """Join the run that `deepspeed` or `torchrun` started, or one of this process alone."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    # port 0 is any that is free
+    for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     else:
-        device = torch.device("cpu")
+        device, backend = torch.device("cpu"), "gloo"
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
-    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
     patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     assert isinstance(patient_group, dist.ProcessGroup)
-    return Ranks(
-        rank=dist.get_rank(),
-        local_rank=local_rank,
-        world_size=dist.get_world_size(),
-        device=device,
-        patient_group=patient_group,
-    )
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device, patient_group)
 
 
 def read_deepspeed_file(path: Path) -> dict[str, Any]:
-    """Read DeepSpeed's JSON file; DeepSpeed itself judges what is in it.
-
-    Raises:
-        UsageError: it is missing or no JSON object, or contradicts our flags.
-    """
+    """DeepSpeed's JSON file without what our flags set; DeepSpeed itself judges what is in it."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = {"zero_optimization": {}} | json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"--deepspeed-config: {path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"--deepspeed-config: {path}: expected a JSON object")
-    for key in content:
+    for key in (*content, *(f"zero_optimization.{key}" for key in content["zero_optimization"])):
         if key in _OURS:
             raise UsageError(f"--deepspeed-config: {path}: {key} is set by {_OURS[key]}")
-    if "stage" in content.get("zero_optimization", {}):
-        raise UsageError(
-            f"--deepspeed-config: {path}: zero_optimization.stage is set by --zero-stage"
-        )
     return content
 
 
 def engine_config(config: PretrainConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run.
-
-    Raises:
-        UsageError: micro-batches cannot be shared out evenly, or the file is wrong.
-    """
+    """DeepSpeed's configuration for a run; micro-batches must be shared out evenly."""
     if config.micro_batches_per_step % world_size:
         raise UsageError(
             f"--batch-tokens {config.batch_tokens} makes {config.micro_batches_per_step} "
@@ -124,27 +96,22 @@ def engine_config(config: PretrainConfig, world_size: int) -> dict[str, Any]:
             "share evenly; change --batch-tokens or --micro-batch-tokens"
         )
     content = read_deepspeed_file(Path(config.deepspeed_config or _DEEPSPEED_FILE))
-    zero = content.get("zero_optimization", {}) | {"stage": config.zero_stage}
     return content | {
         # DeepSpeed counts samples; a packed micro-batch is one
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.micro_batches_per_step // world_size,
         "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": zero,
+        "zero_optimization": content["zero_optimization"] | {"stage": config.zero_stage},
         "torch_autocast": {"enabled": config.arithmetic == "bf16", "dtype": "bfloat16"},
         "fp16": {"enabled": config.precision == "fp16"},
     }
 
 
-def learning_rate_factor(config: PretrainConfig) -> Callable[[int], float]:
-    """Share of the peak learning rate at each step, counted from 0."""
-
-    def factor(step: int) -> float:
-        if config.schedule == "constant" and step >= config.warmup_steps:
-            return 1.0
-        return linear_schedule(step, steps=config.steps, warmup_steps=config.warmup_steps)
-
-    return factor
+def learning_rate_factor(config: PretrainConfig, step: int) -> float:
+    """Share of the peak learning rate at a step, counted from 0."""
+    if config.schedule == "constant" and step >= config.warmup_steps:
+        return 1.0
+    return linear_schedule(step, steps=config.steps, warmup_steps=config.warmup_steps)
 
 
 class Engine:
@@ -157,8 +124,7 @@ class Engine:
         self.zero_stage = config.zero_stage
         self.accumulation_steps = config.micro_batches_per_step
         """Micro-batches of this process in a step."""
-        self._arithmetic = config.arithmetic
-        self._max_grad_norm = config.max_grad_norm
+        self._config = config
         self._parameters = list(model.parameters())
         self._optimizer = torch.optim.AdamW(
             matrices_and_vectors(model, config.weight_decay),
@@ -168,7 +134,8 @@ class Engine:
             # on a CPU, too, several times as fast as one operation after another
             fused=True,
         )
-        self._schedule = LambdaLR(self._optimizer, learning_rate_factor(config))
+        self._schedule = LambdaLR(self._optimizer, lambda step: learning_rate_factor(config, step))
+        self._parts = {"model": model, "optimizer": self._optimizer, "schedule": self._schedule}
 
     @property
     def learning_rate(self) -> float:
@@ -177,7 +144,7 @@ class Engine:
 
     def forward(self, inputs: dict[str, Any]) -> PreTrainingOutput:
         """Run a micro-batch through the model."""
-        with autocast(self._arithmetic, self.device):
+        with autocast(self._config.arithmetic, self.device):
             return self.model(**inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -195,49 +162,32 @@ class Engine:
         """Update the weights after the last micro-batch of a step."""
         if not last:
             return
-        if self._max_grad_norm:
+        if self._config.max_grad_norm:
             norm = self.grad_norm()
             assert norm is not None
-            nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(self._parameters, self._config.max_grad_norm, norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint, on all ranks.
-
-        Raises:
-            OSError, RuntimeError: it could not be written.
-        """
+        """Write a checkpoint, on all ranks; a full disk is an OSError or a RuntimeError."""
         if dist.get_rank() == 0:
             folder.mkdir()
-            parts = {name: part.state_dict() for name, part in self._parts().items()}
+            parts = {name: part.state_dict() for name, part in self._parts.items()}
             torch.save(parts, folder / _STATE)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on all ranks, whether there are as many as then or not.
-
-        Raises:
-            CheckpointError: the checkpoint is of another kind.
-        """
-        if not (folder / _STATE).is_file():
-            raise CheckpointError(
-                f"{folder}: holds no {_STATE}; the version of this program that wrote it can "
-                "continue the run, this one cannot"
-            )
+        """Read what `save` wrote, on all ranks, whether there are as many as then or not."""
         state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
-        for name, part in self._parts().items():
+        for name, part in self._parts.items():
             part.load_state_dict(state[name])
-
-    def _parts(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self._optimizer, "schedule": self._schedule}
 
 
 class DeepSpeedEngine(Engine):
     """A process among others, or one with sharded weights or scaled losses."""
 
     def __init__(self, config: PretrainConfig, model: PoNetForPreTraining, world_size: int) -> None:
-        """Wrap a model; arguments as for `Engine`, and the number of processes."""
         super().__init__(config, model)
         self.accumulation_steps //= world_size
         deepspeed = _import_deepspeed(self.device)
@@ -255,7 +205,7 @@ class DeepSpeedEngine(Engine):
         return self._engine(**inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """As the base; after the last micro-batch of a step, gradients are summed over ranks."""
+        """As the base; after the last of a step, gradients are summed over ranks."""
         self._engine.backward(loss)
 
     def grad_norm(self) -> Tensor | None:
@@ -266,7 +216,6 @@ class DeepSpeedEngine(Engine):
         return None if norm is None else torch.as_tensor(norm)
 
     def end_micro_batch(self, *, last: bool) -> None:
-        """As the base; DeepSpeed counts by itself."""
         self._engine.step()
 
     def save(self, folder: Path) -> None:
@@ -276,17 +225,12 @@ class DeepSpeedEngine(Engine):
             self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """As the base; shards need as many ranks as wrote them.
-
-        Raises:
-            CheckpointError: DeepSpeed could not load it.
-        """
+        """As the base; shards need as many ranks as wrote them."""
         if self._is_plain:
             super().load(folder)
-            return
-        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed could not load it")
+        else:
+            path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            assert path is not None, folder
 
 
 def _load_plain(path: str, map_location: Any = None) -> Any:
@@ -315,25 +259,21 @@ def _import_deepspeed(device: torch.device) -> Any:
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # torch 2.13 warns about the collectives that ZeRO calls, once per call and rank
     warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
-    # on CPU DeepSpeed compiles a shared-memory all-reduce at the first start, half a minute with a
-    # compiler and a failure without one; gloo does the same work
-    registry = getattr(deepspeed.ops, "__compatible_ops__", None)
-    if device.type == "cpu" and registry is not None:
-        registry["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # it would compile a shared-memory all-reduce at the first start, half a minute with a
+        # compiler and a failure without one; gloo does the same work
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def needs_deepspeed(config: PretrainConfig, world_size: int) -> bool:
-    """Whether gradients are summed over processes, states sharded, or losses scaled.
-
-    A file of DeepSpeed's settings asks for it too: nobody gives one that is not to be read.
-    """
-    own_file = config.deepspeed_config is not None
-    return world_size > 1 or config.zero_stage > 0 or config.precision == "fp16" or own_file
+    """To sum gradients over processes, shard states or scale losses, or because it has a file."""
+    has_file = config.deepspeed_config is not None
+    return world_size > 1 or config.zero_stage > 0 or config.precision == "fp16" or has_file
 
 
 def check_engine(config: PretrainConfig, world_size: int, device: torch.device) -> None:
-    """Refuse with a UsageError what no engine can do, before anything is prepared for it."""
+    """Refuse what no engine can do, before anything is prepared for it."""
     engine_config(config, world_size)
     if config.precision == "fp16" and device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU, expected fp32 or bf16 on a CPU")

@@ -18,7 +18,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from itertools import islice
@@ -33,24 +34,17 @@ from torch import Tensor
 from ponet import PoNetForPreTraining
 from ponet.files import write_json, write_text
 from ponet.model import PreTrainingOutput
-from ponet.run.cli import UsageError, read_yaml
+from ponet.run.cli import UsageError, errors_in_one_line, read_yaml
 from ponet.run.device import matmul_rate, peak_memory_mib, source_commit, training_flops
-from ponet.run.log import MetricsWriter, log_steps, set_up_logging
+from ponet.run.log import MetricsWriter, describe, log_steps, set_up_logging
 from ponet.run.trainer import TrainingError, progress_bar
 from ponet.tokenizer import SpecialTokens, save_tokenizer, tokenizer_fingerprint
 from pretrain.batches import MicroBatch, MicroBatchSampler, evaluation_batches, make_loader
 from pretrain.checkpoints import CheckpointStore, RunPosition
 from pretrain.corpus import Corpus, prepare
-from pretrain.engine import (
-    Engine,
-    Ranks,
-    build_engine,
-    check_engine,
-    join_ranks,
-    needs_deepspeed,
-)
+from pretrain.engine import Engine, Ranks, build_engine, check_engine, join_ranks, needs_deepspeed
 from pretrain.examples import split_documents
-from pretrain.settings import PretrainConfig, as_yaml, parse
+from pretrain.settings import PretrainConfig, parse
 
 logger = logging.getLogger("pretrain")
 
@@ -60,58 +54,30 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main() -> None:
     """Run the program."""
     began = time.perf_counter()
-    try:
+    advice = "; --resume FOLDER continues from its newest checkpoint"
+    # other ranks may wait in a collective that this one will never join; no clean way out
+    with errors_in_one_line("pretrain", advice=advice, leave=os._exit):
         config, preset = parse()
         ranks = join_ranks()
         set_up_logging(ranks.rank)
         result = pretrain(config, preset, ranks, began)
-    # usage, configuration, data and checkpoint errors are ValueErrors; a full disk is an OSError
-    except (ValueError, TrainingError, OSError) as error:
-        sys.stderr.write(f"pretrain: error: {error}\n")
-        sys.stderr.flush()
-        # other ranks may wait in a collective that this one will never join; no clean way out
-        os._exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            "pretrain: interrupted; --resume FOLDER continues from its newest checkpoint\n"
-        )
-        sys.stderr.flush()
-        os._exit(130)
     dist.destroy_process_group()
     if ranks.rank == 0:
         print(json.dumps(result), flush=True)
 
 
 def pretrain(config: PretrainConfig, preset: str, ranks: Ranks, began: float) -> dict[str, Any]:
-    """A whole run on this rank.
-
-    Returns:
-        The results, the same on all ranks.
-    """
+    """A whole run on this rank; the results are the same on all ranks."""
     # contradictions first: they should not wait for the data
     check_engine(config, ranks.world_size, ranks.device)
     folder = run_folder(config, preset)
     resumed = folder if config.resume else None
+    warn_of_schedule(config)
     tokenizer, corpus = prepare(config, ranks, resumed)
     model = build_model(config, tokenizer, ranks.device)
     engine = build_engine(config, model, ranks.world_size)
-    store = CheckpointStore(
-        folder / "checkpoints",
-        keep=config.keep_checkpoints,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    position = RunPosition()
-    if resumed:
-        position = store.restore(engine)
-        begun_with = read_yaml(folder / "config.yaml", PretrainConfig)["steps"]
-        if config.schedule == "linear" and config.steps != begun_with:
-            logger.warning(
-                "--steps %d, but the run began with %d: from here on the learning rate falls on "
-                "another line than in a run of either length",
-                config.steps,
-                begun_with,
-            )
+    store = CheckpointStore(folder / "checkpoints", keep=config.keep_checkpoints)
+    position = store.restore(engine) if resumed else RunPosition()
     sampler, held_out = build_batches(config, tokenizer, corpus, ranks, position)
     baselines = majority_baselines(corpus, held_out)
     if ranks.rank == 0 and not resumed:
@@ -123,7 +89,6 @@ def pretrain(config: PretrainConfig, preset: str, ranks: Ranks, began: float) ->
         )
     result = {
         **evaluation,
-        **baselines,
         "steps": position.step,
         "tokens": position.tokens,
         "tokens_per_second": position.tokens / max(position.seconds, 1e-9),
@@ -155,10 +120,6 @@ def train(
 
     Returns:
         Where the run stands at its end, and the figures of the last evaluation.
-
-    Raises:
-        TrainingError: a loss is not finite.
-        CheckpointError: a checkpoint cannot be written.
     """
     device = engine.device
     peak_rate = matmul_rate(device, _DTYPES[config.arithmetic]) * ranks.world_size
@@ -166,8 +127,7 @@ def train(
     batches = iter(loader)
     bar = progress_bar(position.step, config.steps, shown=ranks.rank == 0)
     evaluation: dict[str, float] = {}
-    tokens, seconds = position.tokens, position.seconds
-    logged, sums, began = position.step, LossSums(device), time.perf_counter()
+    sums = LossSums(device)
     for step in range(position.step + 1, config.steps + 1):
         saves = step % config.eval_every == 0 or step == config.steps
         # a line of the log finds out whether losses are finite: one before every checkpoint
@@ -177,9 +137,16 @@ def train(
         if not logs:
             continue
 
-        steps = step - logged
-        metrics = sums.means(f"step {step}" if steps == 1 else f"steps {logged + 1} to {step}")
-        elapsed = time.perf_counter() - began
+        first, steps = position.step + 1, step - position.step
+        metrics = sums.means(f"step {step}" if steps == 1 else f"steps {first} to {step}")
+        elapsed = time.perf_counter() - sums.began
+        position = RunPosition(
+            step=step,
+            epoch=last.epoch,
+            epoch_step=last.step + 1,
+            tokens=position.tokens + sums.tokens,
+            seconds=position.seconds + elapsed,
+        )
         metrics["learning_rate"] = engine.learning_rate
         if norm is not None:
             metrics["grad_norm"] = float(norm)
@@ -194,23 +161,14 @@ def train(
         log_steps(
             writer, name="", step=step, steps=config.steps, metrics=metrics, remaining_seconds=left
         )
-        tokens, seconds = tokens + sums.tokens, seconds + elapsed
-
         if saves:
-            evaluation = evaluate(engine, held_out, step)
-            writer.write("eval", step, evaluation | baselines)
-            logger.info(evaluation_line(step, evaluation, baselines))
-            position = RunPosition(
-                step=step,
-                epoch=last.epoch,
-                epoch_step=last.step + 1,
-                tokens=tokens,
-                seconds=seconds,
-            )
+            evaluation = evaluate(engine, held_out, baselines, step)
+            writer.write("eval", step, evaluation)
+            logger.info(f"step {step}/{config.steps} | held out: {describe(evaluation)}")
             store.save(engine, position, evaluation["loss"])
-        logged, sums, began = step, LossSums(device), time.perf_counter()
+        sums = LossSums(device)
     bar.close()
-    return position, evaluation or evaluate(engine, held_out, position.step)
+    return position, evaluation or evaluate(engine, held_out, baselines, position.step)
 
 
 def train_step(
@@ -218,30 +176,25 @@ def train_step(
 ) -> tuple[MicroBatch, Tensor | None]:
     """Accumulate this rank's micro-batches of a global batch and update the weights.
 
-    Args:
-        engine: trains the model.
-        batches: of this rank.
-        sums: takes the losses; nothing is read from the device.
-        seed: of the run.
-        want_norm: of the gradient.
+    Nothing is read from the device; `sums` takes the losses.
 
     Returns:
         The last micro-batch, and the norm of the gradient before clipping, when asked for.
     """
     norm = None
     parts = list(islice(batches, engine.accumulation_steps))
-    last = parts[-1]
     for batch in parts:
+        is_last = batch is parts[-1]
         inputs = batch.inputs.to(engine.device)
         torch.manual_seed(dropout_seed(seed, batch))
         output = engine.forward(inputs)
         sums.add(output, inputs, batch)
         assert output.loss is not None
         engine.backward(output.loss)
-        if want_norm and batch is last:
+        if want_norm and is_last:
             norm = engine.grad_norm()
-        engine.end_micro_batch(last=batch is last)
-    return last, norm
+        engine.end_micro_batch(last=is_last)
+    return parts[-1], norm
 
 
 def dropout_seed(seed: int, batch: MicroBatch) -> int:
@@ -252,25 +205,24 @@ def dropout_seed(seed: int, batch: MicroBatch) -> int:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Iterable[MicroBatch], step: int) -> dict[str, float]:
-    """Losses and accuracies after a step, over the evaluation batches of all ranks.
-
-    Raises:
-        TrainingError: the loss is not a finite number.
-    """
+def evaluate(
+    engine: Engine, batches: list[MicroBatch], baselines: dict[str, float], step: int
+) -> dict[str, float]:
+    """Losses and accuracies after a step over the batches of all ranks, with the baselines."""
     sums = LossSums(engine.device)
     engine.model.eval()
     for batch in batches:
         inputs = batch.inputs.to(engine.device)
         sums.add(engine.forward(inputs), inputs, batch)
     engine.model.train()
-    return sums.means(f"the evaluation after step {step}")
+    return sums.means(f"the evaluation after step {step}") | baselines
 
 
 class LossSums:
     """Adds up micro-batches without waiting: losses on the device, counts on the host."""
 
     def __init__(self, device: torch.device) -> None:
+        self.began = time.perf_counter()
         # of MLM and SSO each: the loss summed over what is to predict, and how many are right
         self._measured = torch.zeros(4, dtype=torch.float64, device=device)
         self.tokens = self.masked = self.sequences = 0
@@ -278,13 +230,7 @@ class LossSums:
 
     @torch.no_grad()
     def add(self, output: PreTrainingOutput, labels: dict[str, Tensor], batch: MicroBatch) -> None:
-        """Add a micro-batch.
-
-        Args:
-            output: of the model.
-            labels: those on the device, `labels` `[M]` and `sso_labels` `[B]`.
-            batch: the micro-batch.
-        """
+        """Add a micro-batch, with its `labels` `[M]` and `sso_labels` `[B]` on the device."""
         assert output.mlm_loss is not None
         mlm_correct = (output.mlm_logits.argmax(dim=-1) == labels["labels"]).sum()
         sums = [output.mlm_loss.detach() * batch.masked, mlm_correct]
@@ -297,14 +243,7 @@ class LossSums:
         self.sequences += batch.sequences
 
     def means(self, where: str) -> dict[str, float]:
-        """Means over all ranks, losses in nats and accuracies as shares; waits for the device.
-
-        Args:
-            where: what was summed, for the error.
-
-        Raises:
-            TrainingError: the loss is not a finite number.
-        """
+        """Means over all ranks, losses in nats and accuracies as shares; waits for the device."""
         counts = self._measured.new_tensor([self.tokens, self.masked, self.sequences])
         total = torch.cat([self._measured, counts])
         dist.all_reduce(total)
@@ -325,29 +264,31 @@ class LossSums:
         return {"loss": loss, **means}
 
 
-def evaluation_line(step: int, evaluation: dict[str, float], baselines: dict[str, float]) -> str:
-    """A line of the log on held-out text, beside the answers that need no model."""
-    line = f"step {step} | held out: loss {evaluation['loss']:.3f} | accuracy (majority baseline):"
-    for name in ("mlm", "sso"):
-        if f"{name}_accuracy" in evaluation:
-            accuracy, baseline = evaluation[f"{name}_accuracy"], baselines[f"{name}_baseline"]
-            line += f" {name} {accuracy:.3f} ({baseline:.3f})"
-    return line
+def warn_of_schedule(config: PretrainConfig) -> None:
+    """Say where the learning rate takes another course than one would think."""
+    if config.warmup_steps > config.steps:
+        logger.warning(
+            f"--warmup-steps {config.warmup_steps}, but the run ends after {config.steps} steps: "
+            "the learning rate never reaches --learning-rate"
+        )
+    if config.resume and config.schedule == "linear":
+        begun_with = read_yaml(Path(config.resume, "config.yaml"), PretrainConfig)["steps"]
+        if config.steps != begun_with:
+            logger.warning(
+                f"--steps {config.steps}, but the run began with {begun_with}: from here on the "
+                "learning rate falls on another line than in a run of either length"
+            )
 
 
 def run_folder(config: PretrainConfig, preset: str) -> Path:
-    """The folder of the run, the same on all ranks; it is made when there is something to write.
-
-    Raises:
-        UsageError: the folder is not empty.
-    """
+    """The folder of the run, the same on all ranks; it is made when there is something to write."""
     if config.resume:
         return Path(config.resume)
     folder = Path(config.output_dir or f"runs/{preset}-{datetime.now():%Y%m%d-%H%M%S}")
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    shared = [(folder, occupied)]
+    shared = [folder, occupied]
     dist.broadcast_object_list(shared, src=0)
-    folder, occupied = shared[0]
+    folder, occupied = shared
     if occupied:
         raise UsageError(
             f"--output-dir {folder} is not an empty folder; choose another, or continue its run "
@@ -379,11 +320,7 @@ def build_batches(
     ranks: Ranks,
     position: RunPosition,
 ) -> tuple[MicroBatchSampler, list[MicroBatch]]:
-    """Training micro-batches of this rank from where the run stands, and all held-out ones.
-
-    Raises:
-        ValueError: the corpus is too small for the settings.
-    """
+    """Training micro-batches of this rank from where the run stands, and all held-out ones."""
     training, validation = split_documents(corpus.num_documents, config.validation_fraction)
     settings = config.example_settings(tokenizer)
     held_out = evaluation_batches(
@@ -408,23 +345,14 @@ def build_batches(
     )
     first = sampler.first_epoch
     logger.info(
-        "epoch %d: %s examples, %d steps, packing efficiency %.3f, %d examples left over",
-        position.epoch,
-        f"{len(first.plan):,}",
-        first.num_steps,
-        first.packing_efficiency,
-        first.num_dropped_examples,
+        f"epoch {position.epoch}: {len(first.plan):,} examples, {first.num_steps} steps, packing "
+        f"efficiency {first.packing_efficiency:.3f}, {first.num_dropped_examples} left over"
     )
     return sampler, held_out
 
 
 def majority_baselines(corpus: Corpus, batches: list[MicroBatch]) -> dict[str, float]:
-    """Held-out accuracy of the answers that need no model.
-
-    Returns:
-        `mlm_baseline`: share of masked tokens that are the most frequent token of the corpus;
-        `sso_baseline`: share of the most frequent class, absent without a sentence objective.
-    """
+    """Held-out accuracy of the most frequent token of the corpus and the most frequent class."""
     most_frequent = int(corpus.token_frequencies().argmax())
     inputs = [batch.inputs.to(torch.device("cpu")) for batch in batches]
     labels = torch.cat([tensors["labels"] for tensors in inputs])
@@ -440,7 +368,10 @@ def record_run(
     folder: Path, config: PretrainConfig, tokenizer: Tokenizer, corpus: Corpus, ranks: Ranks
 ) -> None:
     """Save what the run is: settings, tokenizer, versions, commit, command."""
-    text = yaml.safe_dump(as_yaml(config), sort_keys=False)
+    settings = asdict(config) | {"data": list(config.data)}
+    # belongs to one start of the run
+    del settings["resume"]
+    text = yaml.safe_dump(settings, sort_keys=False)
     logger.info("settings:\n%s", text)
     save_tokenizer(tokenizer, folder, max_length=config.seq_len)
     record = {

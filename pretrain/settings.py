@@ -19,27 +19,14 @@ PRESETS = Path(__file__).with_name("configs")
 # weights the number of steps alone, with a warning where the schedule depends on it
 _FREE_ON_RESUME = {"resume", "num_workers", "log_every", "keep_checkpoints", "steps"}
 
-_AT_LEAST = {
-    "steps": 1,
-    "batch_tokens": 1,
-    "micro_batch_tokens": 1,
-    "log_every": 1,
-    "eval_every": 1,
-    "keep_checkpoints": 1,
-    "warmup_steps": 0,
-    "num_workers": 0,
-    "max_grad_norm": 0,
-    "weight_decay": 0,
-}
+_AT_LEAST = dict.fromkeys(["steps", "batch_tokens", "micro_batch_tokens", "log_every"], 1)
+_AT_LEAST |= dict.fromkeys(["eval_every", "keep_checkpoints"], 1)
+_AT_LEAST |= dict.fromkeys(["warmup_steps", "num_workers", "max_grad_norm", "weight_decay"], 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Settings of a pre-training run; the defaults are those of no preset in particular.
-
-    Raises:
-        UsageError: values contradict each other.
-    """
+    """Settings of a pre-training run; the defaults are those of no preset in particular."""
 
     data: tuple[str, ...] = ("builtin",)
     """Where text comes from: files or folders (.txt .jsonl .parquet, also .gz .xz), data sets of
@@ -145,16 +132,11 @@ class PretrainConfig:
         stage, fraction = self.zero_stage, self.validation_fraction
         require(stage in (0, 1, 2), "zero_stage", "0, 1 or 2", stage)
         require(0 < fraction < 1, "validation_fraction", "between 0 and 1", fraction)
-        if self.batch_tokens % self.micro_batch_tokens:
-            raise UsageError(
-                f"--batch-tokens {self.batch_tokens} is not a multiple of "
-                f"--micro-batch-tokens {self.micro_batch_tokens}"
-            )
-        if self.micro_batch_tokens < self.seq_len:
-            raise UsageError(
-                f"--micro-batch-tokens {self.micro_batch_tokens} holds no example of "
-                f"--seq-len {self.seq_len}"
-            )
+        tokens, micro = self.batch_tokens, self.micro_batch_tokens
+        multiple = f"a multiple of --micro-batch-tokens {micro}"
+        require(tokens % micro == 0, "batch_tokens", multiple, tokens)
+        length = f"at least --seq-len {self.seq_len}"
+        require(micro >= self.seq_len, "micro_batch_tokens", length, micro)
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -167,24 +149,17 @@ class PretrainConfig:
         return self.precision.removesuffix("-residual")
 
     def model_config(self, vocab_size: int, pad: int, cls: int, sep: int) -> PoNetConfig:
-        """The model for a vocabulary with these special tokens."""
+        """The model for a vocabulary with these special tokens; fields of one name are the same."""
+        names = {field.name for field in dataclasses.fields(PoNetConfig)} - {"vocab_size"}
+        same = {name: value for name, value in vars(self).items() if name in names}
         return PoNetConfig(
+            **same,
             vocab_size=vocab_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=self.intermediate_size,
             hidden_dropout_prob=self.dropout,
-            initializer_range=self.initializer_range,
             max_position_embeddings=self.seq_len,
             pad_token_id=pad,
             cls_token_id=cls,
             sep_token_id=sep,
-            mixer=self.mixer,
-            use_global=self.use_global,
-            use_global_second_stage=self.use_global_second_stage,
-            use_segment=self.use_segment,
-            use_local=self.use_local,
             num_sentence_labels=OBJECTIVES[self.objective],
         )
 
@@ -205,19 +180,13 @@ class PretrainConfig:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[PretrainConfig, str]:
-    """Settings of the command line.
-
-    Returns:
-        The settings, and the name of the preset for naming the run.
-
-    Raises:
-        UsageError: a file, key, flag or value is wrong.
-    """
+    """Settings of the command line, and the name of the preset for naming the run."""
     preset, flags = parse_arguments(
         PretrainConfig,
         argv,
         description="Pre-train an encoder with masked LM and sentence structure.",
         default_preset="demo",
+        presets=PRESETS,
     )
     if flags.get("resume"):
         return _resumed(Path(flags["resume"]), flags), preset
@@ -230,9 +199,6 @@ def _resumed(folder: Path, flags: dict[str, Any]) -> PretrainConfig:
     if not saved.is_file():
         raise UsageError(f"--resume: {folder} holds no config.yaml, expected the folder of a run")
     values = read_yaml(saved, PretrainConfig)
-    # runs of earlier versions name the file that None stands for, in a checkout that may be gone
-    if Path(values.get("deepspeed_config") or "").parts[-2:] == ("pretrain", "deepspeed.json"):
-        values["deepspeed_config"] = None
     for name, value in flags.items():
         if name not in _FREE_ON_RESUME and value != values.get(name):
             raise UsageError(
@@ -240,11 +206,3 @@ def _resumed(folder: Path, flags: dict[str, Any]) -> PretrainConfig:
                 f"{values.get(name)!r}, found {value!r}"
             )
     return PretrainConfig(**(values | flags))
-
-
-def as_yaml(config: PretrainConfig) -> dict[str, Any]:
-    """The settings as plain values, without those that belong to one start of the run."""
-    values = dataclasses.asdict(config)
-    values["data"] = list(values["data"])
-    del values["resume"]
-    return values

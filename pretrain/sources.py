@@ -33,6 +33,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ponet.run.hub import import_datasets
 from pretrain.builtin_text import BUILTIN_VERSION, builtin_documents, builtin_files
 
 READER_VERSION = 1
@@ -219,8 +220,7 @@ def _read(source: _Source, text_field: str) -> Iterator[str]:
 @cache
 def _load_hub(spec: str) -> Any:
     """The train split of a hub data set, downloaded or from the local cache."""
-    # a second to import, and needed by this kind of source only
-    import datasets
+    datasets = import_datasets()
 
     hub_id, _, config = HUB_NAMES.get(spec, spec).partition(":")
     try:

@@ -1,8 +1,11 @@
-"""Shared by all tests: slow ones on request, the shared oracles and data where they are present."""
+"""Shared by all tests: their environment, and oracles where they are present."""
 
 import os
+import traceback
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,25 +26,14 @@ if not torch.cuda.is_available():
 
 # what the interpreter of Triton before 3.9 cannot do, by the message it ends with
 INTERPRETER_LIMITS = {
-    "has no attribute 'get_bf16'": "Triton's interpreter before 3.9 makes no bfloat16 constants",
-    "only 0-dimensional arrays can be converted": (
-        "Triton's interpreter before 3.9 takes no range() of a tensor with NumPy 2.5 or later"
-    ),
+    "has no attribute 'get_bf16'": "makes no bfloat16 constants",
+    "only 0-dimensional arrays can be converted": "takes no range() of a tensor with NumPy 2.5",
 }
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run tests that take minutes")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--run-slow"):
-        return
-    skip = pytest.mark.skip(reason="slow: run with --run-slow")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -53,24 +45,19 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         reason = None if torch.cuda.is_available() else _interpreter_limit(error)
         if reason is None:
             raise
-        pytest.skip(reason)
+        pytest.skip(f"Triton's interpreter before 3.9 {reason}")
 
 
-def _interpreter_limit(error: BaseException | None) -> str | None:
+def _interpreter_limit(error: BaseException) -> str | None:
     """Why Triton's interpreter failed, when it is old and that is a known limit of it."""
-    if error is None:
-        return None
     if isinstance(error, BaseExceptionGroup):
         reasons = [_interpreter_limit(part) for part in error.exceptions]
         return None if None in reasons else reasons[0]
-    if type(error).__name__ == "InterpreterError":
-        import triton
-
-        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-            for message, reason in INTERPRETER_LIMITS.items():
-                if message in str(error):
-                    return reason
-    return _interpreter_limit(error.__cause__)
+    text = "".join(traceback.format_exception(error))
+    is_new = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
+    if is_new or "InterpreterError" not in text:
+        return None
+    return next((reason for known, reason in INTERPRETER_LIMITS.items() if known in text), None)
 
 
 @pytest.fixture(scope="module")
@@ -82,26 +69,19 @@ def nan_in_new_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def _shared(*parts: str) -> Path:
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"{'/'.join(parts)} is not beside this checkout")
+def _shared(*parts: str) -> Any:
+    """A fixture: the path of what lies beside some checkouts, or a skipped test."""
+
+    @pytest.fixture
+    def path() -> Path:
+        found = SHARED.joinpath(*parts)
+        if not found.exists():
+            pytest.skip(f"{'/'.join(parts)} is not beside this checkout")
+        return found
+
     return path
 
 
-@pytest.fixture
-def ponet_oracle() -> Path:
-    """Pre-training model of the published code in float64."""
-    return _shared("golden", "ponet_reference.safetensors")
-
-
-@pytest.fixture
-def lra_oracle() -> Path:
-    """Long Range Arena mixing step of the published code in float64."""
-    return _shared("golden", "lra_mixer_reference.safetensors")
-
-
-@pytest.fixture
-def wikipedia() -> Path:
-    """A compressed JSONL file of real articles."""
-    return _shared("data", "wikipedia", "part-10.jsonl.xz")
+# a model and mixing steps of the published code, in float64
+ponet_oracle = _shared("golden", "ponet_reference.safetensors")
+lra_oracle = _shared("golden", "lra_mixer_reference.safetensors")

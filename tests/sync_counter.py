@@ -1,7 +1,7 @@
 """Which operations of a block of code would make the host wait for a GPU; no GPU is needed to tell.
 
-    with count_synchronising() as found:
-        trainer.step(0)
+    with use_backend("triton"), record_launches(), count_synchronising() as found:
+        step(0)
     assert found == []
 
 What counts, by the name in the list:
@@ -16,11 +16,8 @@ What counts, by the name in the list:
 - `lift_fresh`: `torch.tensor(...)` and `new_tensor(...)`, on a GPU a blocking copy of memory that
   is not pinned. `x[i] = 1.0` counts too, although it is none: write `x[i].fill_(1.0)`.
 
-Operators of `torch.ops.ponet` are looked into; run them with the backend that a GPU would use:
-
-    with use_backend("triton"), record_launches(), count_synchronising() as found: ...
-
-Only what the dispatcher sees counts: not the inside of PyTorch's own kernels, and not `numpy()`.
+Operators of `torch.ops.ponet` are looked into. Only what the dispatcher sees counts: not the inside
+of PyTorch's own kernels, and not `numpy()`.
 """
 
 from collections.abc import Iterator
@@ -32,22 +29,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ALWAYS = {
-    "_local_scalar_dense",
-    "is_nonzero",
-    "item",
-    "equal",
-    "allclose",
-    "nonzero",
-    "masked_select",
-    "unique_dim",
-    "unique_consecutive",
-    "unique_dim_consecutive",
-    "_unique",
-    "_unique2",
-    "bincount",
-    "masked_scatter",
-    "masked_scatter_",
-    "lift_fresh",
+    *("_local_scalar_dense", "is_nonzero", "item", "equal", "allclose", "lift_fresh"),
+    *("nonzero", "masked_select", "masked_scatter", "masked_scatter_", "bincount"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
 }
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 _MASKS = (torch.bool, torch.uint8)
@@ -58,13 +42,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self._found = found
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "ponet":
             # the implementation itself, under this mode

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,16 +19,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from ponet.checkpoint import CheckpointError
-from ponet.run.cli import UsageError
-from ponet.run.runs import (
-    RunFolder,
-    choose_device,
-    exit_with_error,
-    locked,
-    run_all,
-    run_program,
-    threads_per_run,
-)
+from ponet.run.cli import UsageError, errors_in_one_line
+from ponet.run.runs import RunFolder, run_all, run_options, run_program
 from ponet.run.trainer import (
     RunOptions,
     Trainer,
@@ -48,7 +41,6 @@ class NumberRun:
 
     number: int
     parent: Path
-    identity: int = 0
     options: RunOptions = OPTIONS
 
     @property
@@ -60,17 +52,17 @@ class NumberRun:
         return self.parent / str(self.number)
 
     def finished(self) -> dict[str, Any] | None:
-        return RunFolder(self.folder).finished({"identity": self.identity})
+        return RunFolder(self.folder).finished({})
 
     def execute(self) -> dict[str, Any]:
         if self.number == 13:
             raise TrainingError("thirteen is bad luck")
         if self.number < 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.number == 600:
+        if self.number >= 600:
             (self.folder / "process").write_text(str(os.getpid()))
             time.sleep(self.number)
-        RunFolder(self.folder).begin({"identity": self.identity}, {"more": "details"})
+        RunFolder(self.folder).begin({}, {"more": "details"})
         return RunFolder(self.folder).finish({"number": self.number, "process": os.getpid()})
 
 
@@ -80,12 +72,14 @@ def test_one_process_works_in_order_and_two_do_what_is_left(tmp_path: Path, caps
     assert {result["process"] for result in results} == {os.getpid()}
     assert failures == ["run 13: thirteen is bad luck"]
     assert "ponet: error: run 13: thirteen is bad luck" in capsys.readouterr().err
-    results, failures = run_all("ponet", [NumberRun(n, tmp_path) for n in (4, 2, 13, 1)], jobs=2)
+    with FileLock(tmp_path / "13" / ".lock"):
+        runs = [NumberRun(n, tmp_path) for n in (4, 2, 13, 1)]
+        results, failures = run_all("ponet", runs, jobs=2)
     assert "1 of 4 runs are finished already" in capsys.readouterr().err
     assert results[0]["number"] == 1
     assert sorted(result["number"] for result in results) == [1, 2, 4]
     assert os.getpid() not in {result["process"] for result in results[1:]}
-    assert failures == ["run 13: thirteen is bad luck"]
+    assert failures == [f"run 13: another process is at this run in {tmp_path}/13"]
 
 
 def test_a_killed_process_is_a_failure_and_not_a_traceback(tmp_path: Path):
@@ -95,24 +89,34 @@ def test_a_killed_process_is_a_failure_and_not_a_traceback(tmp_path: Path):
     assert "--jobs 1" in failure
 
 
-def test_processes_end_with_a_killed_parent(tmp_path: Path):
-    code = (
-        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
-        "from pathlib import Path\n"
-        "from ponet.run.runs import run_all\n"
-        "from test_runs import NumberRun\n"
-        "if __name__ == '__main__':\n"
-        f"    folders = [Path({str(tmp_path)!r}) / name for name in 'ab']\n"
-        "    run_all('ponet', [NumberRun(600, folder) for folder in folders], jobs=2)\n"
-    )
-    (tmp_path / "parent.py").write_text(code)
-    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")])
-    paths = [tmp_path / name / "600" / "process" for name in "ab"]
+PARENT = f"""
+import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]
+from pathlib import Path
+from ponet.run.runs import run_all, run_program
+from test_runs import NumberRun
+if __name__ == "__main__":
+    runs = [NumberRun(number, Path()) for number in range(600, 604)]
+    run_program("ponet", lambda: ({{"runs": []}}, run_all("ponet", runs, jobs=2)[1]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_processes_end_with_their_parent(tmp_path: Path, number):
+    (tmp_path / "parent.py").write_text(PARENT)
+    command, log = [sys.executable, "parent.py"], tmp_path / "log"
+    interrupted = number == signal.SIGINT
+    with log.open("w") as file:
+        parent = subprocess.Popen(command, cwd=tmp_path, stderr=file, start_new_session=True)
+    paths = [tmp_path / name / "process" for name in ("600", "601")]
     try:
         wait_until(lambda: all(path.exists() and path.read_text() for path in paths))
+        # as a terminal does: to all processes
+        (os.killpg if interrupted else os.kill)(parent.pid, number)
+        assert parent.wait(60) == (130 if interrupted else -number)
     finally:
         parent.kill()
-        parent.wait()
+    if interrupted:
+        assert log.read_text() == "ponet: interrupted; the same command continues\n"
     children = [int(path.read_text()) for path in paths]
     wait_until(lambda: not any(map(is_running, children)))
 
@@ -155,32 +159,24 @@ def test_folder_holds_one_run(tmp_path: Path):
             folder.finished(identity)
 
 
-def test_folder_is_held_by_one(tmp_path: Path):
-    folder = tmp_path / "runs" / "1"
-    with locked(folder):
-        assert folder.is_dir()
-        with pytest.raises(TrainingError, match=r"another process is at this run in .*runs/1"):
-            locked(folder).__enter__()
-        (failure,) = run_all("ponet", [NumberRun(1, folder.parent)], jobs=1)[1]
-        assert failure.startswith("run 1: another process is at this run")
-    with FileLock(folder / ".lock", blocking=False):
-        pass
-
-
 def test_options_of_the_machine(monkeypatch: pytest.MonkeyPatch):
+    def options(**changes: Any) -> RunOptions:
+        usual = {"device": "auto", "threads": None, "log_every": 1, "checkpoint_minutes": 2}
+        return run_options(SimpleNamespace(**usual | changes))
+
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(5))
-    assert [threads_per_run(None, jobs) for jobs in (1, 2, 5, 9)] == [5, 2, 1, 1]
-    assert threads_per_run(3, 2) == 3
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
+    assert [options(jobs=jobs).threads for jobs in (1, 2, 5, 9)] == [5, 2, 1, 1]
+    found = options(jobs=2, threads=3)
+    assert (found.threads, found.device.type, found.checkpoint_seconds) == (3, "cpu", 120)
     with pytest.raises(UsageError, match="--device cuda: PyTorch finds no GPU"):
-        choose_device("cuda")
+        options(jobs=1, device="cuda")
 
 
 def test_programs_end_in_one_line(capsys):
-    for error, status in ((UsageError("no"), 2), (OSError("no"), 1)):
-        with pytest.raises(SystemExit) as ended:
-            exit_with_error("glue", error)
+    for error, status in ((UsageError("no"), 2), (TrainingError("no"), 1), (OSError("no"), 1)):
+        with pytest.raises(SystemExit) as ended, errors_in_one_line("glue"):
+            raise error
         assert (ended.value.code, capsys.readouterr().err) == (status, "glue: error: no\n")
     for failures, status in (([], 0), (["one"], 1)):
         with pytest.raises(SystemExit) as ended:
@@ -228,20 +224,22 @@ class NoisyStep:
         return 0.1 * linear_schedule(step, steps=7, warmup_steps=0)
 
 
-def trainer(scores: list[float], **changes: Any) -> tuple[nn.Module, Trainer]:
+def train(folder: Path, **changes: Any) -> Trainer:
     """Seven steps, evaluated after the third, sixth and last, with given scores."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
-    return model, Trainer(
+    trainer = Trainer(
         model,
         NoisyStep(model, **changes),
         OPTIONS,
         name="a test",
         steps=7,
         eval_every=3,
-        evaluate=lambda number: {"score": scores[number], "undefined": None},
+        evaluate=lambda number: {"score": [0.1, 0.3, 0.3][number], "undefined": None},
         best_by="score",
     )
+    trainer.train(folder)
+    return trainer
 
 
 def metrics(folder: Path) -> list[Any]:
@@ -250,43 +248,33 @@ def metrics(folder: Path) -> list[Any]:
 
 
 def test_interrupted_training_continues_bit_for_bit(tmp_path: Path):
-    scores = [0.1, 0.3, 0.3]
-    model, whole = trainer(scores)
-    whole.train(tmp_path / "whole")
+    whole = train(tmp_path / "whole")
     steps = "train 2, train 3, eval 3, train 4, train 6, eval 6, train 7, eval 7"
     assert ", ".join(f"{kind} {step}" for kind, step, _ in metrics(tmp_path / "whole")) == steps
     assert (whole.progress.best_score, whole.progress.best_step) == (0.3, 6)
     assert whole.scores == {"score": 0.3, "undefined": None}
     for stop in (1, 5):
-        _, stopped = trainer(scores, stops_at=stop)
         with pytest.raises(KeyboardInterrupt):
-            stopped.train(tmp_path / "parts")
-    again, parts = trainer(scores)
-    parts.train(tmp_path / "parts")
+            train(tmp_path / "parts", stops_at=stop)
+    parts = train(tmp_path / "parts")
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
-    for weights, others in ((model.state_dict(), again.state_dict()), (whole.best, parts.best)):
-        assert all(torch.equal(others[name], x) for name, x in weights.items())
+    for a, b in ((whole.model.state_dict(), parts.model.state_dict()), (whole.best, parts.best)):
+        assert all(torch.equal(b[name], x) for name, x in a.items())
     # stopped after its last step: nothing is left to train, and the caller evaluates
-    finished, last = trainer(scores)
-    last.train(tmp_path / "parts")
+    last = train(tmp_path / "parts")
     assert last.scores == {}
-    assert torch.equal(finished[0].weight, model[0].weight)
+    assert torch.equal(last.model[0].weight, whole.model[0].weight)
 
 
 def test_training_stops_at_a_loss_that_is_not_finite(tmp_path: Path):
     with pytest.raises(TrainingError, match=r"the loss became nan .* before step 6"):
-        trainer([0.1, 0.2, 0.3], bad=4)[1].train(tmp_path)
-    other = trainer([])[1]
-    other.restore(tmp_path / "checkpoint.pt")
-    assert other.progress.step == 4
+        train(tmp_path, bad=4)
+    assert torch.load(tmp_path / "checkpoint.pt")["progress"]["step"] == 4
 
 
 def test_damaged_checkpoints_are_named(tmp_path: Path):
     path = tmp_path / "checkpoint.pt"
-    path.write_bytes(b"no checkpoint")
-    message = r"checkpoint\.pt: damaged or not a checkpoint"
-    with pytest.raises(CheckpointError, match=message):
-        trainer([])[1].train(tmp_path)
-    torch.save({"model": {}}, path)
-    with pytest.raises(CheckpointError, match=message):
-        trainer([])[1].restore(path)
+    for damage in (lambda: path.write_bytes(b"none"), lambda: torch.save({"model": {}}, path)):
+        damage()
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: damaged or not a checkpoint"):
+            train(tmp_path)

@@ -44,17 +44,9 @@ def corpus() -> Any:
 
 def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[MicroBatch]]:
     """An engine and the micro-batches of a step."""
-    config = PretrainConfig(
-        mixer=mixer,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        seq_len=32,
-        batch_tokens=512,
-        micro_batch_tokens=256,
-        **changes,
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "seq_len": 32, "batch_tokens": 512}
+    config = PretrainConfig(mixer=mixer, micro_batch_tokens=256, **sizes, **changes)
     torch.manual_seed(0)
     model = PoNetForPreTraining(config.model_config(200, 0, 1, 2).replace(num_landmarks=8))
     batches = evaluation_batches(
@@ -65,7 +57,7 @@ def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[MicroBatch]]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_pretraining_step(mixer, precision):
+def test_pretraining_steps_and_evaluation(mixer, precision):
     engine, batches = pretraining(mixer, precision=precision)
     with count_synchronising() as found:
         for _ in range(2):
@@ -73,24 +65,9 @@ def test_pretraining_step(mixer, precision):
     assert found == []
     assert norm is not None
     assert engine.learning_rate != PretrainConfig().learning_rate
-
-
-def test_pretraining_evaluation():
-    engine, batches = pretraining("ponet")
     sums = LossSums(CPU)
     with torch.no_grad(), count_synchronising() as found:
         for batch in batches:
             inputs = batch.inputs.to(CPU)
             sums.add(engine.forward(inputs), inputs, batch)
     assert found == []
-
-
-def test_a_step_that_reads_its_loss_is_caught(monkeypatch):
-    engine, batches = pretraining("attention")
-    add = LossSums.add
-    monkeypatch.setattr(
-        LossSums, "add", lambda self, out, *rest: (out.loss.item(), add(self, out, *rest))
-    )
-    with count_synchronising() as found:
-        train_step(engine, iter(batches), LossSums(CPU), seed=0, want_norm=False)
-    assert found == ["_local_scalar_dense"] * 2

@@ -1,137 +1,67 @@
-"""A program's configuration: dataclass defaults < YAML preset < flags made from the fields."""
+"""How a program begins and ends: dataclass defaults < YAML preset < flags, and errors in a line.
+
+What is wrong with a flag or a file is a `UsageError`.
+"""
 
 import argparse
 import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
+import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-Config = TypeVar("Config")
+from ponet.run.trainer import TrainingError
+
+USER_ERRORS = (ValueError, TrainingError, OSError)
+"""Causes outside a program: usage, data, checkpoints (all ValueErrors), a diverging loss, disks."""
 
 
 class UsageError(ValueError):
     """A flag or a configuration file that cannot be used."""
 
 
-def require(holds: bool, name: str, expected: str, found: object) -> None:
-    """Refuse the value of a field.
+@contextmanager
+def errors_in_one_line(
+    program: str, *, advice: str = "", leave: Callable[[int], Any] = sys.exit
+) -> Iterator[None]:
+    """Let a program that one of `USER_ERRORS` or Ctrl-C ends do so in one line on stderr.
 
-    Raises:
-        UsageError: it does not hold.
+    `advice` says how to go on after Ctrl-C; `leave` ends the process with a status: 2 for wrong
+    usage, 130 for Ctrl-C, 1 otherwise.
     """
+    try:
+        yield
+    except USER_ERRORS as error:
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        leave(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted{advice}", file=sys.stderr, flush=True)
+        leave(130)
+
+
+def require(holds: bool, name: str, expected: str, found: object) -> None:
+    """Refuse the value of a field if something does not hold."""
     if not holds:
         raise UsageError(f"{_flag(name)} must be {expected}, found {found}")
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass and of those it inherits from, on one line."""
-    docs = {}
-    for owner in [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]:
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        assert isinstance(body, ast.ClassDef)
-        for field, text in zip(body.body, body.body[1:], strict=False):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(text, ast.Expr)
-                and isinstance(text.value, ast.Constant)
-            ):
-                docs[field.target.id] = " ".join(str(text.value.value).split())
-    return docs
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _optional(hint: Any) -> tuple[Any, bool]:
-    """The type without None, and whether None was allowed."""
-    if isinstance(hint, types.UnionType):
-        (inner,) = [part for part in typing.get_args(hint) if part is not type(None)]
-        return inner, True
-    return hint, False
-
-
-def coerce(value: Any, hint: Any, where: str) -> Any:
-    """Bring a value from YAML or a flag to the type of its field.
-
-    Args:
-        value: what was given.
-        hint: the field's annotation: int, float, str, bool, Literal, a tuple of one of these
-            of any length, or any of them with None.
-        where: the flag or file and key, for the error.
-
-    Raises:
-        UsageError: the value does not fit.
-    """
-    inner, nullable = _optional(hint)
-    if value is None and nullable:
-        return None
-    if typing.get_origin(inner) is typing.Literal:
-        allowed = typing.get_args(inner)
-        if value in allowed:
-            return value
-        raise UsageError(f"{where}: expected one of {', '.join(allowed)}, found {value!r}")
-    if typing.get_origin(inner) is tuple:
-        kind, _ = typing.get_args(inner)
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(coerce(item, kind, where) for item in items)
-    # YAML reads 1e-4 as a string, and true is an int to Python
-    number = _number(value) if inner in (int, float) else None
-    if number is not None and (inner is float or float(number).is_integer()):
-        return inner(number)
-    if inner in (bool, str) and isinstance(value, inner):
-        return value
-    raise UsageError(f"{where}: expected {inner.__name__}, found {value!r}")
-
-
-def _number(value: Any) -> int | float | None:
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    # a float would round a long integer, a seed for example
-    for kind in (int, float) if isinstance(value, str) else (float,):
-        try:
-            return kind(value)
-        except (TypeError, ValueError):
-            pass
-    return None
-
-
-def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Give `parser` a flag for each field of the dataclass `cls`; absent flags stay absent."""
-    docs = field_docs(cls)
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        inner, _ = _optional(hints[field.name])
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": docs.get(field.name)}
-        if options["help"] is not None:
-            options["help"] = options["help"].replace("%", "%%") + f" [{field.default}]"
-        if inner is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(inner) is tuple:
-            options |= {"nargs": "+", "metavar": "ITEM"}
-        else:
-            choices = "|".join(map(str, typing.get_args(inner)))
-            options["metavar"] = choices or inner.__name__.upper()
-        parser.add_argument(_flag(field.name), **options)
-
-
 def read_yaml(path: Path, cls: type) -> dict[str, Any]:
-    """Fields of `cls` from a YAML file.
-
-    Raises:
-        UsageError: the file is missing or no mapping, a key is unknown, or a value does not fit.
-    """
+    """Fields of a dataclass from a YAML file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -139,69 +69,105 @@ def read_yaml(path: Path, cls: type) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected keys and values, found {type(content).__name__}")
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
     for key in content:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            raise UsageError(
-                f"{path}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
-            )
-    return {key: coerce(value, hints[key], f"{path}: {key}") for key, value in content.items()}
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            meant = f", did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{path}: unknown key {key!r}{meant}")
+    return {key: _fitted(value, hints[key], f"{path}: {key}") for key, value in content.items()}
 
 
 def preset_path(name: str, presets: Path) -> Path:
-    """The file of a preset by name, or a YAML file by path.
-
-    Raises:
-        UsageError: there is neither.
-    """
-    path = presets / f"{name}.yaml"
-    if path.is_file():
-        return path
-    if Path(name).is_file():
-        return Path(name)
-    known = ", ".join(sorted(p.stem for p in presets.glob("*.yaml")))
-    raise UsageError(f"--config: no preset or file {name!r}; the presets are {known}")
+    """The file of a preset by name, or a YAML file by path."""
+    for path in (presets / f"{name}.yaml", Path(name)):
+        if path.is_file():
+            return path
+    raise UsageError(f"--config: no preset or file {name!r}; the presets are {_names_in(presets)}")
 
 
-def flag_values(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """Fields of `cls` that were given as flags.
-
-    Raises:
-        UsageError: a value does not fit its field.
-    """
-    hints = typing.get_type_hints(cls)
-    given = {
-        field.name: getattr(arguments, field.name)
-        for field in dataclasses.fields(cls)
-        if hasattr(arguments, field.name)
-    }
-    return {name: coerce(value, hints[name], _flag(name)) for name, value in given.items()}
+def _names_in(presets: Path) -> str:
+    return ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
 
 
 def parse_arguments(
-    cls: type[Any], argv: Sequence[str] | None, *, description: str, default_preset: str
+    cls: type[Any],
+    argv: Sequence[str] | None,
+    *,
+    description: str,
+    default_preset: str,
+    presets: Path,
 ) -> tuple[str, dict[str, Any]]:
-    """Parse the command line of a program.
+    """Parse a command line, that of the process when None, with a flag for each field of `cls`.
 
-    Args:
-        cls: the dataclass of the program.
-        argv: arguments, those of the process when None.
-        description: for `--help`.
-        default_preset: the preset used without `--config`.
-
-    Returns:
-        The preset's name or path, and the fields given as flags.
-
-    Raises:
-        UsageError: a value does not fit; an unknown flag ends the process with status 2.
+    Returns the name or path of the preset, and the fields that were given. An unknown flag ends
+    the process with status 2.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--config", default=default_preset, metavar="PRESET", help="name or YAML file"
-    )
-    # launchers of older versions pass it; the environment variable LOCAL_RANK is what counts
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False)
+    text = f"{_names_in(presets)}, or a YAML file [{default_preset}]"
+    parser.add_argument("--config", default=default_preset, metavar="PRESET", help=text)
+    # launchers may pass it; the environment variable LOCAL_RANK is what counts
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    add_flags(parser, cls)
-    arguments = parser.parse_args(argv)
-    return arguments.config, flag_values(arguments, cls)
+    # the other flags are shown with the values that the preset gives them
+    preset = parser.parse_known_args(argv)[0].config
+    parser.add_argument("-h", "--help", action="help", help="show this, with the preset's values")
+    _add_flags(parser, cls, read_yaml(preset_path(preset, presets), cls))
+    given = vars(parser.parse_args(argv))
+    del given["config"], given["local_rank"]
+    hints = typing.get_type_hints(cls)
+    return preset, {name: _fitted(given[name], hints[name], _flag(name)) for name in given}
+
+
+def _add_flags(parser: argparse.ArgumentParser, cls: type, preset: dict[str, Any]) -> None:
+    """Absent flags stay absent."""
+    docs, hints = _field_docs(cls), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = _without_none(hints[field.name])
+        value = preset.get(field.name, field.default)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        text = f"{docs.get(field.name, '')} [{shown}]".replace("%", "%%")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is tuple:
+            options |= {"nargs": "+", "metavar": "ITEM"}
+        else:
+            options["metavar"] = "|".join(typing.get_args(kind)) or kind.__name__.upper()
+        parser.add_argument(_flag(field.name), **options)
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass and of those it inherits from, on one line."""
+    docs = {}
+    for owner in [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(tree, ast.ClassDef)
+        for pair in itertools.pairwise(tree.body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    docs[name] = " ".join(text.split())
+    return docs
+
+
+def _without_none(hint: Any) -> Any:
+    """`int` for `int | None`."""
+    if not isinstance(hint, types.UnionType):
+        return hint
+    (kind,) = [part for part in typing.get_args(hint) if part is not types.NoneType]
+    return kind
+
+
+def _fitted(value: Any, hint: Any, where: str) -> Any:
+    """Bring a value from YAML or a flag to the type of its field."""
+    kind = _without_none(hint)
+    item = kind
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        # in YAML one may stand alone
+        value = [value] if isinstance(value, str | int | float) else value
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        allowed = typing.get_args(item)
+        expected = f"one of {', '.join(allowed)}" if allowed else item.__name__
+        found = error.errors()[0]["input"]
+        raise UsageError(f"{where}: expected {expected}, found {found!r}") from error

@@ -10,8 +10,6 @@ import torch
 
 from ponet.config import PoNetConfig
 
-_MIB = 2**20
-
 
 def synchronise(device: torch.device) -> None:
     """Wait for the device, so that a clock read afterwards covers its work."""
@@ -29,7 +27,7 @@ def device_name(device: torch.device) -> str:
 def peak_memory_mib(device: torch.device) -> float:
     """Peak memory so far in MiB: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _MIB
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
@@ -67,13 +65,7 @@ def training_flops(config: PoNetConfig, tokens: int, labelled: int, seq_len: int
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of a square matrix product of random numbers, the practical peak of the device.
-
-    Args:
-        device: where to measure.
-        dtype: element type.
-        size: width of the matrices; 2048 on a CPU and 8192 on a GPU when None.
-    """
+    """FLOP/s of a product of square matrices, by default 8192 wide on a GPU and 2048 on a CPU."""
     n = size or (8192 if device.type == "cuda" else 2048)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     best = float("inf")

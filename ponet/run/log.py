@@ -4,8 +4,8 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from torch.utils.tensorboard import SummaryWriter
@@ -48,13 +48,7 @@ class MetricsWriter:
         self._board = SummaryWriter(folder / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
-        """Record numbers.
-
-        Args:
-            kind: "train" or "eval".
-            step: optimizer steps done.
-            values: numbers by name; undefined ones are left out.
-        """
+        """Record numbers by name after optimizer steps, of kind "train" or "eval"."""
         if self._file is None or self._board is None:
             return
         values = {name: value for name, value in values.items() if value is not None}
@@ -66,12 +60,7 @@ class MetricsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
@@ -79,14 +68,11 @@ class MetricsWriter:
 
 def _keep_until(path: Path, step: int) -> None:
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            # the run was killed while it wrote this line, the last one
-            break
-        if entry["step"] <= step:
-            kept.append(line + "\n")
+    # the last line may be cut, where the run was killed
+    with suppress(json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
     write_text(path, "".join(kept))
 
 
@@ -101,18 +87,13 @@ def log_steps(
 ) -> None:
     """Record and log the steps since the last time: the one line of all programs.
 
-    Args:
-        writer: of the metrics.
-        name: of the run, empty where a program has one run only.
-        step: the last one, counted from 1.
-        steps: of the whole run.
-        metrics: `loss` and its parts (`mlm_loss`), `learning_rate`, `step_ms`, `peak_memory_mib`,
-            where tokens are counted `tokens_per_second`, and others for the records alone.
-        remaining_seconds: until the end of the run.
+    Metrics are `loss` and its parts (`mlm_loss`), `learning_rate`, `step_ms`, `peak_memory_mib`,
+    where tokens are counted `tokens_per_second`, and others for the records alone. The name is
+    empty where a program has one run only.
     """
     writer.write("train", step, metrics)
     losses = [(key, value) for key, value in metrics.items() if key.endswith("loss")]
-    speed = metrics.get("tokens_per_second")
+    speed, left = metrics.get("tokens_per_second"), remaining_seconds
     parts = [
         name,
         f"step {step}/{steps}",
@@ -121,18 +102,12 @@ def log_steps(
         f"{metrics['step_ms']:.3g} ms",
         "" if speed is None else f"{speed / 1e3:.1f}k tok/s",
         f"{metrics['peak_memory_mib']:,.0f} MiB",
-        f"eta {_duration(remaining_seconds)}",
+        f"eta {left / 60:.0f}m" if left >= 60 else f"eta {left:.0f}s",
     ]
     logger.info(" | ".join(filter(None, parts)))
 
 
 def describe(scores: Mapping[str, float | None]) -> str:
     """Scores on a line."""
-    return ", ".join(
-        f"{name} {'undefined' if value is None else f'{value:.4f}'}"
-        for name, value in scores.items()
-    )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f}m" if seconds >= 60 else f"{seconds:.0f}s"
+    texts = {k: "undefined" if value is None else f"{value:.4f}" for k, value in scores.items()}
+    return ", ".join(map(" ".join, texts.items()))

@@ -5,17 +5,15 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ponet.files import write_atomically, write_text
-from ponet.run.runs import RESULT, exit_with_error
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from ponet.run.cli import errors_in_one_line
+from ponet.run.runs import RESULT
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
@@ -27,16 +25,10 @@ class ResultError(ValueError):
 def read_results(
     folder: Path, record: type[Any], identity: Sequence[str], program: str
 ) -> pd.DataFrame:
-    """All results below a folder, one row per run in the order of their paths.
+    """All results below a folder that a program made, one row per run in the order of their paths.
 
-    Args:
-        folder: of the runs.
-        record: a dataclass of the fields that the report needs; others are left out.
-        identity: fields in which two results of the same run agree.
-        program: that makes results, for messages.
-
-    Raises:
-        ResultError: there is none, one is damaged, or two are of the same run.
+    Their fields are those of the dataclass `record`; results of the same run, which agree in the
+    fields of `identity`, are refused.
     """
     paths = sorted(folder.rglob(RESULT))
     if not paths:
@@ -61,8 +53,6 @@ def _read_result(path: Path, adapter: TypeAdapter[Any]) -> Any:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ResultError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from error
-    except OSError as error:
-        raise ResultError(f"{path}: cannot be read: {error}") from error
 
 
 def read_published(path: Path) -> Any:
@@ -88,12 +78,8 @@ def scores_text(values: Sequence[float]) -> str:
     return f"{scores.mean():.2f}{spread} ({len(scores)})"
 
 
-def write_report(folder: Path, text: str, figure: "Figure | None" = None) -> None:
-    """Write `report.md`, and `report.png` of a figure, each whole or not at all.
-
-    Raises:
-        OSError: one cannot be written.
-    """
+def write_report(folder: Path, text: str, figure: Any = None) -> None:
+    """Write `report.md`, and `report.png` of a figure of matplotlib, each whole or not at all."""
     write_text(folder / "report.md", text)
     if figure is not None:
         write_atomically(folder / "report.png", partial(figure.savefig, format="png", dpi=130))
@@ -102,19 +88,10 @@ def write_report(folder: Path, text: str, figure: "Figure | None" = None) -> Non
 def report_program(
     program: str, description: str, default: str, report: Callable[[Path], str]
 ) -> None:
-    """The whole of a program that reports on a folder of runs and prints the Markdown.
-
-    Args:
-        program: its path, for errors.
-        description: for `--help`.
-        default: the folder when none is given.
-        report: writes the files of a folder and returns the Markdown.
-    """
+    """The whole of a program that writes a report on a folder of runs and prints its Markdown."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path(default), help=f"of the runs [{default}]"
     )
-    try:
+    with errors_in_one_line(program):
         print(report(parser.parse_args().folder), end="")
-    except (ResultError, OSError) as error:
-        exit_with_error(program, error)
