@@ -106,7 +106,7 @@ class Paddle(NamedTuple):
     """Shift from the place to the anchor."""
     to_pivot: int
     """Shift from the anchor to the pivot behind the paddle, the place of the next one."""
-    turns: tuple[tuple[int, float], ...]
+    turns: dict[int, float]
     """What may follow: number in `Paddles.onward`, and how likely that is, not normalised."""
 
 
@@ -155,7 +155,7 @@ def make_paddles(spec: PathfinderSpec, margin: int) -> Paddles:
             to_anchor=to_anchor,
             to_pivot=round(beyond * math.sin(angle)) * stride + round(beyond * math.cos(angle)),
             # the cosine of pi / 2 is not quite 0
-            turns=tuple((int(n), float(weights[n])) for n in np.flatnonzero(weights > 1e-9)),
+            turns={int(n): float(weights[n]) for n in np.flatnonzero(weights > 1e-9)},
         )
 
     edge = np.pad(np.zeros((size - 2 * PADDING,) * 2, bool), radius + PADDING, constant_values=True)
@@ -228,10 +228,10 @@ class Scene:
     """The paths and discs of one image."""
 
     def __init__(self, spec: PathfinderSpec, rng: random.Random) -> None:
-        """Draw them."""
         self.spec = spec
         self.paddles = make_paddles(spec, rng.choice(spec.margins))
         self._rng = rng
+        self._claims = [paddle.claimed for paddle in self.paddles.onward]
         self.targets = self._grow_targets()
         tried = [self._grow_distractor() for _ in range(spec.num_distractors)]
         self.distractors = [path for path in tried if path is not None]
@@ -275,15 +275,16 @@ class Scene:
 
     def _extend(self, path: PaddlePath, others: int) -> bool:
         """Add a paddle where there is room beside what is taken and `others`; False if stuck."""
-        (anchor, newest), onward = path[-1], self.paddles.onward
+        (anchor, newest), claims = path[-1], self._claims
         pivot = anchor + newest.to_pivot
         around = (self._taken | others) >> pivot
-        turns = [turn for turn in newest.turns if not around & onward[turn[0]].claimed]
-        if not turns:
+        free = [number for number in newest.turns if not around & claims[number]]
+        if not free:
             return False
-        ((number, _),) = self._rng.choices(turns, [weight for _, weight in turns])
-        self._taken |= _newest(path)
-        path.append((pivot + onward[number].to_anchor, onward[number]))
+        (number,) = self._rng.choices(free, [newest.turns[number] for number in free])
+        self._taken |= newest.core << anchor
+        paddle = self.paddles.onward[number]
+        path.append((pivot + paddle.to_anchor, paddle))
         return True
 
     def _grow_distractor(self) -> PaddlePath | None:

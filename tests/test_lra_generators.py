@@ -3,6 +3,7 @@
 import itertools
 import lzma
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -20,28 +21,25 @@ from lra.prepare import generate
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def take(count: int, draw: Any, *, seed: int, workers: int = 1) -> list[tuple[int, Any]]:
-    return list(itertools.islice(generate(draw, seed=seed, workers=workers), count))
+def take(count: int, draw: Any, seed: int, workers: int = 1) -> list[tuple[int, Any]]:
+    drawn = itertools.islice(generate(draw, seed=seed, workers=workers), count)
+    return [(x, y if isinstance(y, str) else y.tobytes()) for x, y in drawn]
 
 
 @pytest.mark.parametrize(
     "draw", [partial(draw_trees, 20), partial(draw_images, SPECS[32], 20)], ids=["trees", "images"]
 )
 def test_same_seed_gives_the_same_examples_for_any_number_of_workers(draw):
-    def made(count: int, seed: int, workers: int = 1) -> list[tuple[int, Any]]:
-        drawn = take(count, draw, seed=seed, workers=workers)
-        return [(x, y if isinstance(y, str) else y.tobytes()) for x, y in drawn]
-
-    first = made(70, 5)
-    assert first == made(70, 5, workers=2)
-    assert first[:30] == made(30, 5)
-    assert first[:30] != made(30, 6)
+    first = take(70, draw, 5)
+    assert first == take(70, draw, 5, workers=2)
+    assert first[:30] == take(30, draw, 5)
+    assert first[:30] != take(30, draw, 6)
     assert len({y for _, y in first}) == 70
 
 
 @pytest.fixture(scope="module")
 def trees() -> list[tuple[int, str]]:
-    return take(20_000, partial(draw_trees, 100), seed=7, workers=2)
+    return take(20_000, partial(draw_trees, 100), 7, workers=2)
 
 
 OPERATORS = {
@@ -94,23 +92,16 @@ def test_lengths_and_labels_follow_the_law(trees):
 
 
 def test_operators_arguments_and_depth_are_as_published(trees):
-    operators, arguments, deepest = Counter(), Counter(), 0
-    for _, text in trees[:500]:
-        levels = []
-        for token in text.split():
-            if token.startswith("["):
-                operators[token] += 1
-                levels.append(0)
-                deepest = max(deepest, len(levels))
-            elif token == "]":
-                arguments[levels.pop()] += 1
-            if token.isdigit() or (token == "]" and levels):
-                levels[-1] += 1
-    shares = [operators[name] / operators.total() for name in ("[MIN", "[MAX", "[MED", "[SM")]
+    text = " ".join(text for _, text in trees[:500])
+    # an operator stands behind a parenthesis of its own and one for each argument
+    operators = re.findall(r"((?:\( )+)(\[\w+)", text)
+    counts = Counter(name for _, name in operators)
+    shares = [counts[name] / len(operators) for name in ("[MIN", "[MAX", "[MED", "[SM")]
     assert shares == pytest.approx([0.25] * 4, abs=0.01)
-    assert set(arguments) == set(range(2, 11))
+    assert {opened.count("(") - 1 for opened, _ in operators} == set(range(2, 11))
     # digits stand one level below the deepest operator, at most on level 10
-    assert deepest == 9
+    steps = ((token[0] == "[") - (token == "]") for token in text.split())
+    assert max(itertools.accumulate(steps)) == 9
 
 
 @pytest.fixture(scope="module", params=SPECS, ids=lambda size: f"{size}px")
