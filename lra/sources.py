@@ -63,8 +63,7 @@ _Record = tuple[str, str, bytes, list[bytes]]
 def encode_listops(source: str, max_tokens: int) -> np.ndarray:
     """Ids of an expression without its parentheses, cut: `[tokens]`, uint8, 1 to 15.
 
-    Raises:
-        ValueError: there is no token, or one that is none of the task's.
+    Raises `ValueError` for no token, or one that is none of the task's.
     """
     tokens = source.translate(_NO_PARENTHESES).split()
     if not tokens:
@@ -106,11 +105,9 @@ def read_source(task: ArenaTask, source: Path, skipped: list[str], seed: int) ->
 
 
 def _read_listops(task: ArenaTask, source: Path) -> Iterator[Example]:
-    names = ("basic_train.tsv", "listops-1000/basic_train.tsv")
-    folder = _find_in_release(source, *names).parent
+    folder = _find_in_release(source, "basic_train.tsv", "listops-1000/basic_train.tsv").parent
     for split, name in (("train", "train"), ("dev", "val"), ("test", "test")):
-        rows = _rows(folder / f"basic_{name}.tsv", "Source", "Target")
-        for where, (text, target) in rows:
+        for where, (text, target) in _rows(folder / f"basic_{name}.tsv", "Source", "Target"):
             label = _label(where, target, task)
             try:
                 ids = encode_listops(text.decode("ascii"), task.max_tokens)
@@ -330,24 +327,21 @@ def _members(source: Path, pattern: str) -> Iterator[tuple[str, re.Match[str], b
     """Place for messages, match of the name, with `/` between folders, and content of files: in an
     archive, in a folder, or in the archives of a folder that holds some.
     """
-    wanted = re.compile(pattern)
     archives = [source]
     if source.is_dir():
         archives = sorted(path for kind in _ARCHIVES for path in source.glob(kind))
     for archive in archives:
-        yield from _archive_members(archive, wanted)
+        yield from _archive_members(archive, pattern)
     for path in [] if archives else sorted(source.rglob("*")):
-        if match := wanted.search(path.relative_to(source).as_posix()):
+        if match := re.search(pattern, path.relative_to(source).as_posix()):
             yield str(path), match, path.read_bytes()
 
 
-def _archive_members(
-    archive: Path, wanted: re.Pattern[str]
-) -> Iterator[tuple[str, re.Match[str], bytes]]:
+def _archive_members(archive: Path, pattern: str) -> Iterator[tuple[str, re.Match[str], bytes]]:
     try:
         with tarfile.open(archive, "r|*") as tar:
             for entry in tar:
-                match = wanted.search(entry.name)
+                match = re.search(pattern, entry.name)
                 file = tar.extractfile(entry) if match and entry.isfile() else None
                 if match and file:
                     yield f"{archive}: {entry.name}", match, file.read()

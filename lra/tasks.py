@@ -48,7 +48,6 @@ class ArenaTask:
 
     @property
     def num_classes(self) -> int:
-        """Number of labels."""
         return len(self.class_names)
 
     @property

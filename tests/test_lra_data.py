@@ -6,7 +6,6 @@ import json
 import lzma
 import tarfile
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -17,15 +16,7 @@ from lra.sources import encode_bytes, encode_listops, grey_levels, read_hub, rea
 from lra.store import ArenaError
 from lra.tasks import TASKS
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SPLITS = ("train", "dev", "test")
-
-
-def shared(name):
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"shared/data/{name} is not beside this checkout")
-    return path
 
 
 def write(path, content):
@@ -129,26 +120,23 @@ def test_pairs_of_the_release_are_unquoted_bytes(tmp_path, place):
     assert skipped[0].endswith("new_aan_pairs.train.tsv, line 3: empty text")
 
 
-def test_a_collection_with_three_files_keeps_them(tmp_path):
-    papers = [json.dumps({"id": f"P{n}", "text": f"paper {n}"}) for n in range(7)]
-    write(tmp_path / "papers.jsonl", "\n".join(papers))
-    for name, row in (("train", "1\tP1\tP2"), ("val", "0\tP3\tP4"), ("test", "1\tP5\tP6")):
-        write(tmp_path / f"pairs.{name}.tsv", f"label\tpaper1\tpaper2\n{row}\n")
-    texts = [encode_bytes(f"paper {n}".encode(), 100).tolist() for n in range(7)]
-    expected = [("train", 1, *texts[1:3]), ("dev", 0, *texts[3:5]), ("test", 1, *texts[5:7])]
-    assert read("retrieval", tmp_path) == expected
-
-
-def test_real_pairs_divide_between_citing_papers():
-    source = shared("acl-citation-pairs")
-    examples = list(read_source(TASKS["retrieval"], source, [], 0))
-    counts = Counter(e.split for e in examples)
-    assert (counts["train"] + counts["dev"], counts["test"]) == (4246, 560)
-    assert 0.05 < counts["dev"] / 4246 < 0.16
+def test_a_collection_keeps_three_files_and_divides_two_between_papers(tmp_path):
+    papers = [json.dumps({"id": f"P{n}", "text": f"paper {n}"}) for n in range(101)]
+    write(tmp_path / "papers.jsonl.xz", lzma.compress("\n".join(papers).encode()))
+    texts = [encode_bytes(f"paper {n}".encode(), 100).tolist() for n in range(101)]
+    numbers = {"train": range(160), "val": range(160, 180), "test": range(180, 200)}
+    for name, rows in numbers.items():
+        lines = [f"{n % 2}\tP{n // 2}\tP{n // 2 + 1}" for n in rows]
+        write(tmp_path / f"pairs.{name}.tsv", "\n".join(["label\tpaper1\tpaper2", *lines]))
+    pairs = [(n % 2, texts[n // 2], texts[n // 2 + 1]) for n in range(200)]
+    splits = ["train"] * 160 + ["dev"] * 20 + ["test"] * 20
+    assert read("retrieval", tmp_path) == [(s, *p) for s, p in zip(splits, pairs, strict=True)]
+    (tmp_path / "pairs.test.tsv").unlink()
+    divided = read("retrieval", tmp_path)
+    assert Counter(split for split, *_ in divided) == {"train": 144, "dev": 16, "test": 20}
+    assert sorted(pair for _, *pair in divided) == sorted(map(list, pairs[:180]))
     # no paper cites in two splits
-    citing = {(e.split, e.inputs[0].tobytes()) for e in examples}
-    assert len(citing) == len({content for _, content in citing})
-    assert 0.48 < np.mean([example.label for example in examples]) < 0.52
+    assert len({(split, bytes(first)) for split, _, first, _ in divided}) == 90
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
@@ -183,22 +171,6 @@ def test_cifar_is_the_same_from_batches_images_archives_and_hub(tmp_path, monkey
         pack(tmp_path / "packed" / f"{split}.tar.gz", tmp_path / "png" / split)
     for source in (tmp_path / "png", tmp_path / "packed"):
         assert sorted(read("image", source)) == sorted(expected)
-
-
-@pytest.mark.parametrize(
-    ("name", "place", "sizes"),
-    [
-        ("text", "imdb", {"train": 12_500, "test": 11_500}),
-        ("image", "cifar10/test_9k_jpg.tar.xz", {"test": 900}),
-    ],
-)
-def test_real_examples_are_all_read(name, place, sizes):
-    skipped, task = [], TASKS[name]
-    examples = read_source(task, shared(place), skipped, 0)
-    counts = Counter((example.split, example.label) for example in examples)
-    labels = range(task.num_classes)
-    assert counts == {(split, label): sizes[split] for split in sizes for label in labels}
-    assert skipped == []
 
 
 def pathfinder_release(folder, num, side=32):
