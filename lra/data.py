@@ -68,9 +68,8 @@ class BatchOrder:
 def whole_set_batches(
     split: Split, settings: ArenaSettings, purpose: int, *, limit: int | None
 ) -> list[np.ndarray]:
-    """Batches that hold every example once, sorted by length; the last may be smaller.
-
-    With a limit, that many examples are drawn by seed and purpose, `DEV` or `TEST`.
+    """Batches that hold every example once, or `limit` drawn by seed and purpose, `DEV` or `TEST`;
+    they are sorted by length, and the last may be smaller.
     """
     chosen = np.arange(len(split))
     if limit is not None and limit < len(split):
@@ -223,10 +222,7 @@ class Classification:
 
     @torch.no_grad()
     def answers(self, split: Split, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """Whether the model is right about each example of each batch: `[B]` bool.
-
-        An answer is good until the next one is asked for.
-        """
+        """Whether the model is right on each example of each batch: `[B]` bool, until the next."""
         self.model.eval()
         if self._resident is None:
             for indices in batches:

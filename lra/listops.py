@@ -15,14 +15,13 @@ _MAX_DEPTH = 10
 _MAX_ARGUMENTS = 10
 _OPERATOR_PROBABILITY = 0.25
 _MIN_LENGTH, _MAX_LENGTH = 500, 2000
-_OPERATORS: dict[str, Callable[[list[int]], int]] = {
-    "[MIN": min,
-    "[MAX": max,
+_OPERATORS: tuple[tuple[str, Callable[[list[int]], int]], ...] = (
+    ("[MIN", min),
+    ("[MAX", max),
     # of an even number of digits the mean of the middle two, its integer part
-    "[MED": lambda digits: int(median(digits)),
-    "[SM": lambda digits: sum(digits) % 10,
-}
-_DRAWN = tuple(_OPERATORS)
+    ("[MED", lambda digits: int(median(digits))),
+    ("[SM", lambda digits: sum(digits) % 10),
+)
 
 
 class _Tree:
@@ -47,7 +46,7 @@ class _Tree:
         if self.length >= _MAX_LENGTH:
             raise OverflowError
         count = 2 + int((_MAX_ARGUMENTS - 1) * draw())
-        operator = _DRAWN[int(len(_DRAWN) * draw())]
+        operator, evaluate = _OPERATORS[int(len(_OPERATORS) * draw())]
         # the release nests in pairs: ( ( ( [MIN 4 ) 5 ) ] )
         self.text.append("( " * (count + 1) + operator)
         digits = []
@@ -55,7 +54,7 @@ class _Tree:
             digits.append(self._node(depth + 1))
             self.text.append(")")
         self.text.append("] )")
-        return _OPERATORS[operator](digits)
+        return evaluate(digits)
 
 
 def draw_trees(count: int, rng: random.Random) -> list[tuple[int, str]]:

@@ -60,8 +60,7 @@ def prepare_task(
         workers: processes of the generators; None: as many as there are cores.
 
     Raises:
-        ArenaError: the source is missing or unfit, or the task was prepared otherwise before
-            than asked for now.
+        ArenaError: the source is missing or unfit, or the task was prepared otherwise before.
         OSError: the disk is full or cannot be written.
     """
     task, data_dir = TASKS[name], Path(data_dir)

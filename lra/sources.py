@@ -180,10 +180,8 @@ def _collection(folder: Path, papers: Path, seed: int) -> Iterator[_Record]:
 
 
 def _read_cifar(task: ArenaTask, source: Path) -> Iterator[Example]:
-    """Grey images, training and test set.
-
-    The published development set is the last tenth of the training set in an order that only the
-    TensorFlow data set has, so `lra.store.write_task` draws one.
+    """Grey images. The published development set is the last tenth of the training set in an order
+    that only the TensorFlow data set has, so `lra.store.write_task` draws one.
     """
     names = task.class_names
     for where, match, content in _members(source, _CIFAR):

@@ -164,8 +164,7 @@ def _write_arrays(
 ) -> dict[str, Any]:
     """Write all but the manifest; returns its entries on tokens, variants and files."""
     # bytes are stored as 1..256, all other ids fit eight bits
-    wide = task.kind == "tokens" and task.vocab_size > 256
-    dtype = np.dtype(np.uint16 if wide else np.uint8)
+    dtype = np.dtype(np.uint16 if task.kind == "tokens" and task.vocab_size > 256 else np.uint8)
     raw = folder / "ids.raw"
     arrays, rows = _write_raw(raw, dtype, task, examples)
     variants, of_splits = _divide(task, rows, arrays[_LABELS], source, seed)
