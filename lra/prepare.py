@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lra.listops import draw_trees
 from lra.pathfinder import SPECS, draw_images
-from lra.sources import HUB, SOURCES, encode_listops, read_hub, read_source
+from lra.sources import HUB, SOURCES, encode_listops, examples_of_hub, read_source
 from lra.store import DATA_DIR, SPLITS, ArenaError, Example, load_arena_data, write_task
 from lra.tasks import TASKS, ArenaTask, tasks_named
 from ponet.run.log import set_up_logging
@@ -105,7 +105,7 @@ def _prepare(task: ArenaTask, folder: Path, settings: dict[str, Any], workers: i
     elif task.is_generated:
         described, examples = "generated", _generate(task, settings, workers)
     elif task.name in HUB:
-        described, examples = f"hub: {HUB[task.name]}", read_hub(task, advice)
+        described, examples = f"hub: {HUB[task.name]}", examples_of_hub(task, advice)
     else:
         raise ArenaError(f"no source of {task.name} was given; {advice}")
     logger.info("preparing %s (%s)", task.name, described)

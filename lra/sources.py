@@ -216,7 +216,7 @@ def _binary_batch(where: str, content: bytes) -> Iterable[tuple[int, np.ndarray]
     return zip(labels.tolist(), images, strict=True)
 
 
-def read_hub(task: ArenaTask, advice: str) -> Iterator[Example]:
+def examples_of_hub(task: ArenaTask, advice: str) -> Iterator[Example]:
     """Examples of a task in `HUB`; the error ends with `advice` where they cannot be had."""
     # a second to import, and needed by this kind of source only
     import datasets

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lra.sources import encode_bytes, encode_listops, grey_levels, read_hub, read_source
+from lra.sources import encode_bytes, encode_listops, examples_of_hub, grey_levels, read_source
 from lra.store import ArenaError
 from lra.tasks import TASKS
 
@@ -42,7 +42,7 @@ def read(name, source, skipped=None, seed=0):
 
 def hub(monkeypatch, name, rows):
     monkeypatch.setattr(datasets, "load_dataset", lambda _: rows)
-    return plain(read_hub(TASKS[name], ""))
+    return plain(examples_of_hub(TASKS[name], ""))
 
 
 def test_ids_by_hand():
