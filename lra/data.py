@@ -3,8 +3,10 @@
 What a batch holds is a function of seed, purpose and number alone.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,21 +37,16 @@ class BatchOrder:
         """Make the sequence of batches for a purpose: `TRAIN`, `DEV`, `TEST` or `PRETRAIN`.
 
         `by_length` puts examples of similar length together, which saves padding where a mixer
-        works on rectangles.
-
-        Raises:
-            ArenaError: the split does not fill one batch.
+        works on rectangles. Raises `ArenaError` if the split does not fill one batch.
         """
-        batch_size = settings.batch_size
-        if len(split) < batch_size:
-            raise ArenaError(f"--batch-size {batch_size}: a split has only {len(split)} examples")
-        self.per_pass = len(split) // batch_size
-        self._split = split
-        self._batch_size = batch_size
+        self._size = settings.batch_size
+        if len(split) < self._size:
+            raise ArenaError(f"--batch-size {self._size}: a split has only {len(split)} examples")
+        self.per_pass = len(split) // self._size
+        self._lengths = split.lengths.sum(axis=1)
         self._key = (settings.seed, purpose)
         self._by_length = by_length
-        self._pass = -1
-        self._batches = np.empty((0, batch_size), dtype=np.int64)
+        self._pass, self._batches = 0, self._arrange(0)
 
     def indices(self, number: int) -> np.ndarray:
         """Examples of a batch, counted from 0: `[batch_size]`."""
@@ -60,21 +57,19 @@ class BatchOrder:
 
     def _arrange(self, turn: int) -> np.ndarray:
         rng = np.random.default_rng((*self._key, turn))
-        order = rng.permutation(len(self._split))[: self.per_pass * self._batch_size]
+        order = rng.permutation(len(self._lengths))[: self.per_pass * self._size]
         if not self._by_length:
-            return order.reshape(-1, self._batch_size)
-        lengths, size = self._split.lengths.sum(axis=1), _POOL * self._batch_size
-        pools = np.split(order, range(size, len(order), size))
-        ordered = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
-        return rng.permutation(np.concatenate(ordered).reshape(-1, self._batch_size))
+            return order.reshape(-1, self._size)
+        pools = np.split(order, range(_POOL * self._size, len(order), _POOL * self._size))
+        ordered = [pool[np.argsort(self._lengths[pool], kind="stable")] for pool in pools]
+        return rng.permutation(np.concatenate(ordered).reshape(-1, self._size))
 
 
 def whole_set_batches(
     split: Split, settings: ArenaSettings, purpose: int, *, limit: int | None
 ) -> list[np.ndarray]:
-    """Batches that hold every example once, sorted by length; the last may be smaller.
-
-    With a limit, that many examples are drawn by seed and purpose, `DEV` or `TEST`.
+    """Batches that hold every example once, or `limit` drawn by seed and purpose, `DEV` or `TEST`;
+    they are sorted by length, and the last may be smaller.
     """
     chosen = np.arange(len(split))
     if limit is not None and limit < len(split):
@@ -85,11 +80,8 @@ def whole_set_batches(
 
 
 def gather_examples(split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Read examples `[B]` without padding, on the host.
-
-    Returns:
-        `[T]` ids, sequences end to end, all first inputs before all second ones;
-        `[num_inputs * B]` tokens of each sequence; `[B]` labels. All int64.
+    """Ids `[T]` of examples `[B]` on the host, all first inputs before all second ones; tokens of
+    each sequence `[num_inputs * B]`; labels `[B]`. All int64.
     """
     examples = [split.ids(index) for index in indices.tolist()]
     sequences = [sequence for inputs in zip(*examples, strict=True) for sequence in inputs]
@@ -136,10 +128,8 @@ class Classification:
         """Arrange the batches for a model on the device, of data in the variant of the protocol.
 
         `resident` puts the data on the device, makes batches there, in fixed shapes, and captures
-        steps and evaluations; `lra.resident.obstacle` must have found none.
-
-        Raises:
-            ArenaError: a split does not fill one batch.
+        steps and evaluations; `lra.resident.obstacle` must have found none. Raises `ArenaError` if
+        a split does not fill one batch.
         """
         self.model = model
         self._data = data
@@ -161,60 +151,46 @@ class Classification:
 
     def training_step(self, stage: int) -> TrainingStep:
         """What trains the model by the settings, as a stage of the run."""
-        settings = self._settings
-        shared = {
-            "precision": settings.precision,
-            "seeds": (settings.seed, stage),
-            "device": self._device,
-        }
+        settings, data, indices = self._settings, self._data, self._train.indices
+        fixed = {"precision": settings.precision, "device": self._device}
+        fixed["seeds"] = (settings.seed, stage)
         if self._resident is None:
-            return PlainStep(self.model, settings.schedule, loss=self.loss, **shared)
-        data, evaluations = self._data, -(-settings.steps // settings.eval_every)
+            return PlainStep(self.model, settings.schedule, loss=self.loss, **fixed)
+        evaluations = range(-(-settings.steps // settings.eval_every))
         batches = {
-            data.train: map(self._train.indices, range(settings.steps)),
-            data.dev: (b for number in range(evaluations) for b in self.dev_batches(number)),
+            data.train: map(indices, range(settings.steps)),
+            data.dev: itertools.chain.from_iterable(map(self.dev_batches, evaluations)),
             data.test: self.test_batches(),
         }
         self._shapes = {split: self._resident[split].shape(b) for split, b in batches.items()}
         return CapturedStep(
-            self.model,
-            settings.schedule,
-            loss=self.loss_of,
-            indices=self._train.indices,
-            **shared,
+            self.model, settings.schedule, loss=self.loss_of, indices=indices, **fixed
         )
 
     def loss(self, step: int) -> Tensor:
         """Mean cross-entropy on the batch of a training step."""
-        inputs, labels = self._read(self._data.train, self._train.indices(step))
+        return self.loss_of(self._train.indices(step))
+
+    def loss_of(self, indices: Any) -> Tensor:
+        """The same of training examples `[B]`, numbers on the device if the data are there."""
+        inputs, labels = self._read(self._data.train, indices)
         return F.cross_entropy(self.model(inputs).float(), labels)
 
-    def loss_of(self, indices: Tensor) -> Tensor:
-        """The same of training examples `[B]` on the device, where the data are."""
-        inputs, labels = self._take(self._data.train, indices)
-        return F.cross_entropy(self.model(inputs).float(), labels)
-
-    def _read(self, split: Split, indices: np.ndarray) -> tuple[ModelInputs, Tensor]:
-        inputs, labels = read_batch(split, indices, self._settings)
-        inputs, others = inputs.to(self._device, {"labels": labels})
-        return inputs, others["labels"]
-
-    def _take(self, split: Split, indices: Tensor) -> tuple[ModelInputs, Tensor]:
-        assert self._resident is not None
-        examples, settings = self._resident[split], self._settings
-        inputs = resident_inputs(
-            examples.rows(indices),
-            self._shapes[split],
-            task=self._data.task,
-            mixer=settings.model,
-            num_segments=settings.num_segments,
-        )
+    def _read(self, split: Split, indices: Any) -> tuple[ModelInputs, Tensor]:
+        settings = self._settings
+        if self._resident is None:
+            inputs, labels = read_batch(split, indices, settings)
+            inputs, others = inputs.to(self._device, {"labels": labels})
+            return inputs, others["labels"]
+        examples = self._resident[split]
+        form: dict[str, Any] = {"mixer": settings.model, "num_segments": settings.num_segments}
+        rows, shape = examples.rows(indices), self._shapes[split]
+        inputs = resident_inputs(rows, shape, task=self._data.task, **form)
         return inputs, examples.labels.index_select(0, indices)
 
     def dev_batches(self, evaluation: int) -> list[np.ndarray]:
         """Examples of an evaluation on the development set, counted from 0."""
-        settings = self._settings
-        count = settings.eval_batches
+        settings, count = self._settings, self._settings.eval_batches
         if self._dev is None:
             limit = None if count is None else count * settings.batch_size
             return whole_set_batches(self._data.dev, settings, DEV, limit=limit)
@@ -223,12 +199,12 @@ class Classification:
 
     def test_batches(self) -> list[np.ndarray]:
         """Examples of the test."""
-        limit = self._settings.test_examples
+        settings, limit = self._settings, self._settings.test_examples
         if self._test is None:
-            return whole_set_batches(self._data.test, self._settings, TEST, limit=limit)
+            return whole_set_batches(self._data.test, settings, TEST, limit=limit)
         count = self._test.per_pass
         if limit is not None:
-            count = min(count, max(1, limit // self._settings.batch_size))
+            count = min(count, max(1, limit // settings.batch_size))
         return [self._test.indices(i) for i in range(count)]
 
     def dev_accuracy(self, evaluation: int) -> dict[str, float]:
@@ -240,36 +216,29 @@ class Classification:
         return self._accuracy(self._data.test, self.test_batches())
 
     def _accuracy(self, split: Split, batches: Sequence[np.ndarray]) -> float:
-        correct, total = torch.zeros((), dtype=torch.long, device=self._device), 0
-        for right in self.answers(split, batches):
-            correct += right.sum()
-            total += len(right)
-        return int(correct) / total
+        # stays on the device until the end
+        correct = sum(right.sum() for right in self.answers(split, batches))
+        return int(correct) / sum(map(len, batches))
 
     @torch.no_grad()
     def answers(self, split: Split, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """Whether the model is right about each example of each batch: `[B]` bool.
-
-        An answer is good until the next one is asked for.
-        """
+        """Whether the model is right on each example of each batch: `[B]` bool, until the next."""
         self.model.eval()
         if self._resident is None:
             for indices in batches:
-                yield self._right(*self._read(split, indices))
+                yield self._right(split, indices)
             return
         if split not in self._replays:
             chosen = torch.zeros(len(batches[0]), dtype=torch.long, device=self._device)
-            work = partial(self._right_of, split, chosen)
-            self._replays[split] = chosen, Replay(work, self._device)
+            replay = Replay(partial(self._right, split, chosen), self._device)
+            self._replays[split] = chosen, replay
         chosen, replay = self._replays[split]
         for indices in put_rows(batches, self._device):
             chosen.copy_(indices)
             yield replay()
 
-    def _right(self, inputs: ModelInputs, labels: Tensor) -> Tensor:
+    def _right(self, split: Split, indices: Any) -> Tensor:
+        inputs, labels = self._read(split, indices)
         with autocast(self._settings.precision, self._device):
             logits = self.model(inputs)
         return logits.argmax(dim=1) == labels
-
-    def _right_of(self, split: Split, indices: Tensor) -> Tensor:
-        return self._right(*self._take(split, indices))

@@ -8,7 +8,6 @@ example is made of and its label (`inputs.npy`, `labels.npy`), the examples of e
 import hashlib
 import json
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lra.tasks import TASKS, ArenaTask, ProtocolName
-from ponet.files import current_umask, write_json
+from ponet.files import write_json
 
 DATA_DIR = "data/lra"
 """Where prepared tasks are kept, below the current folder."""
@@ -27,11 +26,9 @@ FORMAT_VERSION = 1
 """Raise it when the files change, or when an encoding does."""
 
 MANIFEST = "manifest.json"
-
 SPLITS = ("train", "dev", "test")
 
 _IDS, _OFFSETS, _INPUTS, _LABELS = "ids.npy", "offsets.npy", "inputs.npy", "labels.npy"
-_BLOCK = 2**24
 
 
 class ArenaError(ValueError):
@@ -39,13 +36,11 @@ class ArenaError(ValueError):
 
 
 class Example(NamedTuple):
-    """One encoded example."""
+    """One encoded example: a split of `SPLITS`, and `[tokens]` unsigned integers per input."""
 
     split: str
-    """`train`, `dev` or `test`."""
     label: int
     inputs: tuple[np.ndarray, ...]
-    """As many sequences of ids as the task has inputs: `[tokens]`, unsigned integers."""
 
 
 class Split:
@@ -54,22 +49,16 @@ class Split:
     def __init__(
         self, ids: np.ndarray, offsets: np.ndarray, inputs: np.ndarray, labels: np.ndarray
     ) -> None:
-        """Make a view of stored sequences.
-
-        Args:
-            ids: all sequences end to end, `[tokens]`.
-            offsets: where each begins, and the end of the last, `[sequences + 1]`.
-            inputs: number of each input's sequence, `[examples, num_inputs]`.
-            labels: `[examples]`.
+        """Make a view of sequences end to end `[tokens]`, their borders `[sequences + 1]`, the
+        sequence of each input `[examples, num_inputs]`, and labels `[examples]`.
         """
-        self.labels = labels.astype(np.int64)
-        """Classes, `[examples]`, int64."""
-        self.lengths = offsets[inputs + 1] - offsets[inputs]
-        """Tokens of each input, `[examples, num_inputs]`, int64."""
         self.stream = ids
         """Sequences end to end, those of the other splits among them, uint8 or uint16."""
         self.starts = offsets[inputs]
         """Where each input begins there, `[examples, num_inputs]`, int64."""
+        self.lengths = offsets[inputs + 1] - self.starts
+        """Tokens of each input, `[examples, num_inputs]`, int64."""
+        self.labels = labels.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -129,19 +118,12 @@ def write_task(
     skipped: Sequence[str] = (),
     seed: int = 0,
 ) -> Path:
-    """Store examples; the folder appears whole or not at all.
+    """Store examples; the folder appears whole or not at all. No other process may do the same.
 
-    Where the examples hold no development set, a seeded tenth of each class of the training set
-    becomes it; for Text this is the clean one, and the published one is the test set.
-
-    Args:
-        folder: where to; it must not exist. It is returned.
-        task: the task.
-        examples: of all splits, in any order.
-        source: where they come from, for the manifest.
-        settings: what else decided them, for the manifest.
-        skipped: records that were left out, by place and reason; read after the last example.
-        seed: of the development set that is cut.
+    Where the examples, in any order, hold no development set, a tenth of each class of the
+    training set, drawn by `seed`, becomes it; for Text this is the clean one, and the published one
+    is the test set. `source` and `settings` say in the manifest where the examples come from,
+    `skipped` which records were left out, by place and reason; it is read after the last example.
 
     Raises:
         ArenaError: the folder exists, or a split is empty.
@@ -149,8 +131,10 @@ def write_task(
     """
     if folder.exists():
         raise ArenaError(f"{folder}: already exists; delete it to prepare {task.name} again")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    # left by a process that was killed
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     try:
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -162,8 +146,6 @@ def write_task(
         }
         manifest["digest"] = _digest(manifest)
         write_json(unfinished / MANIFEST, manifest)
-        # a folder made by mkdtemp is private; the store is not
-        unfinished.chmod(0o777 & ~current_umask())
         unfinished.rename(folder)
     except OSError as error:
         if error.filename is not None:
@@ -181,36 +163,32 @@ def _write_arrays(
     folder: Path, task: ArenaTask, examples: Iterable[Example], source: str, seed: int
 ) -> dict[str, Any]:
     """Write all but the manifest; returns its entries on tokens, variants and files."""
+    # bytes are stored as 1..256, all other ids fit eight bits
+    dtype = np.dtype(np.uint16 if task.kind == "tokens" and task.vocab_size > 256 else np.uint8)
     raw = folder / "ids.raw"
-    arrays, rows = _write_raw(raw, task, examples)
+    arrays, rows = _write_raw(raw, dtype, task, examples)
     variants, of_splits = _divide(task, rows, arrays[_LABELS], source, seed)
-    arrays = {_IDS: np.memmap(raw, _dtype(task), "r"), **arrays, **of_splits}
+    arrays = {_IDS: np.memmap(raw, dtype, "r"), **arrays, **of_splits}
     files = {}
     for name, array in arrays.items():
         np.save(folder / name, array, allow_pickle=False)
         size = (folder / name).stat().st_size
-        files[name] = {"bytes": size, "crc32": _checksum(array)}
+        files[name] = {"bytes": size, "crc32": zlib.crc32(array.data)}
     raw.unlink()
-    lengths = np.diff(arrays[_OFFSETS])[arrays[_INPUTS]]
     return {
-        "dtype": _dtype(task).name,
+        "dtype": dtype.name,
         "sequences": len(arrays[_OFFSETS]) - 1,
         "tokens": len(arrays[_IDS]),
         "variants": {
-            variant: {split: _describe(name, arrays, lengths, task) for split, name in of.items()}
+            variant: {split: _describe(name, arrays, task) for split, name in of.items()}
             for variant, of in variants.items()
         },
         "files": files,
     }
 
 
-def _dtype(task: ArenaTask) -> np.dtype:
-    # bytes are stored as 1..256, all other ids fit eight bits
-    return np.dtype(np.uint16 if task.kind == "tokens" and task.vocab_size > 256 else np.uint8)
-
-
 def _write_raw(
-    raw: Path, task: ArenaTask, examples: Iterable[Example]
+    raw: Path, dtype: np.dtype, task: ArenaTask, examples: Iterable[Example]
 ) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
     """Write ids without a header; returns the arrays beside them, and the rows of each split.
 
@@ -222,13 +200,12 @@ def _write_raw(
     with raw.open("wb") as file:
         for example in examples:
             assert 0 <= example.label < task.num_classes, example.label
-            assert len(example.inputs) == task.num_inputs, len(example.inputs)
             rows[example.split].append(len(labels))
             labels.append(example.label)
             inputs.append([])
             for ids in example.inputs:
                 assert 0 < len(ids) <= task.max_tokens, len(ids)
-                content = ids.astype(_dtype(task)).tobytes()
+                content = ids.astype(dtype).tobytes()
                 digest = hashlib.blake2b(content, digest_size=16).digest()
                 number = numbers.setdefault(digest, len(numbers))
                 if number == len(offsets) - 1:
@@ -243,18 +220,20 @@ def _write_raw(
     return arrays, rows
 
 
-def _describe(
-    name: str, arrays: dict[str, np.ndarray], lengths: np.ndarray, task: ArenaTask
-) -> dict[str, Any]:
+def _view(name: str, arrays: dict[str, np.ndarray]) -> Split:
     """A split by the file that holds its rows."""
     rows = arrays[name]
-    counts = np.bincount(arrays[_LABELS][rows], minlength=task.num_classes)
+    return Split(arrays[_IDS], arrays[_OFFSETS], arrays[_INPUTS][rows], arrays[_LABELS][rows])
+
+
+def _describe(name: str, arrays: dict[str, np.ndarray], task: ArenaTask) -> dict[str, Any]:
+    split = _view(name, arrays)
     return {
         "rows": name,
-        "examples": len(rows),
-        "label_counts": counts.tolist(),
-        "majority_rate": float(counts.max() / len(rows)),
-        "mean_tokens": float(lengths[rows].mean()),
+        "examples": len(split),
+        "label_counts": np.bincount(split.labels, minlength=task.num_classes).tolist(),
+        "majority_rate": split.majority_rate,
+        "mean_tokens": float(split.lengths.mean()),
     }
 
 
@@ -268,22 +247,20 @@ def _divide(
     if missing:
         raise ArenaError(f"{source}: no example for {', '.join(missing)}")
     own = {split: f"rows-{split}.npy" for split in SPLITS}
+    variants = {"published": own, "clean": own}
+    arrays = {own[split]: rows[split] for split in SPLITS}
     if len(rows["dev"]):
-        return {"published": own, "clean": own}, {own[split]: rows[split] for split in SPLITS}
-    train, test = rows["train"], rows["test"]
+        return variants, arrays
+    train = rows["train"]
     cut = draw_tenth(labels[train], seed)
-    if not 0 < cut.sum() < len(cut):
+    if cut.all():
         raise ArenaError(f"{source}: {len(cut)} training examples, too few to cut a dev set")
     if task.dev_from == "train":
-        variants = {"published": own, "clean": own}
-        return variants, {own["train"]: train[~cut], own["dev"]: train[cut], own["test"]: test}
-    clean = own | {"train": "rows-train-clean.npy", "dev": "rows-dev-clean.npy"}
-    return {"published": own | {"dev": own["test"]}, "clean": clean}, {
-        own["train"]: train,
-        own["test"]: test,
-        clean["train"]: train[~cut],
-        clean["dev"]: train[cut],
-    }
+        return variants, arrays | {own["train"]: train[~cut], own["dev"]: train[cut]}
+    del arrays[own["dev"]]
+    clean = {"train": "rows-train-clean.npy", "dev": "rows-dev-clean.npy"}
+    variants = {"published": own | {"dev": own["test"]}, "clean": own | clean}
+    return variants, arrays | {clean["train"]: train[~cut], clean["dev"]: train[cut]}
 
 
 def draw_tenth(groups: np.ndarray, seed: int) -> np.ndarray:
@@ -301,46 +278,39 @@ def load_arena_data(
 ) -> ArenaData:
     """Map a prepared task.
 
-    Args:
-        name: key in `lra.tasks.TASKS`.
-        folder: as `write_task` or `lra.prepare.prepare_task` returned it.
-        variant: whether model selection follows the publication or stays clear of test data. Only
-            Text differs: its published development set is the test set, the clean one a tenth of
-            the training set.
-        verify: compare checksums, which reads every byte; sizes are compared in any case.
+    The variants differ for Text only, whose published development set is the test set, the clean
+    one a tenth of the training set. `verify` compares checksums, which reads every byte; sizes are
+    compared in any case.
 
     Raises:
         ArenaError: the folder is damaged, of another task or another version.
     """
     folder = Path(folder)
-    manifest = read_manifest(name, folder)
-    files = manifest["files"]
-    arrays = {file: _map(name, folder / file, files[file]["bytes"]) for file in files}
-    if verify:
-        for file, array in arrays.items():
-            if _checksum(array) != files[file]["crc32"]:
-                raise ArenaError(f"{folder / file}: other bytes than were written; {_advice(name)}")
-    ids, offsets = arrays[_IDS], arrays[_OFFSETS]
+    manifest = _read_manifest(name, folder)
+    arrays = {}
+    for file, expected in manifest["files"].items():
+        path = folder / file
+        try:
+            # a plain array: slices of a memmap cost ten times as much
+            array = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        except (OSError, ValueError, EOFError) as error:
+            raise ArenaError(f"{path}: cannot be read ({error}); {_advice(name)}") from error
+        size = path.stat().st_size
+        if size != expected["bytes"] or (verify and zlib.crc32(array.data) != expected["crc32"]):
+            raise ArenaError(f"{path}: other bytes than were written; {_advice(name)}")
+        arrays[file] = array
     splits = manifest.pop("variants")[variant]
-    views = {}
-    for split in SPLITS:
-        rows = arrays[splits[split].pop("rows")]
-        views[split] = Split(ids, offsets, arrays[_INPUTS][rows], arrays[_LABELS][rows])
+    views = {split: _view(splits[split].pop("rows"), arrays) for split in SPLITS}
     manifest |= {"variant": variant, "splits": splits}
     return ArenaData(task=TASKS[name], manifest=manifest, **views)
 
 
-def read_manifest(name: str, folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared task.
-
-    Raises:
-        ArenaError: there is none, or it is of another task or version.
-    """
+def _read_manifest(name: str, folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, task, digest = (manifest[key] for key in ("format_version", "task", "digest"))
-        damaged = version == FORMAT_VERSION and digest != _digest(manifest)
+        version, task = manifest["format_version"], manifest["task"]
+        damaged = manifest["digest"] != _digest(manifest)
     except FileNotFoundError as error:
         raise ArenaError(
             f"{folder}: not a prepared task, {MANIFEST} is missing; make one in a new folder with "
@@ -367,25 +337,3 @@ def _digest(manifest: dict[str, Any]) -> str:
     """Of the examples; where they came from does not count."""
     content = [manifest[key] for key in ("format_version", "task", "variants", "files")]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _map(name: str, path: Path, size: int) -> np.ndarray:
-    """A memory map of a file that has the recorded size."""
-    found = path.stat().st_size if path.is_file() else None
-    if found != size:
-        state = "is missing" if found is None else f"has {found:,} bytes"
-        raise ArenaError(f"{path}: {state}, expected {size:,} bytes; {_advice(name)}")
-    try:
-        # a plain array: slices of a memmap cost ten times as much
-        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    except ValueError as error:
-        raise ArenaError(f"{path}: damaged ({error}); {_advice(name)}") from error
-
-
-def _checksum(array: np.ndarray) -> int:
-    """CRC-32 of an array's bytes, a block at a time."""
-    checksum = 0
-    flat = array.reshape(-1).view(np.uint8)
-    for start in range(0, len(flat), _BLOCK):
-        checksum = zlib.crc32(flat[start : start + _BLOCK].data, checksum)
-    return checksum

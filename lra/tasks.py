@@ -4,6 +4,7 @@ The settings are those of the code behind the Nystromformer (arXiv 2102.03902) a
 (arXiv 2110.02442) comparisons, which are the same for every token mixer.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,32 +21,26 @@ class ArenaTask:
     kind: Literal["tokens", "pixels"]
     """Whether id 0 is padding (`tokens`) or a black pixel (`pixels`: an id is a grey level)."""
     num_inputs: int = 1
-    """Sequences in an example."""
     max_tokens: int
     """Longest input; what is longer is cut."""
     seq_len: int
     """Length the model is built for; the published protocol pads every input to it."""
     vocab_size: int = 512
-    """Rows of the embedding, more than the ids in use."""
     class_names: tuple[str, ...]
-    """What the labels 0, 1, ... mean."""
     split_sizes: tuple[int, int, int]
     """Published numbers of training, development and test examples."""
     dev_from: Literal["source", "train", "test"]
     """Where the published development set comes from: a file of its own, a part of the training
     set, or (Text) it is the test set."""
     is_generated: bool = False
-    """Examples are drawn unless a source is given."""
     batch_size: int
     learning_rate: float = 1e-4
-    """Peak of the schedule."""
+    """Peak of the schedule, after `warmup_steps`."""
     warmup_steps: int
-    """Steps until the peak."""
     steps: int
     eval_every: int
-    """Steps between evaluations on the development set."""
+    """Steps between evaluations on the development set, of `eval_batches` batches."""
     eval_batches: int
-    """Batches of `batch_size` in such an evaluation."""
     num_segments: int
     """PoNet's segments: a segment has `seq_len // num_segments + 1` tokens."""
     mask_ratio: float
@@ -53,7 +48,6 @@ class ArenaTask:
 
     @property
     def num_classes(self) -> int:
-        """Number of labels."""
         return len(self.class_names)
 
     @property
@@ -80,7 +74,6 @@ _LISTOPS = ArenaTask(
     num_segments=64,
     mask_ratio=0.10,
 )
-
 _TEXT = ArenaTask(
     name="text",
     kind="tokens",
@@ -97,7 +90,6 @@ _TEXT = ArenaTask(
     num_segments=4096,
     mask_ratio=0.15,
 )
-
 _RETRIEVAL = ArenaTask(
     name="retrieval",
     kind="tokens",
@@ -115,7 +107,6 @@ _RETRIEVAL = ArenaTask(
     num_segments=64,
     mask_ratio=0.15,
 )
-
 _IMAGE = ArenaTask(
     name="image",
     kind="pixels",
@@ -132,41 +123,27 @@ _IMAGE = ArenaTask(
     num_segments=32,
     mask_ratio=0.50,
 )
+_PATHFINDER = ArenaTask(
+    name="pathfinder",
+    kind="pixels",
+    max_tokens=32 * 32,
+    seq_len=32 * 32,
+    class_names=("apart", "connected"),
+    split_sizes=(160_000, 20_000, 20_000),
+    dev_from="source",
+    is_generated=True,
+    batch_size=256,
+    warmup_steps=312,
+    steps=62_400,
+    eval_every=312,
+    eval_batches=312,
+    num_segments=1,
+    mask_ratio=0.50,
+)
+# the published comparison has no row for Path-X: no run of it is a reproduction
+_PATHX = dataclasses.replace(_PATHFINDER, name="pathx", max_tokens=128**2, seq_len=128**2)
 
-
-def _pathfinder(name: str, side: int) -> ArenaTask:
-    return ArenaTask(
-        name=name,
-        kind="pixels",
-        max_tokens=side * side,
-        seq_len=side * side,
-        class_names=("apart", "connected"),
-        split_sizes=(160_000, 20_000, 20_000),
-        dev_from="source",
-        is_generated=True,
-        batch_size=256,
-        warmup_steps=312,
-        steps=62_400,
-        eval_every=312,
-        eval_batches=312,
-        num_segments=1,
-        mask_ratio=0.50,
-    )
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        _LISTOPS,
-        _TEXT,
-        _RETRIEVAL,
-        _IMAGE,
-        _pathfinder("pathfinder", 32),
-        _pathfinder("pathx", 128),
-    )
-}
-"""The tasks by name. The published comparison has no row for pathx (Path-X): its settings are those
-of pathfinder at sixteen times the length, and no run of it is a reproduction."""
+TASKS = {t.name: t for t in (_LISTOPS, _TEXT, _RETRIEVAL, _IMAGE, _PATHFINDER, _PATHX)}
 
 COMPARED: tuple[str, ...] = ("listops", "text", "retrieval", "image", "pathfinder")
 """The tasks of the published table; "all" stands for them."""
