@@ -20,6 +20,7 @@ from PIL import Image
 
 from lra.store import SPLITS, ArenaError, Example, draw_tenth
 from lra.tasks import ArenaTask
+from ponet.run.hub import import_datasets
 
 LISTOPS_TOKENS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 """Their ids are 1, 2, ... in this order, ours: the published one is that of an unordered set and
@@ -218,12 +219,9 @@ def _binary_batch(where: str, content: bytes) -> Iterable[tuple[int, np.ndarray]
 
 def examples_of_hub(task: ArenaTask, advice: str) -> Iterator[Example]:
     """Examples of a task in `HUB`; the error ends with `advice` where they cannot be had."""
-    # a second to import, and needed by this kind of source only
-    import datasets
-
     name = HUB[task.name]
     try:
-        dataset: Any = datasets.load_dataset(name)
+        dataset: Any = import_datasets().load_dataset(name)
     except (ConnectionError, FileNotFoundError, RuntimeError, ValueError) as error:
         raise ArenaError(f"the hub's {name} cannot be loaded ({error}); {advice}") from error
     for split in ("train", "test"):
