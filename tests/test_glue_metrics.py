@@ -62,14 +62,6 @@ def test_numbers_with_ties_and_constant_ones():
         assert METRICS[name](said, np.full(4, 2.5)) is None
 
 
-def test_names_and_refusals():
-    assert score(["accuracy"], classes("1"), classes("1"), prefix="ax_") == {"ax_accuracy": 1.0}
-    with pytest.raises(ValueError, match="at least one"):
-        score(["accuracy"], classes(""), classes(""))
-    with pytest.raises(ValueError, match="as many"):
-        score(["accuracy"], classes("11"), classes("1"))
-
-
 def test_mean_of_two_is_undefined_with_one_of_them():
     assert mean_of({"accuracy": 0.8, "f1": 0.9}, ("accuracy", "f1")) == pytest.approx(0.85)
     assert mean_of({"accuracy": 0.8, "f1": None}, ("accuracy", "f1")) is None
