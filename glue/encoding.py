@@ -64,9 +64,8 @@ class ExampleEncoder:
         """
         special = SpecialTokens.from_tokenizer(tokenizer)
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._tokenizer.post_processor = BertProcessing(
-            ("[SEP]", special.sep), ("[CLS]", special.cls)
-        )
+        ends = ("[SEP]", special.sep), ("[CLS]", special.cls)
+        self._tokenizer.post_processor = BertProcessing(*ends)
         self._tokenizer.enable_truncation(max_length, strategy="longest_first")
         self._tokenizer.no_padding()
         # text that spells a special token is the plain text that it is

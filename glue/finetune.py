@@ -65,11 +65,7 @@ class EncodedTask:
 
 @lru_cache(maxsize=1)
 def encode_task(
-    task: str,
-    config: GlueConfig,
-    max_length: int,
-    segments: Segments,
-    max_train_examples: int | None,
+    task: str, config: GlueConfig, max_length: int, segments: Segments, max_train: int | None
 ) -> EncodedTask:
     """Tokenise a task as a run sees it, and log what its training set holds."""
     data = load_examples(task, config)
@@ -89,7 +85,7 @@ def encode_task(
             )
         return encoded
 
-    train = _subset(data.train, max_train_examples)
+    train = _subset(data.train, max_train)
     counts = class_counts(data.task, train)
     logger.info("%s | train: %d examples, %s", task, len(train), counts)
     return EncodedTask(
@@ -121,9 +117,8 @@ class FineTuningStep:
         self._examples = examples
         self._settings = settings
         self._device = device
-        self._batches = BatchesOfSimilarLength(
-            examples.lengths, settings.batch_size, seed=settings.seed
-        )
+        size, seed = settings.batch_size, settings.seed
+        self._batches = BatchesOfSimilarLength(examples.lengths, size, seed=seed)
         self.steps_per_epoch = self._batches.per_pass
         self.steps = settings.epochs * self.steps_per_epoch
         self._warmup_steps = round(settings.warmup_fraction * self.steps)

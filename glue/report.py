@@ -144,8 +144,7 @@ def _titles(scores: _Table) -> list[str]:
 
 def _on_best_data(scores: _Table, of: list[str]) -> _Table:
     """The first score of each of some things on the best data there are runs on."""
-    best_first = scores.sort_values(_DATA, ascending=False, kind="stable")
-    return best_first.drop_duplicates(of)
+    return scores.sort_values(_DATA, ascending=False, kind="stable").drop_duplicates(of)
 
 
 def best_points(scores: _Table, *further: str) -> _Table:

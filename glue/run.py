@@ -1,8 +1,7 @@
 """Fine-tune a checkpoint: `python glue/run.py --task mrpc --checkpoint DIR --pooler maxseq_mha`.
 
 Every task, pooler, point of a grid and seed is a run in a folder of its own; finished ones are
-skipped, interrupted ones continue. Progress goes to stderr; the last line of stdout is one JSON
-document.
+skipped, interrupted ones continue. The last line of stdout is one JSON document, the log on stderr.
 """
 
 import logging

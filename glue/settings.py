@@ -13,9 +13,6 @@ from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml, r
 
 PRESETS = Path(__file__).with_name("configs")
 
-NINE_TASKS = tuple(dict.fromkeys(name for name, _ in NINE_COLUMNS.values()))
-"""The tasks of the published average, which `all` stands for."""
-
 _USUAL: dict[str, Any] = {
     "batch_size": (32,),
     "learning_rate": (5e-5,),
@@ -170,7 +167,8 @@ class GlueConfig:
         """Each once; the diagnostic set is scored with the task whose model it needs."""
         if self.train_file is not None:
             return list(self.task)
-        names = [n for name in self.task for n in (NINE_TASKS if name == "all" else (name,))]
+        nine = [task for task, _ in NINE_COLUMNS.values()]
+        names = [n for name in self.task for n in (nine if name == "all" else [name])]
         return list(dict.fromkeys(TASKS[name].trained_on or name for name in names))
 
     def poolers(self) -> list[PoolerConfig]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from glue.model import LabelSpec, load_classifier, save_classifier
 from glue.predict import main, read_lines, table
-from ponet import CheckpointError, PoNetConfig, PoNetForSequenceClassification, PoolerConfig
+from ponet import PoNetConfig, PoNetForSequenceClassification, PoolerConfig
 from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer
 
 WORDS = (*SPECIAL_TOKENS, "one", "two", "three", "four", ".")
@@ -150,31 +151,23 @@ def test_files_by_column_and_lines_give_the_same(run: Any):
         (1, "x --text-column a b", b"", "--text-column: expected 1, found 2"),
         (1, "--model nothing", b"one\n", "nothing/labels.json: no such file; expected the model"),
         (1, "--model run", b"one\n", "run: the folder of a run; its model is in run/model"),
+        (1, "--model three", b"one\n", "three: the model has 2 outputs, expected 3 for"),
+        (1, "--model damaged", b"one\n", "damaged/labels.json: damaged"),
+        (1, "--model bare", b"one\n", "bare: no tokenizer.json"),
     ],
 )
 def test_bad_input_leaves_nothing_on_standard_output(
     run: Any, num_texts: int, arguments: str, stdin: bytes, message: str
 ):
-    saved(Path("run/model"), ("no", "yes"), num_texts)
+    model = saved(Path("run/model"), ("no", "yes"), num_texts)
+    for name in ("three", "damaged", "bare"):
+        shutil.copytree(model, name)
+    labels = Path("three/labels.json").read_text()
+    Path("three/labels.json").write_text(labels.replace('"yes"', '"yes", "maybe"'))
+    Path("damaged/labels.json").write_text(labels[:9])
+    Path("bare/tokenizer.json").unlink()
     Path("x.csv").write_text('a\none\n" "\n')
     out, err, status = run(f"--model run/model {arguments}", stdin=stdin)
     assert (out, status) == ("", 2 if message.startswith("--") else 1)
     assert err.startswith("glue/predict.py: error: ")
     assert message in err
-
-
-def test_folders_that_are_no_fine_tuned_model(tmp_path: Path):
-    folder = saved(tmp_path, ("no", "yes"), 1)
-    path = folder / "labels.json"
-    text = path.read_text()
-    for damaged, message in (
-        (json.dumps(json.loads(text) | {"labels": ["a", "b", "c"]}), "has 2 outputs, expected 3"),
-        (text[:9], r"labels\.json: damaged"),
-    ):
-        path.write_text(damaged)
-        with pytest.raises(CheckpointError, match=message):
-            load_classifier(folder, CPU)
-    path.write_text(text)
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="no tokenizer"):
-        load_classifier(folder, CPU)
