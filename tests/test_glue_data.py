@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 from glue import encoding
 from glue.data import (
     DataError,
-    TaskExamples,
     TextExamples,
     class_counts,
     cut,
@@ -62,11 +61,6 @@ def rows(*texts: list[str], labels: list[int] | None = None) -> TextExamples:
     )
 
 
-def own(train: Path, texts: tuple[str, ...], label: str, **more: Any) -> TaskExamples:
-    named = {"task": ("mine",), "text_column": texts, "label_column": label}
-    return load_own(GlueConfig(checkpoint="x", train_file=str(train), **named, **more))
-
-
 def encoder(tokenizer: Tokenizer, max_length: int = 20, segments: Segments = "texts") -> Any:
     return ExampleEncoder(tokenizer, max_length=max_length, segments=segments)
 
@@ -99,21 +93,17 @@ class TestSharedData:
     @pytest.mark.parametrize(
         ("path", "texts", "label", "rows", "counts"),
         [
-            ("QNLI/dev_part1.tsv", ("question", "sentence"), "label", 4000, [1991, 2009]),
-            (
-                "QQP/dev_subset.tsv",
-                ("question1", "question2"),
-                "is_duplicate",
-                20000,
-                [12577, 7423],
-            ),
-            ("MNLI/mnli_train_20k.tsv", ("sentence1", "sentence2"), "label", 20000, None),
-            ("../yelp5/dev_5000.csv.xz", ("text",), "label2", 5000, None),
+            ("QNLI/dev_part1.tsv", "question sentence", "label", 4000, [1991, 2009]),
+            ("QQP/dev_subset.tsv", "question1 question2", "is_duplicate", 20000, [12577, 7423]),
+            ("MNLI/mnli_train_20k.tsv", "sentence1 sentence2", "label", 20000, None),
+            ("../yelp5/dev_5000.csv.xz", "text", "label2", 5000, None),
         ],
     )
     def test_files_as_own_tasks(self, path, texts, label, rows, counts):
         """Parts of official sets load by the names of their columns; a cut keeps label shares."""
-        data = own(DATA / "glue" / path, texts, label)
+        columns = {"text_column": tuple(texts.split()), "label_column": label}
+        file = str(DATA / "glue" / path)
+        data = load_own(GlueConfig(checkpoint="x", task=("mine",), train_file=file, **columns))
         train, dev = data.train.labels, data.evaluation["dev"].labels
         assert (len(train), len(dev)) == (rows - rows // 10, rows // 10)
         whole = np.bincount(np.concatenate([train, dev]))
@@ -230,17 +220,6 @@ class TestSources:
         with pytest.raises(DataError, match=r"--task rte has no data: no train\.tsv .*no network"):
             load_task(TASKS["rte"], tmp_path)
 
-    def test_own_files(self, tmp_path):
-        lines = "".join(f"good thing {i},so,fine\nbad thing {i},so,poor\n" for i in range(10))
-        train = written(tmp_path / "mine.csv", "x,y,z\n" + lines)
-        test = written(tmp_path / "test.csv", "y,x\nso,what\n")
-        data, again = (own(train, ("x", "y"), "z", test_file=str(test)) for _ in range(2))
-        assert data.digest == again.digest
-        assert (data.task.labels, data.task.metrics) == (("fine", "poor"), ("accuracy", "f1"))
-        assert (len(data.train), len(data.evaluation["dev"])) == (18, 2)
-        found = data.submissions["mine"]
-        assert (found.texts, found.labels) == ((["what"], ["so"]), None)
-
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=300))
@@ -273,12 +252,11 @@ class TestEncoding:
         assert encoded.ids.tolist() == [2, *[5] * kept[0], 3, *[6] * kept[1], 3]
         assert encoded.second.tolist() == [kept[0] + 2]
         assert encoded.num_truncated == (kept != [first, second])
+        # special tokens in a text are text
+        assert 3 not in encode(rows(["a [SEP] b"])).ids[1:-1]
         single = encode(rows(["a " * first]))
         assert single.ids.tolist() == [2, *[5] * min(first, length - 2), 3]
         assert single.second.tolist() == single.lengths.tolist()
-
-    def test_special_tokens_in_text_are_text(self, tokenizer):
-        assert 3 not in encoder(tokenizer).encode(rows(["a [SEP] b"])).ids[1:-1]
 
     def test_sentences_and_paragraphs(self, tokenizer):
         one = ["One two three. One two!\n\nThree."]

@@ -54,21 +54,17 @@ def checkpoint_at(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def sentence(rng: random.Random, label: int, length: int = 6) -> str:
-    words = rng.choices(FILLERS.split(), k=length)
-    words[rng.randrange(length)] = rng.choice((BAD, GOOD)[label].split())
-    return " ".join(words)
-
-
 def put(
     path: Path, size: int, header: str | None, row: str, names: tuple[str, ...] = ("0", "1")
 ) -> None:
-    """Write a table; `row` has places for its number, two texts and a label."""
-    rng = random.Random(str(path.name) + row)
+    """Write a table; `row` has places for its number, two texts of one feeling and a label."""
+    rng = random.Random(path.name + row)
     lines = [] if header is None else [header]
     for i in range(size):
-        a, b = sentence(rng, i % 2), sentence(rng, i % 2)
-        lines.append(row.format(i=i, a=a, b=b, label=names[i % len(names)]))
+        a, b = (rng.choices(FILLERS.split(), k=6) for _ in range(2))
+        for words in (a, b):
+            words[rng.randrange(6)] = rng.choice((BAD, GOOD)[i % 2].split())
+        lines.append(row.format(i=i, a=" ".join(a), b=" ".join(b), label=names[i % len(names)]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
