@@ -22,7 +22,7 @@ NLI = ("entailment", "neutral", "contradiction")
 CPU = torch.device("cpu")
 
 
-def saved(folder: Path, labels: tuple[str, ...], num_texts: int, pooler: str = "mha") -> Path:
+def saved(folder: Path, labels: tuple[str, ...], num_texts: int, pooler: str = "cls") -> Path:
     """A model folder as a run leaves it, with weights that tell inputs apart."""
     torch.manual_seed(0)
     config = PoNetConfig(
@@ -81,33 +81,22 @@ def expected(folder: Path, *texts: str) -> torch.Tensor:
     return model(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits[0]
 
 
-def test_pairs_are_labelled_as_the_model_says(tmp_path: Path):
-    folder = saved(tmp_path / "classes", NLI, 2)
-    pairs = (["one two", "three"], ["four", "two two one"])
+@pytest.mark.parametrize("pooler", ["cls", "maxseq_mha", "stochastic"])
+def test_pairs_are_labelled_as_the_model_says(tmp_path: Path, monkeypatch: Any, pooler: str):
+    """Of each alone, in their order, however many are read at a time."""
+    monkeypatch.setattr("glue.predict._CHUNK", 2)
+    folder = saved(tmp_path / "classes", NLI, 2, pooler)
+    pairs = (["one two", "three", "two"], ["four", "two two one", "four . three"])
     header, *rows = labelled(folder, *pairs)
     assert header == ["label", *(f"p({label})" for label in NLI)]
     for first, second, (label, *shares) in zip(*pairs, rows, strict=True):
         logits = expected(folder, first, second)
         assert label == NLI[int(logits.argmax())]
         assert [float(x) for x in shares] == pytest.approx(logits.softmax(0).tolist(), abs=1e-4)
-    folder = saved(tmp_path / "numbers", (), 2)
+    folder = saved(tmp_path / "numbers", (), 2, pooler)
     header, (value,) = labelled(folder, ["one"], ["two three"])
     assert header == ["value"]
     assert float(value) == pytest.approx(float(expected(folder, "one", "two three")), abs=1e-4)
-
-
-@pytest.mark.parametrize("pooler", ["cls", "maxseq_mha", "stochastic"])
-def test_predictions_do_not_depend_on_other_rows(tmp_path: Path, monkeypatch: Any, pooler: str):
-    """Nor does their order on how many are read at a time."""
-    folder = saved(tmp_path, ("no", "yes"), 1, pooler)
-    texts = ["one", "two three four one two three", "four ."] * 3
-    together = labelled(folder, texts)
-    monkeypatch.setattr("glue.predict._CHUNK", 4)
-    assert labelled(folder, texts) == together
-    for text, (label, *shares) in zip(texts, together[1:], strict=True):
-        _, (alone, *others) = labelled(folder, [text])
-        assert alone == label
-        assert [float(x) for x in others] == pytest.approx([float(x) for x in shares], abs=1e-4)
 
 
 def test_files_by_column_and_lines_give_the_same(run: Any):
