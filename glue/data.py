@@ -11,18 +11,21 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from glue.settings import GlueConfig
 from glue.tasks import TASKS, ColumnKey, FileColumns, HubData, TaskFiles, TextTask
 from ponet.files import write_text
 
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _FORMATS = (".tsv", ".csv", ".jsonl", ".txt")
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
+_SEPARATORS = ",;\t|"
 _SHOWN = 40
 _LONGEST_FIELD = 2**31 - 1
 _CUT_SHARE = 0.1
@@ -40,6 +43,10 @@ class DataError(ValueError):
 
 class _IncompleteRowError(DataError):
     """A row that lacks a column or a text."""
+
+
+class _NoDataError(DataError):
+    """A task without files that the hub does not have either."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,23 +103,6 @@ class TaskExamples:
         return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnFiles:
-    """A user's own task."""
-
-    train: Path
-    dev: Path | None
-    """None: a tenth of `train` is cut off."""
-    test: Path | None
-    """Without labels, to predict."""
-    texts: tuple[str, ...]
-    """Names of the columns of one text or two."""
-    label: str
-    """Name of the column of labels."""
-    is_regression: bool
-    """Labels are numbers."""
-
-
 def read_table(path: Path, table: FileColumns, labels: Sequence[str]) -> TextExamples:
     """Read the examples of a file.
 
@@ -123,35 +113,35 @@ def read_table(path: Path, table: FileColumns, labels: Sequence[str]) -> TextExa
         labels: in the order of the classes; none: labels are numbers.
 
     Raises:
-        DataError: the file cannot be read or is empty, or a row is not as the table says.
+        DataError: the file cannot be read, is empty, or a row is not as the table says.
     """
     classes = {name: number for number, name in enumerate(labels)}
-    texts: list[list[str]] = [[] for _ in table.texts]
+    texts: list[tuple[str, ...]] = []
     found: list[float] = []
     indices: list[str] = []
     skipped = 0
     for where, fields in _read_rows(path, table):
         try:
-            row = [_text(where, fields, column, table) for column in table.texts]
-            label = None if table.label is None else _field(where, fields, table.label)
+            row = tuple(_text(where, fields, column, table) for column in table.texts)
+            label = None if table.label is None else _field(where, fields, table.label, table)
         except _IncompleteRowError:
             if not table.skips_incomplete:
                 raise
             skipped += 1
             continue
-        for column, text in zip(texts, row, strict=True):
-            column.append(text)
         if label is not None:
             found.append(_label(where, label, classes))
-        index = str(len(indices)) if table.index is None else _field(where, fields, table.index)
+        numbered = str(len(texts))
+        index = numbered if table.index is None else _field(where, fields, table.index, table)
         indices.append(index)
-    if not indices:
+        texts.append(row)
+    if not texts:
         raise DataError(f"{path}: holds no examples")
     if skipped:
         logger.warning("%s: left out %d rows that lack a column or a text", path, skipped)
     dtype = np.int64 if labels else np.float64
     return TextExamples(
-        texts=tuple(texts),
+        texts=tuple(map(list, zip(*texts, strict=True))),
         labels=None if table.label is None else np.array(found, dtype=dtype),
         indices=indices,
         columns=table.texts,
@@ -160,15 +150,11 @@ def read_table(path: Path, table: FileColumns, labels: Sequence[str]) -> TextExa
 
 
 def label_names(path: Path, table: FileColumns) -> tuple[str, ...]:
-    """The labels that a file holds: by value if all are numbers, else in alphabetical order.
-
-    Raises:
-        DataError: as for `read_table`, or there are less than two labels.
-    """
+    """The labels that a file holds: by value if all are numbers, else in alphabetical order."""
     assert table.label is not None
     found = set()
     for where, fields in _read_rows(path, table):
-        label = _field(where, fields, table.label)
+        label = _field(where, fields, table.label, table)
         if not label.strip():
             raise DataError(f"{where}: the label in column {table.label!r} is empty")
         found.add(label)
@@ -183,11 +169,7 @@ def label_names(path: Path, table: FileColumns) -> tuple[str, ...]:
 
 
 def _read_rows(path: Path, table: FileColumns) -> Iterator[tuple[str, Fields]]:
-    """Rows of a file, each with its place for messages.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Rows of a file, each with its place for messages."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     opener = _COMPRESSED.get(suffixes[-1], open) if suffixes else open
     kind = next((s for s in reversed(suffixes) if s not in _COMPRESSED), "")
@@ -207,8 +189,7 @@ def _read_rows(path: Path, table: FileColumns) -> Iterator[tuple[str, Fields]]:
 
 def _tsv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     for number, line in enumerate(file, start=1):
-        line = line.rstrip("\r\n")
-        if line:
+        if line := line.rstrip("\r\n"):
             yield f"{path}, line {number}", line.split("\t")
 
 
@@ -217,9 +198,8 @@ def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[str, list[str]]
     csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(file, strict=True)
     try:
-        for fields in reader:
-            if fields:
-                yield f"{path}, line {reader.line_num}", fields
+        for fields in filter(None, reader):
+            yield f"{path}, line {reader.line_num}", fields
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from error
 
@@ -228,15 +208,12 @@ def _name_fields(
     path: Path, rows: Iterator[tuple[str, list[str]]], table: FileColumns
 ) -> Iterator[tuple[str, Fields]]:
     """Name the fields of rows, by the header if columns are asked for by name."""
-    columns = [*table.texts, *(c for c in (table.label, table.index) if c is not None)]
-    names = [column for column in columns if isinstance(column, str)]
+    names = [c for c in (*table.texts, table.label, table.index) if isinstance(c, str)]
     header: list[str] = []
     if names:
-        _, header = next(rows, ("", []))
+        where, header = next(rows, (str(path), []))
         for name in names:
-            if name not in header:
-                has = ", ".join(header) or "nothing"
-                raise DataError(f"{path}: no column {name!r}; its header has {has}")
+            _field(where, dict.fromkeys(header, ""), name, table)
     for where, fields in rows:
         if names and len(fields) > len(header):
             raise DataError(f"{where}: {len(fields)} columns, but {len(header)} in the header")
@@ -255,26 +232,29 @@ def _json_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[str, Fields]]:
             raise DataError(f"{where}: not a JSON document ({error})") from error
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
-        yield (
-            where,
-            {
-                name: value if isinstance(value, str) else json.dumps(value)
-                for name, value in record.items()
-                if value is not None
-            },
-        )
+        values = {name: value for name, value in record.items() if value is not None}
+        yield where, {n: x if isinstance(x, str) else json.dumps(x) for n, x in values.items()}
 
 
-def _field(where: str, fields: Fields, column: ColumnKey) -> str:
-    if column not in fields:
-        named = f"column {column!r}" if isinstance(column, str) else f"column {column + 1}"
-        known = ", ".join(name for name in fields if isinstance(name, str))
-        raise _IncompleteRowError(f"{where}: no {named}; it has {known or len(fields)}")
-    return fields[column]
+def _advice(column: ColumnKey, names: Sequence[str], table: FileColumns) -> str:
+    """What to do about an absent column."""
+    if len(names) == 1 and any(separator in names[0] for separator in _SEPARATORS):
+        return " as one column: separate columns by commas in .csv, by tabs in .tsv"
+    flag = "--label-column" if column == table.label else "--text-column"
+    return f" (see {flag})" if table.from_flags else ""
+
+
+def _field(where: str, fields: Fields, column: ColumnKey, table: FileColumns) -> str:
+    if column in fields:
+        return fields[column]
+    names = [name for name in fields if isinstance(name, str)]
+    named = f"column {column!r}" if isinstance(column, str) else f"column {column + 1}"
+    has = f"it has {', '.join(names) or f'{len(fields)} columns'}"
+    raise _IncompleteRowError(f"{where}: no {named}; {has}{_advice(column, names, table)}")
 
 
 def _text(where: str, fields: Fields, column: ColumnKey, table: FileColumns) -> str:
-    text = _field(where, fields, column)
+    text = _field(where, fields, column, table)
     # a prediction is due for every row that a submission asks for, even for one without text
     is_submission = table.label is None and table.index is not None
     if not text.strip() and not is_submission:
@@ -284,38 +264,22 @@ def _text(where: str, fields: Fields, column: ColumnKey, table: FileColumns) -> 
 
 def _label(where: str, text: str, classes: dict[str, int]) -> float:
     """A class, or a number where there are no classes."""
-    if classes:
-        if text not in classes:
-            known = ", ".join(classes)
-            raise DataError(f"{where}: unknown label {text[:_SHOWN]!r}, expected one of {known}")
-        return classes[text]
     try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"{where}: expected a number as label, found {text[:_SHOWN]!r}")
-    return number
+        label = classes[text] if classes else float(text)
+    except (KeyError, ValueError):
+        label = math.nan
+    if not math.isfinite(label):
+        expected = f"one of {', '.join(classes)}" if classes else "a number"
+        raise DataError(f"{where}: expected {expected} as label, found {text[:_SHOWN]!r}")
+    return label
 
 
 def read_hub(hub: HubData, split: str, labels: Sequence[str]) -> TextExamples:
-    """Read a split of a data set of the hub, downloaded or from the local cache.
-
-    Args:
-        hub: which.
-        split: the name here.
-        labels: in the order of the classes; none: labels are numbers.
-
-    Raises:
-        DataError: it cannot be had, or a label is out of range.
-    """
-    # seconds to import, and needed by this source only
-    import datasets
-
+    """Read a split, by its name here, of a data set of the hub or its local cache."""
     origin = f"the hub's {hub.name}" + (f" ({hub.config})" if hub.config else "")
     origin += f", {hub.splits[split]}"
     try:
-        data = datasets.load_dataset(hub.name, hub.config, split=hub.splits[split])
+        data = import_datasets().load_dataset(hub.name, hub.config, split=hub.splits[split])
     except (ConnectionError, FileNotFoundError, RuntimeError, ValueError) as error:
         raise DataError(f"{origin} cannot be loaded ({error})") from error
     texts = tuple(list(data[column]) for column in hub.texts)
@@ -337,16 +301,14 @@ def read_hub(hub: HubData, split: str, labels: Sequence[str]) -> TextExamples:
     )
 
 
+@lru_cache(maxsize=1)
+def load_examples(task: str, config: GlueConfig) -> TaskExamples:
+    """Read all examples of a task that a command names; kept for the runs of the task."""
+    return load_own(config) if config.train_file else load_task(TASKS[task], Path(config.data_dir))
+
+
 def load_task(task: TextTask, data_dir: Path) -> TaskExamples:
-    """Read a task from local files, or from the hub where there are none.
-
-    Args:
-        task: one of `TASKS` with a training set.
-        data_dir: holds its folder.
-
-    Raises:
-        DataError: there are no data, or they are not what the task needs.
-    """
+    """Read a task with a training set from files below a folder, or else from the hub."""
     splits, differences = _read(task, data_dir)
     absent = [name for name in task.evaluation if name not in splits]
     if len(absent) < len(task.evaluation):
@@ -354,58 +316,49 @@ def load_task(task: TextTask, data_dir: Path) -> TaskExamples:
     else:
         differences.append("the development set is cut from the training set")
         splits["train"], splits[absent[0]] = cut(splits["train"])
+    parts = [(task, splits)]
     is_local = _find(task, data_dir) is not None
-    for other in _scored_besides(task):
-        if not is_local or _find(other, data_dir):
-            splits |= _read_besides(other, data_dir)
-    return _task_examples(task, splits, differences)
+    for other in TASKS.values():
+        # the model is scored on this one as well
+        if other.trained_on == task.name and (not is_local or _find(other, data_dir)):
+            try:
+                parts.append((other, _read(other, data_dir)[0]))
+            except _NoDataError as error:
+                logger.warning("%s is left out: %s", other.title, error)
+    return _joined(parts, differences)
 
 
-def load_own(name: str, own: OwnFiles) -> TaskExamples:
-    """Read a user's own task.
-
-    Args:
-        name: for its folder and tables.
-        own: its files.
-
-    Raises:
-        DataError: they are not what the columns say.
-    """
-    table = FileColumns(file=own.train.name, texts=own.texts, label=own.label)
-    labels = () if own.is_regression else label_names(own.train, table)
-    metrics = ("pearson", "spearman") if own.is_regression else ("accuracy",)
-    if len(labels) == 2:
-        metrics = ("accuracy", "f1")
+def load_own(config: GlueConfig) -> TaskExamples:
+    """Read a user's own task from --train-file and its companions."""
+    (name,) = config.task
+    table = FileColumns(texts=config.text_column, label=config.label_column, from_flags=True)
+    train = Path(config.train_file or "")
+    labels = () if config.regression else label_names(train, table)
+    metrics = ("pearson", "spearman") if config.regression else ("accuracy",)
     task = TextTask(
         name=name,
         title=name,
         labels=labels,
-        metrics=metrics,
-        headline=("spearman",) if own.is_regression else ("accuracy",),
+        metrics=("accuracy", "f1") if len(labels) == 2 else metrics,
+        headline=metrics[-1:],
         submissions={name: "test"},
         writes_label_names=True,
     )
-    splits = {"train": read_table(own.train, table, labels)}
-    if own.dev:
-        splits["dev"] = read_table(own.dev, table, labels)
+    splits = {"train": read_table(train, table, labels)}
+    if config.dev_file:
+        splits["dev"] = read_table(Path(config.dev_file), table, labels)
     else:
         splits["train"], splits["dev"] = cut(splits["train"])
-    if own.test:
-        splits["test"] = read_table(own.test, replace(table, label=None), labels)
-    return _task_examples(task, splits, [])
+    if config.test_file:
+        splits["test"] = read_table(Path(config.test_file), replace(table, label=None), labels)
+    return _joined([(task, splits)], [])
 
 
 def cut(examples: TextExamples) -> tuple[TextExamples, TextExamples]:
-    """Cut a tenth off, with all labels in proportion, the same for every run.
+    """Cut a tenth off: the rest and the tenth, in the order of the file, the same for every run.
 
     Examples are drawn at equal distances from a random order sorted by label (systematic
     sampling), so each class, or range of numbers, has its share to within an example.
-
-    Returns:
-        The rest, and the tenth, in the order of the file.
-
-    Raises:
-        DataError: there are fewer than two examples.
     """
     count = len(examples)
     if count < 2:
@@ -418,19 +371,16 @@ def cut(examples: TextExamples) -> tuple[TextExamples, TextExamples]:
     return examples.take(np.setdiff1d(order, chosen)), examples.take(chosen)
 
 
-def _find(task: TextTask, data_dir: Path) -> tuple[Path, TaskFiles] | None:
-    """The folder and layout that are there."""
-    for name in task.all_folders:
-        for files in task.files:
-            needed = files.splits.get("train") or next(iter(files.splits.values()))
-            if _path(data_dir / name, needed):
-                return data_dir / name, files
+def _find(task: TextTask, data_dir: Path) -> tuple[TaskFiles, dict[str, Path]] | None:
+    """The layout that is there, with its files by split; the first by name where several fit."""
+    for folder, files in product(task.all_folders, task.files):
+        paths = {}
+        for split, pattern in files.names.items():
+            if fitting := sorted((data_dir / folder).glob(pattern)):
+                paths[split] = fitting[0]
+        if next(iter(files.names)) in paths:
+            return files, paths
     return None
-
-
-def _path(folder: Path, table: FileColumns) -> Path | None:
-    """The file of a table; the first by name where several fit."""
-    return min(folder.glob(table.file), default=None)
 
 
 def _read(task: TextTask, data_dir: Path) -> tuple[dict[str, TextExamples], list[str]]:
@@ -439,81 +389,53 @@ def _read(task: TextTask, data_dir: Path) -> tuple[dict[str, TextExamples], list
     if found is None:
         splits, difference, rows = _read_all_of_hub(task, data_dir)
     else:
-        folder, files = found
-        paths = {split: _path(folder, table) for split, table in files.splits.items()}
-        splits = {
-            split: read_table(path, files.splits[split], task.labels)
-            for split, path in paths.items()
-            if path is not None
-        }
+        files, paths = found
+        splits = {s: read_table(x, files.columns(s), task.labels) for s, x in paths.items()}
         difference, rows = files.difference, files.rows
-    differences = []
-    if difference is not None:
-        logger.warning("%s: %s", splits["train"].origin, difference)
-        differences.append(difference)
-    expected = task.rows if rows is None and difference is None else rows or {}
-    for split, examples in splits.items():
-        if len(examples) != expected.get(split, len(examples)):
-            short = f"{split} has {len(examples):,} of {expected[split]:,} rows"
-            differences.append(short)
-            logger.warning(
-                "%s: %s: figures do not compare with published ones", examples.origin, short
-            )
+    expected = task.rows if difference is None else rows
+    differences = [] if difference is None else [difference]
+    differences += [
+        f"{split} has {len(examples):,} of {expected[split]:,} rows"
+        for split, examples in splits.items()
+        if len(examples) != expected.get(split, len(examples))
+    ]
+    origin = next(iter(splits.values())).origin
+    for text in differences:
+        logger.warning("%s: %s: figures do not compare with published ones", origin, text)
     return splits, differences
 
 
 def _read_all_of_hub(
     task: TextTask, data_dir: Path
-) -> tuple[dict[str, TextExamples], str | None, None]:
-    """All splits from the hub.
-
-    Raises:
-        DataError: they cannot be had; names the files that would do instead.
-    """
-    names = [table.file for files in task.files for table in list(files.splits.values())[:1]]
+) -> tuple[dict[str, TextExamples], str | None, dict[str, int]]:
+    """All splits from the hub, or an error that names the files that would do instead."""
+    names = [next(iter(files.names.values())) for files in task.files]
     looked = f"{' or '.join(names)} in {' or '.join(str(data_dir / f) for f in task.all_folders)}"
     if task.hub is None:
-        raise DataError(f"--task {task.name} has no data: expected {looked} (see --data-dir)")
+        raise _NoDataError(f"--task {task.name} has no data: expected {looked} (see --data-dir)")
     try:
         splits = {split: read_hub(task.hub, split, task.labels) for split in task.hub.splits}
     except DataError as error:
-        raise DataError(
+        raise _NoDataError(
             f"--task {task.name} has no data: no {looked} (see --data-dir), and {error}"
         ) from error
-    return splits, task.hub.difference, None
+    return splits, task.hub.difference, {}
 
 
-def _read_besides(task: TextTask, data_dir: Path) -> dict[str, TextExamples]:
-    """Splits of a task that another's model is scored on, tests by the name of their submission."""
-    try:
-        splits, _ = _read(task, data_dir)
-    except DataError as error:
-        if _find(task, data_dir):
-            raise
-        logger.warning("%s is left out: %s", task.title, error)
-        return {}
-    submitted = {split: name for name, split in task.submissions.items()}
-    return {submitted.get(split, split): examples for split, examples in splits.items()}
-
-
-def _scored_besides(task: TextTask) -> list[TextTask]:
-    """Tasks that the model of this one is scored on."""
-    return [other for other in TASKS.values() if other.trained_on == task.name]
-
-
-def _task_examples(
-    task: TextTask, splits: Mapping[str, TextExamples], differences: list[str]
+def _joined(
+    parts: list[tuple[TextTask, dict[str, TextExamples]]], differences: list[str]
 ) -> TaskExamples:
-    others = _scored_besides(task)
-    evaluation = (*task.evaluation, *(name for other in others for name in other.evaluation))
-    # a split of another task already bears the name of its submission
-    submissions = dict(task.submissions)
-    submissions |= {name: name for other in others for name in other.submissions}
+    """What the model of the first task learns from, and what it is asked of all of them."""
+    task, splits = parts[0]
+    evaluation, submissions = {}, {}
+    for asked, found in parts:
+        evaluation |= {name: found[name] for name in asked.evaluation if name in found}
+        submissions |= {n: found[split] for n, split in asked.submissions.items() if split in found}
     return TaskExamples(
         task=task,
         train=splits["train"],
-        evaluation={name: splits[name] for name in evaluation if name in splits},
-        submissions={name: splits[s] for name, s in submissions.items() if s in splits},
+        evaluation=evaluation,
+        submissions=submissions,
         differences=tuple(differences),
     )
 
@@ -531,23 +453,11 @@ def class_counts(task: TextTask, examples: TextExamples) -> str:
 def write_submission(
     path: Path, task: TextTask, examples: TextExamples, predictions: np.ndarray
 ) -> None:
-    """Write predictions in the format of GLUE's test server: a header, and a line for each row.
-
-    Args:
-        path: of the file.
-        task: decides whether names of labels or numbers of classes are written, and the range
-            that numbers are cut to.
-        examples: N.
-        predictions: `[N]`, int64 classes or float64 numbers.
-    """
-    lines = ["index\tprediction"]
-    for index, prediction in zip(examples.indices, predictions.tolist(), strict=True):
-        lines.append(f"{index}\t{_written(task, prediction)}")
-    write_text(path, "\n".join(lines) + "\n")
-
-
-def _written(task: TextTask, prediction: float) -> str:
+    """Write predictions `[N]`, classes or numbers, in the format of GLUE's test server."""
     if task.is_regression:
-        lowest, highest = task.bounds or (prediction, prediction)
-        return f"{min(max(prediction, lowest), highest):.3f}"
-    return task.labels[int(prediction)] if task.writes_label_names else str(int(prediction))
+        bounded = predictions.clip(*task.bounds) if task.bounds else predictions
+        answers = [f"{number:.3f}" for number in bounded]
+    else:
+        answers = [task.labels[n] if task.writes_label_names else str(n) for n in predictions]
+    rows = zip(("index", *examples.indices), ("prediction", *answers), strict=True)
+    write_text(path, "".join(f"{index}\t{answer}\n" for index, answer in rows))

@@ -4,14 +4,13 @@ Batches are a function of seed and number alone.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from tokenizers.processors import BertProcessing
 
 from glue.data import TextExamples
 from glue.tasks import Segments
@@ -58,110 +57,62 @@ class ExampleEncoder:
     """Turns examples into ids with one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, *, max_length: int, segments: Segments) -> None:
-        """Take a copy of a tokenizer.
+        """Take a copy of a tokenizer with BERT's special tokens.
 
-        Args:
-            tokenizer: with BERT's special tokens.
-            max_length: tokens of an example at most, special ones included; what is beyond is cut
-                off, of a pair the longer text first.
-            segments: what is pooled together.
+        Of `max_length` tokens, special ones included, what is beyond is cut off, of a pair from
+        the longer text first.
         """
+        special = SpecialTokens.from_tokenizer(tokenizer)
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._tokenizer.no_truncation()
+        ends = ("[SEP]", special.sep), ("[CLS]", special.cls)
+        self._tokenizer.post_processor = BertProcessing(*ends)
+        self._tokenizer.enable_truncation(max_length, strategy="longest_first")
         self._tokenizer.no_padding()
         # text that spells a special token is the plain text that it is
         self._tokenizer.encode_special_tokens = True
-        special = SpecialTokens.from_tokenizer(tokenizer)
-        self._cls, self._sep = special.cls, special.sep
-        self._max_length = max_length
         self._segments = segments
 
     def encode(self, examples: TextExamples) -> EncodedExamples:
         """Encode a split."""
-        columns = [self._encode_texts(texts) for texts in examples.texts]
-        budget = self._max_length - 1 - len(columns)
-        ids, segments, second, lengths = [], [], [], []
+        ids, second, segments = [], [], []
         num_truncated = 0
-        for texts in zip(*columns, strict=True):
-            whole = [len(tokens) for tokens, _ in texts]
-            kept = _shares(whole, budget)
-            num_truncated += kept != whole
-            cut = [
-                (tokens[:size], numbers[:size])
-                for (tokens, numbers), size in zip(texts, kept, strict=True)
-            ]
-            parts, numbers = self._join(cut)
-            ids += parts
-            segments += numbers
-            sizes = [len(part) for part in parts]
-            lengths.append(sum(sizes))
-            # [CLS], the first text and its [SEP] come before
-            second.append(sum(sizes[:3]))
+        for begin in range(0, len(examples), _CHUNK):
+            end = begin + _CHUNK
+            columns = [[self._split(text) for text in texts[begin:end]] for texts in examples.texts]
+            inputs = columns[0] if len(columns) == 1 else list(zip(*columns, strict=True))
+            for encoding in self._tokenizer.encode_batch(inputs, is_pretokenized=True):
+                ids.append(np.array(encoding.ids, dtype=np.int32))
+                second.append(encoding.type_ids.count(0))
+                num_truncated += bool(encoding.overflowing)
+                if self._segments != "texts":
+                    segments.append(_segments_of(encoding.word_ids))
         return EncodedExamples(
             ids=np.concatenate(ids),
-            offsets=np.array(list(accumulate(lengths, initial=0)), dtype=np.int64),
+            offsets=np.array(list(accumulate(map(len, ids), initial=0)), dtype=np.int64),
             second=np.array(second, dtype=np.int64),
-            segments=None if self._segments == "texts" else np.concatenate(segments),
+            segments=np.concatenate(segments) if segments else None,
             labels=examples.labels,
             num_truncated=num_truncated,
         )
 
-    def _encode_texts(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids of each text without special tokens, and the segment of each id, from 0."""
-        for begin in range(0, len(texts), _CHUNK):
-            pieces = [self._split(text) for text in texts[begin : begin + _CHUNK]]
-            flat = list(chain.from_iterable(pieces))
-            encodings = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
-            for parts in pieces:
-                ids = [np.array(next(encodings).ids, dtype=np.int32) for _ in parts]
-                numbers = np.arange(len(parts), dtype=np.int32).repeat([len(part) for part in ids])
-                yield np.concatenate(ids), numbers
-
     def _split(self, text: str) -> list[str]:
-        """The segments of a text, at least one."""
+        """The segments of a text, at least one: "words" to the tokenizer."""
         if self._segments == "sentences":
             return split_sentences(text) or [text]
         return _PARAGRAPH_END.split(text) if self._segments == "paragraphs" else [text]
 
-    def _join(
-        self, texts: list[tuple[np.ndarray, np.ndarray]]
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Put special tokens around texts, each a segment of its own."""
-        ids = [np.array([self._cls], dtype=np.int32)]
-        segments = [np.zeros(1, dtype=np.int32)]
-        for tokens, numbers in texts:
-            begin = segments[-1][-1] + 1
-            end = begin + (numbers[-1] + 1 if len(numbers) else 0)
-            ids += [tokens, np.array([self._sep], dtype=np.int32)]
-            segments += [numbers + begin, np.array([end], dtype=np.int32)]
-        return ids, segments
 
-
-def _shares(lengths: list[int], budget: int) -> list[int]:
-    """Tokens that each of one or two texts keeps when the longer loses its last ones until all fit.
-
-    Args:
-        lengths: of the texts.
-        budget: tokens in all.
-    """
-    if sum(lengths) <= budget:
-        return lengths
-    if len(lengths) == 1:
-        return [budget]
-    first, second = lengths
-    shorter = min(first, second, budget // 2)
-    return [shorter, budget - shorter] if first <= second else [budget - shorter, shorter]
+def _segments_of(parts: list[int | None]) -> np.ndarray:
+    """Number segments by the part of its text that each token is in; None: a special token."""
+    numbers = np.array([-1 if part is None else part for part in parts])
+    begins = (numbers[1:] != numbers[:-1]) | (numbers[1:] < 0)
+    return np.cumsum(np.append(False, begins), dtype=np.int32)
 
 
 def collect_examples(
     examples: EncodedExamples, indices: np.ndarray, config: PoNetConfig
 ) -> HostBatch:
-    """Make a batch of B examples with T tokens, without padding, as a model takes it.
-
-    Args:
-        examples: where from.
-        indices: `[B]`, which.
-        config: of the model.
+    """Make a batch of the examples with some `indices` `[B]`, T tokens, as a model takes it.
 
     Returns:
         `input_ids` `[T]` int64; `labels` `[B]`, int64 or float32, where there are any;
@@ -172,37 +123,26 @@ def collect_examples(
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     within = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
     places = within + np.repeat(examples.offsets[:-1][indices], lengths)
-    ids = _tensor(examples.ids[places], torch.int64)
+    ids = torch.from_numpy(examples.ids[places]).long()
     tensors = {"input_ids": ids}
     # some encoders know no second text
     if config.type_vocab_size > 1:
         types = within >= np.repeat(examples.second[indices], lengths)
-        tensors["token_type_ids"] = _tensor(types, torch.int64)
+        tensors["token_type_ids"] = torch.from_numpy(types).long()
     if examples.labels is not None:
-        is_number = examples.labels.dtype.kind == "f"
-        labels = _tensor(examples.labels[indices], torch.float32 if is_number else torch.int64)
-        tensors["labels"] = labels
+        labels = torch.from_numpy(examples.labels[indices])
+        tensors["labels"] = labels.float() if labels.is_floating_point() else labels
     segments = examples.segments
-    given = None if segments is None else _tensor(segments[places], torch.int64)
-    stream = stream_of_packed(ids, _tensor(cu_seqlens, torch.int32))
+    given = None if segments is None else torch.from_numpy(segments[places]).long()
+    stream = stream_of_packed(ids, torch.from_numpy(cu_seqlens).int())
     return HostBatch(tensors, layout_for(config, stream, ids, given))
-
-
-def _tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(values).to(dtype)
 
 
 class BatchesOfSimilarLength:
     """Endless batches; every pass is another order, its smaller batch holds what fills no other."""
 
     def __init__(self, lengths: np.ndarray, batch_size: int, *, seed: int) -> None:
-        """Make the sequence of batches.
-
-        Args:
-            lengths: `[N]`, tokens per example.
-            batch_size: examples per batch.
-            seed: of the run.
-        """
+        """Make the sequence of batches of examples with `[N]` tokens each."""
         self.per_pass = -(-len(lengths) // batch_size)
         self._lengths = lengths
         self._batch_size = batch_size
@@ -229,12 +169,10 @@ class BatchesOfSimilarLength:
 
 
 def batches_of_all(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Batches that hold every example once, sorted by length.
+    """Batches that hold every example once, sorted by their lengths `[N]`.
 
-    Args:
-        lengths: `[N]`, tokens per example.
-        max_tokens: of a batch, counted as if it were padded, because some mixers pad inside; an
-            example that is longer has a batch of its own.
+    A batch has at most `max_tokens`, counted as if it were padded, because some mixers pad inside;
+    an example that is longer has a batch of its own.
     """
     batches: list[list[int]] = []
     for index in np.argsort(lengths, kind="stable").tolist():

@@ -20,32 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glue.data import (
-    OwnFiles,
-    TaskExamples,
-    TextExamples,
-    class_counts,
-    load_own,
-    load_task,
-    write_submission,
-)
-from glue.encoding import (
-    BatchesOfSimilarLength,
-    EncodedExamples,
-    ExampleEncoder,
-    collect_examples,
-)
+from glue.data import TaskExamples, TextExamples, class_counts, load_examples, write_submission
+from glue.encoding import BatchesOfSimilarLength, EncodedExamples, ExampleEncoder, collect_examples
 from glue.metrics import constant_prediction, mean_of, score
-from glue.model import (
-    EncoderCheckpoint,
-    LabelSpec,
-    build_classifier,
-    outputs_of,
-    predictions_of,
-    read_checkpoint,
-    save_classifier,
-)
-from glue.settings import FineTuningSettings
+from glue.model import LabelSpec, build_classifier, outputs_of, read_checkpoint, save_classifier
+from glue.settings import FineTuningSettings, GlueConfig
 from glue.tasks import TASKS, Segments
 from ponet import PoNetForSequenceClassification
 from ponet.run.device import device_name, peak_memory_mib
@@ -70,29 +49,8 @@ _LONG = 512
 
 logger = logging.getLogger(__name__)
 
-# a process reads the checkpoint and each task once for all its runs
+# a process reads the checkpoint once for all its runs
 cached_checkpoint = lru_cache(maxsize=1)(read_checkpoint)
-
-
-@dataclass(frozen=True)
-class ExampleSource:
-    """Where the examples of a task come from: the task's own files, or else `data_dir`."""
-
-    task: str
-    data_dir: Path
-    own: OwnFiles | None
-
-
-@lru_cache(maxsize=1)
-def load_examples(source: ExampleSource) -> TaskExamples:
-    """Read all examples of a task.
-
-    Raises:
-        DataError: some are missing or unfit.
-    """
-    if source.own is not None:
-        return load_own(source.task, source.own)
-    return load_task(TASKS[source.task], source.data_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,35 +65,29 @@ class EncodedTask:
 
 @lru_cache(maxsize=1)
 def encode_task(
-    source: ExampleSource,
-    checkpoint: Path,
-    max_length: int,
-    segments: Segments,
-    max_train_examples: int | None,
+    task: str, config: GlueConfig, max_length: int, segments: Segments, max_train: int | None
 ) -> EncodedTask:
     """Tokenise a task as a run sees it, and log what its training set holds."""
-    data = load_examples(source)
-    tokenizer = cached_checkpoint(checkpoint).tokenizer
+    data = load_examples(task, config)
+    tokenizer = cached_checkpoint(Path(config.checkpoint)).tokenizer
     encoder = ExampleEncoder(tokenizer, max_length=max_length, segments=segments)
 
     def encode(split: str, examples: TextExamples) -> EncodedExamples:
         encoded = encoder.encode(examples)
         if encoded.num_truncated:
-            share = encoded.num_truncated / len(encoded)
             logger.warning(
                 "%s | %s: %.1f %% of %d examples are cut to %d tokens (see --max-length)",
-                source.task,
+                task,
                 split,
-                100 * share,
+                100 * encoded.num_truncated / len(encoded),
                 len(encoded),
                 max_length,
             )
         return encoded
 
-    train = _subset(data.train, max_train_examples)
-    logger.info(
-        "%s | train: %d examples, %s", source.task, len(train), class_counts(data.task, train)
-    )
+    train = _subset(data.train, max_train)
+    counts = class_counts(data.task, train)
+    logger.info("%s | train: %d examples, %s", task, len(train), counts)
     return EncodedTask(
         train=encode("train", train),
         evaluation={name: encode(name, examples) for name, examples in data.evaluation.items()},
@@ -160,21 +112,13 @@ class FineTuningStep:
         settings: FineTuningSettings,
         device: torch.device,
     ) -> None:
-        """Make an optimizer.
-
-        Args:
-            model: on the device; trained in place.
-            examples: to learn from.
-            settings: of the run.
-            device: of the model.
-        """
+        """Make an optimizer for a model on its device, which is trained in place."""
         self._model = model
         self._examples = examples
         self._settings = settings
         self._device = device
-        self._batches = BatchesOfSimilarLength(
-            examples.lengths, settings.batch_size, seed=settings.seed
-        )
+        size, seed = settings.batch_size, settings.seed
+        self._batches = BatchesOfSimilarLength(examples.lengths, size, seed=seed)
         self.steps_per_epoch = self._batches.per_pass
         self.steps = settings.epochs * self.steps_per_epoch
         self._warmup_steps = round(settings.warmup_fraction * self.steps)
@@ -214,14 +158,12 @@ class FineTuningRun:
     """A run to do, as handed to a process: a `ponet.run.runs.Run`."""
 
     settings: FineTuningSettings
-    source: ExampleSource
-    checkpoint: Path
-    """Folder of the model to start from."""
+    config: GlueConfig
+    """Of the command: data and checkpoint."""
     data_digest: str
     checkpoint_digest: str
     folder: Path
     options: RunOptions
-    keeps_model: bool
 
     @property
     def name(self) -> str:
@@ -233,41 +175,34 @@ class FineTuningRun:
         return digests | asdict(self.settings)
 
     def finished(self) -> dict[str, Any] | None:
-        """The figures, if the run is finished.
-
-        Raises:
-            UsageError: the folder holds a run with other data or another checkpoint.
-            CheckpointError: a file of the folder is damaged.
-        """
+        """The figures, if the run is finished."""
         return RunFolder(self.folder).finished(self._identity())
 
     def execute(self) -> dict[str, Any]:
-        """Fine-tune, or continue to.
-
-        Returns:
-            The content of `result.json`.
-
-        Raises:
-            CheckpointError: the checkpoint does not fit, or a file of the folder is damaged.
-            TrainingError: a loss or an output is not finite.
-            OSError: a file could not be written.
-        """
+        """Fine-tune, or continue to; returns the content of `result.json`."""
         settings, device = self.settings, self.options.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        data, checkpoint = load_examples(self.source), cached_checkpoint(self.checkpoint)
+        data = load_examples(settings.task, self.config)
         encoded = encode_task(
-            self.source,
-            self.checkpoint,
+            settings.task,
+            self.config,
             settings.max_length,
             settings.segments,
             settings.max_train_examples,
         )
+        checkpoint = cached_checkpoint(Path(self.config.checkpoint))
         folder = RunFolder(self.folder)
-        folder.begin(self._identity(), {"data": data.train.origin, "from": str(self.checkpoint)})
-        model = _new_model(settings, data, checkpoint).to(device)
+        folder.begin(self._identity(), {"data": data.train.origin, "from": str(checkpoint.folder)})
+        torch.manual_seed(settings.seed)
+        model = build_classifier(checkpoint, settings, len(data.task.labels) or 1).to(device)
+        model.ponet.encoder.recomputes = settings.max_length > _LONG
         step = FineTuningStep(model, encoded.train, settings, device)
-        evaluation = Evaluation(model, data, encoded, settings)
+
+        def evaluate(number: int) -> dict[str, float | None]:
+            evaluation = encoded.evaluation.items()
+            return _scores(data, {name: self._predict(model, x) for name, x in evaluation})
+
         trainer = Trainer(
             model,
             step,
@@ -275,15 +210,24 @@ class FineTuningRun:
             name=self.name,
             steps=step.steps,
             eval_every=step.steps_per_epoch,
-            evaluate=evaluation.scores,
+            evaluate=evaluate,
         )
         trainer.train(self.folder)
         # a run that was stopped after its last step has its weights, but no scores
-        metrics = trainer.scores or evaluation.scores(0)
+        metrics = trainer.scores or evaluate(0)
         began = time.perf_counter()
-        evaluation.write_submissions(self.folder / "submission")
-        if self.keeps_model:
-            spec = _label_spec(settings, data)
+        for name, examples in encoded.submissions.items():
+            path = self.folder / "submission" / f"{name}.tsv"
+            predictions = self._predict(model, examples)
+            write_submission(path, data.task, data.submissions[name], predictions)
+        if self.config.save_models:
+            spec = LabelSpec(
+                task=settings.task,
+                labels=data.task.labels,
+                text_columns=data.train.columns,
+                max_length=settings.max_length,
+                segments=settings.segments,
+            )
             save_classifier(self.folder / "model", model, checkpoint.tokenizer, spec)
         seconds = trainer.progress.seconds + time.perf_counter() - began
         result = folder.finish(
@@ -294,74 +238,30 @@ class FineTuningRun:
                 **_compared(metrics, data, encoded),
                 "steps": step.steps,
                 "seconds": seconds,
-                "steps_per_s": step.steps / trainer.progress.train_seconds,
+                "step_ms": 1e3 * trainer.progress.train_seconds / step.steps,
                 "peak_memory_mib": peak_memory_mib(device),
                 "num_parameters": sum(p.numel() for p in model.parameters()),
                 "device": device_name(device),
             }
         )
         logger.info(
-            "%s | %s (majority: %s) in %.0f s, %.3g step/s",
+            "%s | %s (majority: %s) in %.0f s",
             self.name,
             describe(metrics),
             describe(result["majority_metrics"]),
             seconds,
-            result["steps_per_s"],
         )
         return result
 
-
-def _new_model(
-    settings: FineTuningSettings, data: TaskExamples, checkpoint: EncoderCheckpoint
-) -> PoNetForSequenceClassification:
-    torch.manual_seed(settings.seed)
-    model = build_classifier(
-        checkpoint,
-        num_labels=1 if data.task.is_regression else len(data.task.labels),
-        max_length=settings.max_length,
-        pooler=settings.pooler,
-        dropout=settings.dropout,
-        from_scratch=settings.from_scratch,
-    )
-    model.ponet.encoder.recomputes = settings.max_length > _LONG
-    return model
-
-
-class Evaluation:
-    """What a model in training says of the splits of its task."""
-
-    def __init__(
-        self,
-        model: PoNetForSequenceClassification,
-        data: TaskExamples,
-        encoded: EncodedTask,
-        settings: FineTuningSettings,
-    ) -> None:
-        self._model, self._data, self._encoded = model, data, encoded
-        self._settings = settings
-
-    def _predict(self, examples: EncodedExamples) -> np.ndarray:
-        """Classes or numbers `[N]`.
-
-        Raises:
-            TrainingError: an output is not finite.
-        """
-        outputs = outputs_of(self._model, examples, self._settings.precision)
+    def _predict(
+        self, model: PoNetForSequenceClassification, examples: EncodedExamples
+    ) -> np.ndarray:
+        """Classes `[N]` int64, or the numbers `[N]` float64 of a regression."""
+        outputs = outputs_of(model, examples, self.settings.precision)
         if not np.isfinite(outputs).all():
-            raise TrainingError(f"{self._settings.name}: the model's outputs are no longer finite")
-        return predictions_of(outputs)
-
-    def scores(self, number: int) -> dict[str, float | None]:
-        """Metrics of all evaluation sets; `number` counts evaluations and changes nothing."""
-        evaluation = self._encoded.evaluation
-        return _scores(self._data, {name: self._predict(x) for name, x in evaluation.items()})
-
-    def write_submissions(self, folder: Path) -> None:
-        """Predict splits without labels, each in a file of its own."""
-        for name, encoded in self._encoded.submissions.items():
-            examples = self._data.submissions[name]
-            predictions = self._predict(encoded)
-            write_submission(folder / f"{name}.tsv", self._data.task, examples, predictions)
+            raise TrainingError(f"{self.name}: the model's outputs are no longer finite")
+        is_regression = outputs.shape[1] == 1
+        return outputs[:, 0].astype(np.float64) if is_regression else outputs.argmax(axis=1)
 
 
 def _scores(data: TaskExamples, predictions: Mapping[str, np.ndarray]) -> dict[str, float | None]:
@@ -399,13 +299,3 @@ def _compared(
         "num_eval": sum(map(len, scored)),
         "differences": differences,
     }
-
-
-def _label_spec(settings: FineTuningSettings, data: TaskExamples) -> LabelSpec:
-    return LabelSpec(
-        task=settings.task,
-        labels=data.task.labels,
-        text_columns=data.train.columns,
-        max_length=settings.max_length,
-        segments=settings.segments,
-    )

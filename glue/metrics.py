@@ -8,12 +8,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
-def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Share of right classes."""
-    return float(accuracy_score(labels, predictions))
-
-
-def f1(predictions: np.ndarray, labels: np.ndarray) -> float | None:
+def _f1(predictions: np.ndarray, labels: np.ndarray) -> float | None:
     """F1 of class 1; undefined where it is neither predicted nor true of any example."""
     if not (predictions == 1).any() and not (labels == 1).any():
         return None
@@ -26,7 +21,7 @@ def _correlation(
     """A measure that is undefined where the predictions or the labels are all the same."""
 
     def defined(predictions: np.ndarray, labels: np.ndarray) -> float | None:
-        if _is_constant(predictions) or _is_constant(labels):
+        if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
             return None
         return float(measure(predictions, labels))
 
@@ -34,8 +29,8 @@ def _correlation(
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float | None]] = {
-    "accuracy": accuracy,
-    "f1": f1,
+    "accuracy": lambda predictions, labels: float(accuracy_score(labels, predictions)),
+    "f1": _f1,
     "matthews": _correlation(matthews_corrcoef),
     "pearson": _correlation(lambda *both: pearsonr(*both)[0]),
     # the mean rank among ties
@@ -44,54 +39,23 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float | None]] = {
 """By name: (predictions `[N]`, labels `[N]`) -> value, classes as int64 or numbers as float64."""
 
 
-def _is_constant(values: np.ndarray) -> bool:
-    return bool((values == values[0]).all())
-
-
 def score(
     names: Sequence[str], predictions: np.ndarray, labels: np.ndarray, *, prefix: str = ""
 ) -> dict[str, float | None]:
-    """Some metrics.
-
-    Args:
-        names: keys of `METRICS`.
-        predictions: `[N]`, classes (int64) or numbers (float64), at least one.
-        labels: `[N]`, likewise.
-        prefix: stands before the names in the answer.
-
-    Raises:
-        ValueError: there is no example, or the two differ in length.
-    """
-    if not len(labels) or predictions.shape != labels.shape:
-        raise ValueError(
-            f"expected as many predictions as labels, at least one, found {predictions.shape} and "
-            f"{labels.shape}"
-        )
+    """Metrics by name; `prefix` stands before the names in the answer."""
     return {prefix + name: METRICS[name](predictions, labels) for name in names}
 
 
 def mean_of(values: dict[str, float | None], names: Sequence[str]) -> float | None:
-    """Mean of some metrics, such as GLUE's of accuracy and F1; None if one is undefined or absent.
-
-    Args:
-        values: as from `score`.
-        names: which.
-    """
-    chosen = [values.get(name) for name in names]
-    defined = [value for value in chosen if value is not None]
+    """Mean of metrics, such as GLUE's of accuracy and F1; None if one is undefined or absent."""
+    defined = [value for name in names if (value := values.get(name)) is not None]
     return sum(defined) / len(names) if len(defined) == len(names) else None
 
 
 def constant_prediction(labels: np.ndarray, count: int) -> np.ndarray:
-    """What a model that learned nothing but the labels says of every example.
+    """What a model that learned nothing but the labels says of every one of `count` examples.
 
-    Args:
-        labels: `[N]` of the training set: int64 classes, of which the most frequent is said (the
-            lowest among equals), or float64 numbers, of which the mean is said.
-        count: examples to answer for.
-
-    Returns:
-        `[count]`, of the labels' type.
+    That is the most frequent class in training, the lowest among equals, or the mean number.
     """
     if labels.dtype.kind == "f":
         return np.full(count, labels.mean())

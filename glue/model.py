@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from glue.encoding import EncodedExamples, batches_of_all, collect_examples
+from glue.settings import FineTuningSettings
 from glue.tasks import Segments
 from ponet import CheckpointError, PoNetConfig, PoNetForSequenceClassification, PoolerConfig
 from ponet.checkpoint import CONFIG, read_weights
@@ -21,8 +22,8 @@ from ponet.tokenizer import SpecialTokens, load_tokenizer, save_tokenizer, token
 
 _POSITIONS = "ponet.embeddings.position.weight"
 _POOLER = "ponet.pooler."
-# a pre-training run keeps its model in a folder of this name
-_UNTELLING_NAME = "model"
+# runs keep their models in folders of this name
+_MODEL = "model"
 _LABELS = "labels.json"
 _MAX_TOKENS = 16_384
 
@@ -43,16 +44,22 @@ class EncoderCheckpoint:
     def name(self) -> str:
         """For folders and tables: the folder's name, or its parent's where it says nothing."""
         folder = self.folder.resolve()
-        return folder.parent.name if folder.name == _UNTELLING_NAME else folder.name
+        return folder.parent.name if folder.name == _MODEL else folder.name
+
+
+def _refuse_run(folder: Path) -> None:
+    model = folder / _MODEL
+    if (model / CONFIG).is_file():
+        raise CheckpointError(f"{folder}: the folder of a run; its model is in {model}, give that")
 
 
 def read_checkpoint(folder: Path) -> EncoderCheckpoint:
     """Read `config.json`, weights and tokenizer of a model folder.
 
     Raises:
-        ConfigError: `config.json` is missing or describes another architecture.
-        CheckpointError: weights or tokenizer are missing, damaged, or do not fit the configuration.
+        ConfigError, CheckpointError: one is missing or damaged, or they do not fit each other.
     """
+    _refuse_run(folder)
     config = PoNetConfig.from_file(folder / CONFIG)
     entries = read_weights(folder)
     try:
@@ -84,67 +91,34 @@ def read_checkpoint(folder: Path) -> EncoderCheckpoint:
 
 
 def check_pooler(config: PoNetConfig, pooler: PoolerConfig) -> None:
-    """See whether a pooler fits an encoder.
-
-    Raises:
-        ConfigError: it does not.
-    """
+    """Raise a `ConfigError` if a pooler does not fit an encoder."""
     # sizes without memory
     with torch.device("meta"):
         PoNetForSequenceClassification(config.replace(pooler=pooler))
 
 
-def tile_positions(table: Tensor, length: int) -> Tensor:
-    """Repeat a position table, as published for long texts: position p is like p modulo P.
-
-    Args:
-        table: `[P, C]`.
-        length: rows wanted.
-
-    Returns:
-        `[length, C]`, or the table itself where it is long enough.
-    """
-    if length <= len(table):
-        return table
-    return table.repeat(-(-length // len(table)), 1)[:length]
-
-
 def build_classifier(
-    checkpoint: EncoderCheckpoint,
-    *,
-    num_labels: int,
-    max_length: int,
-    pooler: PoolerConfig,
-    dropout: float,
-    from_scratch: bool,
+    checkpoint: EncoderCheckpoint, settings: FineTuningSettings, num_labels: int
 ) -> PoNetForSequenceClassification:
     """A classifier with new weights in its head, drawn with PyTorch's generator.
 
-    Args:
-        checkpoint: gives the encoder.
-        num_labels: classes; 1 for a regression.
-        max_length: tokens of the longest example.
-        pooler: what the classifier reads.
-        dropout: probability.
-        from_scratch: the encoder's weights are new too.
-
-    Raises:
-        CheckpointError: the weights do not fit the configuration.
-        ConfigError: the pooler does not fit the encoder.
+    `num_labels` is 1 for a regression. From scratch, the encoder's weights are new too.
     """
-    positions = max(max_length, checkpoint.config.max_position_embeddings)
+    positions = max(settings.max_length, checkpoint.config.max_position_embeddings)
     config = checkpoint.config.replace(
         num_labels=num_labels,
         max_position_embeddings=positions,
-        hidden_dropout_prob=dropout,
-        pooler=pooler,
+        hidden_dropout_prob=settings.dropout,
+        pooler=settings.pooler,
     )
     model = PoNetForSequenceClassification(config)
-    if from_scratch:
+    if settings.from_scratch:
         return model
     entries = dict(checkpoint.entries)
     if _POSITIONS in entries:
-        entries[_POSITIONS] = tile_positions(entries[_POSITIONS], positions)
+        # as published for long texts: position p is like p modulo the length of the table
+        table = entries[_POSITIONS]
+        entries[_POSITIONS] = table.repeat(-(-positions // len(table)), 1)[:positions]
     # the head of another task is of no use; where there is no pooler, pre-training needed none
     fresh = PoNetForSequenceClassification.new_weights
     if not any(name.startswith(_POOLER) for name in entries):
@@ -160,19 +134,9 @@ def outputs_of(
     examples: EncodedExamples,
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> np.ndarray:
-    """Logits, or the numbers of a regression.
-
-    Args:
-        model: put into evaluation mode.
-        examples: N.
-        precision: arithmetic.
-
-    Returns:
-        `[N, num_labels]` float32, in the order of the examples.
-    """
+    """Logits, or the numbers of a regression, `[N, num_labels]` float32; sets evaluation mode."""
     model.eval()
     device = next(model.parameters()).device
-    outputs = np.empty((len(examples), model.config.num_labels), dtype=np.float32)
     batches = batches_of_all(examples.lengths, _MAX_TOKENS)
     logits = []
     for indices in batches:
@@ -182,15 +146,7 @@ def outputs_of(
         with autocast(precision, device):
             logits.append(model(**inputs).logits.float())
     # read at the end: it waits for the device
-    outputs[np.concatenate(batches)] = torch.cat(logits).cpu().numpy()
-    return outputs
-
-
-def predictions_of(outputs: np.ndarray) -> np.ndarray:
-    """Classes `[N]` int64 from logits, or numbers `[N]` float64 from a regression's outputs."""
-    if outputs.shape[1] == 1:
-        return outputs[:, 0].astype(np.float64)
-    return outputs.argmax(axis=1)
+    return torch.cat(logits).cpu().numpy()[np.argsort(np.concatenate(batches))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +159,6 @@ class LabelSpec:
     text_columns: tuple[str | int, ...]
     """Columns of the one text or the two that it was trained on, as in `FileColumns`."""
     max_length: int
-    """Tokens of an example."""
     segments: Segments
 
 
@@ -222,10 +177,9 @@ def load_classifier(
     """Read the model folder of a run.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or they contradict each other.
-        ConfigError: `config.json` is missing or describes another architecture.
-        ValueError: the tokenizer is missing or damaged.
+        ValueError: a file is missing or damaged, or they do not fit each other.
     """
+    _refuse_run(folder)
     path = folder / _LABELS
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -235,7 +189,7 @@ def load_classifier(
         raise CheckpointError(
             f"{path}: no such file; expected the model folder of a glue/run.py run"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: damaged ({error})") from error
     model = PoNetForSequenceClassification.from_pretrained(folder).to(device)
     expected = len(spec.labels) or 1

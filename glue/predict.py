@@ -2,8 +2,8 @@
 
 FILE is a .csv, .tsv or .jsonl with the text columns of the training file. Each line of a .txt, or
 of standard input where there is no FILE, is a text, or the two texts of a pair with a tab between
-them. Standard output is a CSV file with one row per example: the label and the probability of each
-class, or the number that a regression predicts.
+them. Standard output is CSV: per example its label and the probability of each class, or the number
+that a regression predicts.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from pathlib import Path
 # threads that wait for work without a core of their own are ten times slower when they spin
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -34,45 +33,26 @@ from ponet.run.runs import choose_device
 _CHUNK = 4096
 
 
-class Predictor:
-    """A fine-tuned model with all that its input and output mean."""
-
-    def __init__(
-        self, model: PoNetForSequenceClassification, tokenizer: Tokenizer, spec: LabelSpec
-    ) -> None:
-        self.spec = spec
-        self._model = model
-        self._encoder = ExampleEncoder(
-            tokenizer, max_length=spec.max_length, segments=spec.segments
-        )
-
-    def outputs(self, examples: TextExamples) -> np.ndarray:
-        """Probabilities of the classes `[N, num_labels]`, or numbers `[N, 1]`."""
-        outputs = torch.from_numpy(outputs_of(self._model, self._encoder.encode(examples)))
-        return (outputs.softmax(dim=1) if self.spec.labels else outputs).numpy()
-
-    def table(self, examples: TextExamples) -> Iterator[list[str]]:
-        """A header, then the cells of one row per example."""
-        labels = self.spec.labels
-        yield ["label", *(f"p({label})" for label in labels)] if labels else ["value"]
-        for begin in range(0, len(examples), _CHUNK):
-            chunk = examples.take(range(begin, min(begin + _CHUNK, len(examples))))
-            for outputs in self.outputs(chunk):
-                figures = [f"{output:.4f}" for output in outputs]
-                yield [labels[outputs.argmax()], *figures] if labels else figures
+def table(
+    model: PoNetForSequenceClassification,
+    tokenizer: Tokenizer,
+    spec: LabelSpec,
+    examples: TextExamples,
+) -> Iterator[list[str]]:
+    """A header, then per example its label and probabilities, or the number of a regression."""
+    encoder = ExampleEncoder(tokenizer, max_length=spec.max_length, segments=spec.segments)
+    labels = spec.labels
+    yield ["label", *(f"p({label})" for label in labels)] if labels else ["value"]
+    for begin in range(0, len(examples), _CHUNK):
+        chunk = examples.take(range(begin, min(begin + _CHUNK, len(examples))))
+        outputs = torch.from_numpy(outputs_of(model, encoder.encode(chunk)))
+        for values in (outputs.softmax(dim=1) if labels else outputs).numpy():
+            figures = [f"{value:.4f}" for value in values]
+            yield [labels[values.argmax()], *figures] if labels else figures
 
 
 def read_lines(lines: Iterable[str], num_texts: int, origin: str) -> TextExamples:
-    """Take each line as an example.
-
-    Args:
-        lines: with or without their ends.
-        num_texts: 1, or 2 for pairs with a tab between them.
-        origin: what to name in errors.
-
-    Raises:
-        DataError: there is no line, or one has another number of texts, or an empty one.
-    """
+    """Take each line as one text, or as the two of a pair with a tab between them."""
     rows = [line.rstrip("\r\n").split("\t") for line in lines]
     expected = "one text" if num_texts == 1 else "two texts with a tab between them"
     for number, row in enumerate(rows, start=1):
@@ -82,7 +62,7 @@ def read_lines(lines: Iterable[str], num_texts: int, origin: str) -> TextExample
     if not rows:
         raise DataError(f"{origin}: holds no lines")
     return TextExamples(
-        texts=tuple(list(column) for column in zip(*rows, strict=True)),
+        texts=tuple(map(list, zip(*rows, strict=True))),
         labels=None,
         indices=[str(number) for number in range(len(rows))],
         columns=tuple(range(num_texts)),
@@ -91,15 +71,10 @@ def read_lines(lines: Iterable[str], num_texts: int, origin: str) -> TextExample
 
 
 def read_input(file: str, columns: Sequence[ColumnKey]) -> TextExamples:
-    """Examples of a file, or of standard input for "-".
-
-    Raises:
-        DataError: the input cannot be read, is empty, or lacks a column or a text.
-        OSError: a file of lines cannot be opened.
-    """
+    """Examples of a file, or of standard input for "-"."""
     is_stdin = file == "-"
     if not is_stdin and Path(file).suffix.lower() != ".txt":
-        return read_table(Path(file), FileColumns(file=file, texts=tuple(columns)), ())
+        return read_table(Path(file), FileColumns(texts=tuple(columns), from_flags=True), ())
     origin = "standard input" if is_stdin else file
     raw = sys.stdin.buffer if is_stdin else Path(file).open("rb")  # noqa: SIM115
     try:
@@ -124,13 +99,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     set_up_logging(0)
     with errors_in_one_line("glue/predict.py"):
-        predictor = Predictor(*load_classifier(arguments.model, choose_device(arguments.device)))
-        trained_on = predictor.spec.text_columns
+        device = choose_device(arguments.device)
+        model, tokenizer, spec = load_classifier(arguments.model, device)
+        trained_on = spec.text_columns
         columns = arguments.text_column or trained_on
         if len(columns) != len(trained_on):
             raise UsageError(f"--text-column: expected {len(trained_on)}, found {len(columns)}")
         examples = read_input(arguments.file, columns)
-        csv.writer(sys.stdout, lineterminator="\n").writerows(predictor.table(examples))
+        rows = table(model, tokenizer, spec, examples)
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
         sys.stdout.flush()
 
 

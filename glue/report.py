@@ -5,8 +5,7 @@ into it.
 """
 
 import logging
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from pydantic import FiniteFloat
 from glue.metrics import mean_of
 from glue.settings import FineTuningSettings, pooler_label
 from glue.tasks import NINE_COLUMNS, TASKS
-from ponet import PoolerConfig
 from ponet.poolers import POOLERS
 from ponet.run.report import (
     PLUS_MINUS,
@@ -36,12 +34,12 @@ _DAGGER = "\N{DAGGER}"
 _NOTES = (
     f"In percent: mean {PLUS_MINUS} standard deviation over (n) seeds, at the point of the grid "
     "(batch size, learning rate, epochs) with the best mean, among those with the most seeds, "
-    "chosen on the development set that is reported, as published. MNLI, QNLI, SST-2, RTE, WNLI: "
-    "accuracy; QQP, MRPC: mean of accuracy and F1; CoLA: Matthews correlation; STS-B: Spearman "
-    "correlation; HND, IMDb: F1 of class 1; Yelp-5, Arxiv-11: accuracy. The average is over the "
-    "nine columns MNLI-m to RTE. The majority baseline says the same of all examples. Rows in "
-    "italics are published figures, for BERT with the pooler named or for the model named. "
-    f"{_DAGGER}: on other data than the published, see below; not to be compared with them."
+    "chosen on the development set that is reported, as published. QQP, MRPC: mean of accuracy "
+    "and F1; CoLA: Matthews correlation; STS-B: Spearman correlation; HND, IMDb: F1 of class 1; "
+    "others: accuracy. The average is over the nine columns MNLI-m to RTE. The majority baseline "
+    "says the same of all examples. Rows in italics are published figures, for BERT with the "
+    f"pooler named or for the model named. {_DAGGER}: on other data than the published, see below; "
+    "not to be compared with them."
 )
 _BATCH_SIZE_NOTE = (
     "Each at the best learning rate. Published for BERT: MaxPoolBERT at batch size 32, mean of "
@@ -62,6 +60,12 @@ logger = logging.getLogger(__name__)
 _Table = Any
 """A pandas table, whose types checkers cannot follow."""
 
+PUBLISHED: list[dict[str, Any]] = read_published(Path(__file__).with_name("published.yaml"))
+"""Figures of one model each, in percent by title of a column, in the order of reports."""
+for _row in PUBLISHED:
+    # two figures are accuracy and F1
+    _row["figures"] = {title: float(np.mean(x)) for title, x in _row["figures"].items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuningResult(FineTuningSettings):
@@ -74,9 +78,7 @@ class FineTuningResult(FineTuningSettings):
     metrics: dict[str, FiniteFloat | None]
     """From 0 to 1; None: undefined."""
     majority_metrics: dict[str, FiniteFloat | None]
-    """The same of a constant prediction."""
     score: FiniteFloat | None
-    """Headline metric."""
     majority: FiniteFloat | None
     differences: list[str]
     """Why the data are not the published ones."""
@@ -84,43 +86,8 @@ class FineTuningResult(FineTuningSettings):
     commit: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishedScores:
-    """Figures of one model, in percent, by title of a column."""
-
-    name: str
-    mixer: str
-    pooler: str
-    """Label of the pooler that it is compared with."""
-    figures: dict[str, float]
-    spreads: dict[str, float] = field(default_factory=dict)
-    """Standard deviation over seeds, where it is known."""
-    average: float | None = None
-    """Of the nine columns."""
-    batch_size: int | None = None
-    """In a study of batch sizes, where several rows have one name."""
-
-
-def published_scores() -> list[PublishedScores]:
-    """All published rows, in the order of reports."""
-    rows = read_published(Path(__file__).with_name("published.yaml"))
-    return [
-        PublishedScores(
-            **row
-            | {
-                "pooler": pooler_label(PoolerConfig(**row["pooler"])),
-                # two figures are accuracy and F1
-                "figures": {title: float(np.mean(x)) for title, x in row["figures"].items()},
-            }
-        )
-        for row in rows
-    ]
-
-
-def _encoder_title(run: FineTuningResult) -> str:
-    named = run.mixer in run.checkpoint
-    title = run.checkpoint if named else f"{run.checkpoint} ({run.mixer})"
-    title += ", from scratch" if run.from_scratch else ""
+def _encoder_title(run: Any) -> str:
+    title = f"{run.checkpoint} ({run.mixer})" + (", from scratch" if run.from_scratch else "")
     published = TASKS[run.task].segments if run.task in TASKS else "texts"
     return title + ("" if run.segments == published else f", segments {run.segments}")
 
@@ -128,24 +95,17 @@ def _encoder_title(run: FineTuningResult) -> str:
 def read_scores(folder: Path) -> _Table:
     """The scores of all finished runs below a folder, in the order of a report's rows.
 
-    Returns:
-        One row per run and column that it was scored on: the fields of `FineTuningResult`; model,
-        encoder and pooler in print; `complete`, whether the data are the published ones; the title
-        of the column with `value` and `majority` in percent, not a number where undefined.
-
-    Raises:
-        ResultError: none is finished, a result is damaged, or two are of the same run.
+    There is one row per run and column that it was scored on: the fields of `FineTuningResult`;
+    model, encoder and pooler in print; `complete`, whether the data are the published ones; the
+    title of the column with `value` and `majority` in percent, not a number where undefined.
     """
-    runs = read_results(folder, FineTuningResult, _IDENTITY, "glue/run.py")
+    runs: _Table = read_results(folder, FineTuningResult, _IDENTITY, "glue/run.py")
     poolers = {name: number for number, name in enumerate(POOLERS)}
     rows = []
-    for row in runs.to_dict("records"):
-        path = row.pop("path")
-        run = FineTuningResult(**row)
+    for run in runs.itertuples(index=False):
         encoder, pooler = _encoder_title(run), pooler_label(run.pooler)
         number = poolers.get(run.pooler.name, len(poolers))
-        shared = vars(run) | {
-            "path": path,
+        shared = run._asdict() | {
             "model": f"{encoder}, {pooler}",
             "encoder": encoder,
             "pooler": pooler,
@@ -153,12 +113,14 @@ def read_scores(folder: Path) -> _Table:
             "order": (run.from_scratch, encoder, number, pooler, run.seed),
         }
         for title, value, majority in _columns_of(run):
-            scores = {"value": _percent(value), "majority": _percent(majority)}
-            rows.append(shared | {"column": title} | scores)
-    return pd.DataFrame(rows).sort_values("order", kind="stable")
+            rows.append(shared | {"column": title, "value": value, "majority": majority})
+    scores = pd.DataFrame(rows).sort_values("order", kind="stable")
+    percentages = ["value", "majority"]
+    scores[percentages] = 100 * scores[percentages].astype(float)
+    return scores
 
 
-def _columns_of(run: FineTuningResult) -> list[tuple[str, float | None, float | None]]:
+def _columns_of(run: Any) -> list[tuple[str, float | None, float | None]]:
     """Titles of the columns that a run was scored on, with its scores and the majority's."""
     if run.task not in TASKS:
         return [(run.task, run.score, run.majority)]
@@ -173,10 +135,6 @@ def _columns_of(run: FineTuningResult) -> list[tuple[str, float | None, float | 
     ]
 
 
-def _percent(value: float | None) -> float:
-    return float("nan") if value is None else 100 * value
-
-
 def _titles(scores: _Table) -> list[str]:
     """Columns with a score: the nine of the published average, other tasks, own ones."""
     known = dict.fromkeys([*NINE_COLUMNS, *(task.title for task in TASKS.values())])
@@ -184,18 +142,20 @@ def _titles(scores: _Table) -> list[str]:
     return [title for title in [*known, *sorted(found - known.keys())] if title in found]
 
 
+def _on_best_data(scores: _Table, of: list[str]) -> _Table:
+    """The first score of each of some things on the best data there are runs on."""
+    return scores.sort_values(_DATA, ascending=False, kind="stable").drop_duplicates(of)
+
+
 def best_points(scores: _Table, *further: str) -> _Table:
     """The scores at the best point of each model's grid per task, by the mean over seeds.
 
     Only runs on the best data count: the published, the most examples. Points with fewer seeds than
-    another are not in the running: the luck of one run would beat the mean of several.
-
-    Args:
-        scores: as from `read_scores`.
-        further: fields whose values have a best point each.
+    another are not in the running: the luck of one run would beat the mean of several. Each value
+    of `further` fields has a best point of its own.
     """
-    best_first = scores.sort_values(_DATA, ascending=False, kind="stable")
-    scores = scores.merge(best_first.drop_duplicates(["model", "task"])[["model", "task", *_DATA]])
+    data = _on_best_data(scores, ["model", "task"])
+    scores = scores.merge(data[["model", "task", *_DATA]])
     headline = scores.assign(score=pd.to_numeric(scores["score"])).drop_duplicates("path")
     points = headline.groupby(["model", "task", *_POINT], sort=False)["score"].agg(
         seeds="size", mean=lambda x: x.mean(skipna=False)
@@ -206,18 +166,16 @@ def best_points(scores: _Table, *further: str) -> _Table:
     return scores.merge(best[["model", "task", *_POINT]])
 
 
-def _cell_text(values: _Table, complete: bool) -> str:
-    missing = int(values.isna().sum())
-    text = f"undefined in {missing} of {len(values)}" if missing else scores_text(list(values))
-    return text + ("" if complete else _DAGGER)
-
-
 def _cells(scores: _Table, *by: str) -> dict[Any, str]:
     """Text of the scores of each group of runs."""
-    return {
-        key: _cell_text(runs["value"], runs["complete"].all())
-        for key, runs in scores.groupby(list(by), sort=False)
-    }
+    return {key: _cell_text(runs) for key, runs in scores.groupby(list(by), sort=False)}
+
+
+def _cell_text(runs: _Table) -> str:
+    missing = int(runs["value"].isna().sum())
+    undefined = f"undefined in {missing} of {len(runs)}"
+    text = undefined if missing else scores_text(list(runs["value"]))
+    return text + ("" if runs["complete"].all() else _DAGGER)
 
 
 def _means(scores: _Table) -> dict[str, float | None]:
@@ -232,53 +190,37 @@ def _average(means: dict[str, float | None]) -> float | None:
     return float(np.mean(nine)) if len(nine) == len(NINE_COLUMNS) else None
 
 
+def summarise(folder: Path) -> list[dict[str, Any]]:
+    """Scores of the runs that a checkpoint has had, this command's and earlier ones; logged, too.
+
+    Returns:
+        For each model the columns in percent, at the best point of each grid, and the average of
+        the nine published ones, None while one is undefined or missing.
+    """
+    summary = []
+    for model, scores in best_points(read_scores(folder)).groupby("model", sort=False):
+        means = _means(scores)
+        average = _average(means)
+        for title, seeds in scores.groupby("column", sort=False):
+            mean, first = _percent_text(means[title]), seeds.iloc[0]
+            point = f"batch size {first.batch_size}, learning rate {first.learning_rate:g}"
+            logger.info("%s | %s: %s (seeds: %d, %s)", model, title, mean, len(seeds), point)
+        if means.keys() >= NINE_COLUMNS.keys():
+            logger.info("%s | average of the nine columns: %s", model, _percent_text(average))
+        summary.append({"model": model, "columns": means, "average": average})
+    return summary
+
+
 def _percent_text(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f} %"
 
 
-def summarise(folder: Path) -> list[dict[str, Any]]:
-    """Scores of the runs that a checkpoint has had, this command's and earlier ones; logged, too.
-
-    Args:
-        folder: of the checkpoint's runs.
-
-    Returns:
-        For each pooler the columns in percent, at the best point of each grid, and the average of
-        the nine published ones, None while one is undefined or missing.
-
-    Raises:
-        ResultError: a result is damaged.
-    """
-    summary = []
-    for _, scores in best_points(read_scores(folder)).groupby("model", sort=False):
-        model = scores.iloc[0]
-        means = _means(scores)
-        for title, seeds in scores.groupby("column", sort=False):
-            point = seeds.iloc[0]
-            logger.info(
-                "%s, %s: %s (seeds: %d, batch size %d, learning rate %g)",
-                title,
-                model.pooler,
-                _percent_text(means[title]),
-                len(seeds),
-                point.batch_size,
-                point.learning_rate,
-            )
-        average = _average(means)
-        if means.keys() >= NINE_COLUMNS.keys():
-            found = _percent_text(average)
-            logger.info("average of the nine columns, %s: %s", model.pooler, found)
-        names = {"encoder": model.encoder, "pooler": model.pooler}
-        summary.append(names | {"columns": means, "average": average})
-    return summary
-
-
-def _published_beside(scores: _Table) -> list[PublishedScores]:
+def _published_beside(scores: _Table) -> list[dict[str, Any]]:
     """The published rows that measured ones stand beside: same pooler, or same mixer."""
     # BERT is what poolers were studied on; whatever the encoder here, its figures are the only ones
     mixers = {*scores["mixer"], "attention"}
     poolers = set(scores["pooler"])
-    return [row for row in published_scores() if row.pooler in poolers and row.mixer in mixers]
+    return [row for row in PUBLISHED if row["pooler"] in poolers and row["mixer"] in mixers]
 
 
 def _italic(texts: list[str]) -> list[str]:
@@ -288,9 +230,7 @@ def _italic(texts: list[str]) -> list[str]:
 def _main_table(scores: _Table) -> str:
     titles, best = _titles(scores), best_points(scores)
     cells = _cells(best, "model", "column")
-    # on the best data that there are runs on
-    best_first = scores.sort_values(_DATA, ascending=False, kind="stable")
-    majority = dict(best_first.drop_duplicates("column")[["column", "majority"]].to_numpy())
+    majority = _on_best_data(scores, ["column"]).set_index("column")["majority"]
     constant = ["undefined" if pd.isna(majority[t]) else figure_text(majority[t]) for t in titles]
     rows = [["majority baseline", *constant, ""]]
     for model, of_model in best.groupby("model", sort=False):
@@ -299,10 +239,11 @@ def _main_table(scores: _Table) -> str:
         mark = _DAGGER if average and not nine["complete"].all() else ""
         rows.append([model, *(cells.get((model, t), "") for t in titles), average + mark])
     for row in _published_beside(scores):
-        spreads = {t: f" {PLUS_MINUS} {spread:.2f}" for t, spread in row.spreads.items()}
-        texts = [figure_text(row.figures.get(t)) + spreads.get(t, "") for t in titles]
-        if row.batch_size is None and any(texts):
-            rows.append(_italic([row.name, *texts, figure_text(row.average)]))
+        spreads = {t: f" {PLUS_MINUS} {x:.2f}" for t, x in row.get("spreads", {}).items()}
+        texts = [figure_text(row["figures"].get(t)) + spreads.get(t, "") for t in titles]
+        # a study of batch sizes has a table of its own
+        if "batch_size" not in row and any(texts):
+            rows.append(_italic([row["name"], *texts, figure_text(row.get("average"))]))
     return markdown_table(["model", *titles, "average"], rows)
 
 
@@ -328,20 +269,19 @@ def _batch_size_tables(scores: _Table) -> str:
 def _published_at(title: str, batch_size: int, pooler: str) -> str:
     """Published figures of a pooler for BERT at a batch size."""
     return " / ".join(
-        figure_text(row.figures[title])
-        for row in published_scores()
-        if row.mixer == "attention"
-        and row.pooler == pooler
-        and title in row.figures
-        and batch_size == (row.batch_size or _MAXPOOL_BATCH_SIZE)
+        figure_text(row["figures"][title])
+        for row in PUBLISHED
+        if (row["mixer"], row["pooler"]) == ("attention", pooler)
+        and title in row["figures"]
+        and batch_size == row.get("batch_size", _MAXPOOL_BATCH_SIZE)
     )
 
 
 def draw(scores: _Table) -> Figure:
     """A panel per column: models by batch size, hollow on other data, and published rows."""
     titles, best = _titles(scores), best_points(scores, "batch_size")
-    published = [row for row in _published_beside(scores) if row.figures.keys() & set(titles)]
-    names = list(dict.fromkeys([*best["model"], *(row.name for row in published)]))
+    published = [row for row in _published_beside(scores) if row["figures"].keys() & set(titles)]
+    names = list(dict.fromkeys([*best["model"], *(row["name"] for row in published)]))
     sizes = sorted(set(best["batch_size"]))
     across = min(len(titles), 4)
     down = -(-len(titles) // across)
@@ -365,9 +305,9 @@ def draw(scores: _Table) -> Figure:
                 label=f"batch size {size}",
             )
         for row in published:
-            if title in row.figures:
-                height = names.index(row.name)
-                axes.plot(row.figures[title], height, label="published", **_PUBLISHED_STYLE)
+            if title in row["figures"]:
+                height = names.index(row["name"])
+                axes.plot(row["figures"][title], height, label="published", **_PUBLISHED_STYLE)
         axes.axvline(
             of_column["majority"].iloc[0], color="black", linestyle=":", label="majority baseline"
         )
@@ -377,21 +317,19 @@ def draw(scores: _Table) -> Figure:
         axes.grid(axis="x", alpha=0.3)
     for axes in panels.flat[len(titles) :]:
         axes.axis("off")
-    handles = {}
-    for axes in panels.flat:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles[label] = handle
+    found = [axes.get_legend_handles_labels() for axes in panels.flat]
+    legend = {label: handle for both in found for handle, label in zip(*both, strict=True)}
     figure.suptitle(f"%, {PLUS_MINUS} standard deviation over seeds; hollow: on other data")
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=4)
     return figure
 
 
 def _differences(scores: _Table) -> str:
     """Why figures of some runs cannot stand beside published ones."""
-    runs = scores.drop_duplicates("path")
-    others = runs[~runs["complete"]]
-    reasons = Counter(others["task"] + ": " + others["differences"].map("; ".join))
-    return "\n".join(f"- {reason} (runs: {count})" for reason, count in sorted(reasons.items()))
+    runs = scores[~scores["complete"]].drop_duplicates("path")
+    reasons = runs["task"] + ": " + runs["differences"].map("; ".join)
+    counts = reasons.value_counts().sort_index().items()
+    return "\n".join(f"- {reason} (runs: {count})" for reason, count in counts)
 
 
 def _unfinished(folder: Path) -> str:
@@ -401,15 +339,7 @@ def _unfinished(folder: Path) -> str:
 
 
 def report(folder: Path) -> str:
-    """Report on the runs below a folder: write `report.md` and `report.png` into it.
-
-    Returns:
-        The report as Markdown.
-
-    Raises:
-        ResultError: there are no results, or one cannot be used.
-        OSError: a file cannot be written.
-    """
+    """Write `report.md` and `report.png` on the runs below a folder; returns the Markdown."""
     scores = read_scores(folder)
     sections = {
         "Scores": _main_table(scores),

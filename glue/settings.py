@@ -1,57 +1,37 @@
 """What a command is told, and what each of its runs is: recipe < YAML < flags."""
 
-import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import pydantic
-from pydantic import Field, ValidationError
-
-from glue.data import OwnFiles
 from glue.tasks import NINE_COLUMNS, TASKS, Segments, TextTask
 from ponet import PoolerConfig
 from ponet.poolers import POOLERS
-from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml
+from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml, require
 
 PRESETS = Path(__file__).with_name("configs")
 
-NINE_TASKS = tuple(dict.fromkeys(name for name, _ in NINE_COLUMNS.values()))
-"""The tasks of the published average, which `all` stands for."""
-
-Count = Annotated[int, Field(ge=1)]
-OptionalCount = Annotated[int | None, Field(ge=1)]
-OptionalShare = Annotated[float | None, Field(ge=0, le=1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Values that a run takes where no flag says otherwise; each batch size meets each rate."""
-
-    batch_sizes: tuple[int, ...] = (32,)
-    learning_rates: tuple[float, ...] = (5e-5,)
-    epochs: int | None = None
-    """None: the task's."""
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.01
-
-
-RECIPES = {
-    "single": Recipe(),
-    "published": Recipe(
-        batch_sizes=(8, 16, 32, 64, 128),
-        learning_rates=(3e-5, 5e-5, 1e-4, 3e-4),
-        warmup_fraction=0.0,
-        weight_decay=0.0,
-    ),
-    "poolers": Recipe(batch_sizes=(16, 32, 64), learning_rates=(2e-5,), epochs=3),
+_USUAL: dict[str, Any] = {
+    "batch_size": (32,),
+    "learning_rate": (5e-5,),
+    "warmup_fraction": 0.1,
+    "weight_decay": 0.01,
 }
-"""By the name of the grid."""
-
-# settings that a recipe has an opinion on
-_OF_RECIPE = ("epochs", "warmup_fraction", "weight_decay")
+# what a grid has instead
+_GRIDS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "published": {
+        "batch_size": (8, 16, 32, 64, 128),
+        "learning_rate": (3e-5, 5e-5, 1e-4, 3e-4),
+        "warmup_fraction": 0.0,
+        "weight_decay": 0.0,
+    },
+    "poolers": {"batch_size": (16, 32, 64), "learning_rate": (2e-5,), "epochs": 3},
+}
+# for documents, longer than the positions of a published checkpoint
+_PUBLISHED_FOR_LONG = {"batch_size": (32,), "learning_rate": (3e-5, 5e-5)}
 # what departs from the usual is part of the name of a run
 _MARKS = {
     "epochs": "e",
@@ -63,12 +43,16 @@ _MARKS = {
     "max_train_examples": "t",
     "precision": "",
 }
-_LONG_PUBLISHED = dataclasses.replace(
-    RECIPES["published"], batch_sizes=(32,), learning_rates=(3e-5, 5e-5)
-)
+_AT_LEAST = {
+    **dict.fromkeys(("pooler_layers", "pooler_heads", "seeds", "epochs", "max_train_examples"), 1),
+    **dict.fromkeys(("jobs", "threads", "log_every"), 1),
+    **dict.fromkeys(("warmup_fraction", "weight_decay", "dropout", "checkpoint_minutes"), 0),
+    # room for the special tokens of a pair and a token of each text
+    "max_length": 5,
+}
 
 
-@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class GlueConfig:
     """Settings of a command; where the default is None, the grid or the task decides."""
 
@@ -76,7 +60,7 @@ class GlueConfig:
     """Tasks: cola, sst2, mrpc, stsb, qqp, mnli (which scores ax, too), qnli, rte, wnli, hnd, imdb,
     yelp5, arxiv11, or all (the nine columns of the published average); or, with --train-file, a
     name for a task of your own."""
-    checkpoint: str | None = None
+    checkpoint: str = ""
     """Folder of the pre-trained model."""
     from_scratch: bool = False
     """Take nothing but sizes and tokenizer from the checkpoint: a randomly initialised encoder, to
@@ -86,35 +70,34 @@ class GlueConfig:
     mean, max."""
     reading: Literal["literal", "sound"] = "sound"
     """Poolers as their source has them, or untouched by padding and scale."""
-    pooler_layers: Count = 3
+    pooler_layers: int = 3
     """Last layers that poolers of several layers read."""
-    pooler_heads: Count = 4
+    pooler_heads: int = 4
     """Heads of poolers with attention."""
     grid: Literal["single", "published", "poolers"] = "single"
     """single: one batch size and learning rate; published: PoNet's 20 runs per task; poolers: the
     three batch sizes of the pooler study. A flag for either takes the place of its values, each
     batch size meets each rate."""
-    seeds: Count = 1
+    seeds: int = 1
     """Runs per point of the grid, with seeds from 0: of new weights, order of examples, dropout."""
-    batch_size: tuple[Count, ...] | None = None
+    batch_size: tuple[int, ...] | None = None
     """Examples per step, one size or several."""
-    learning_rate: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    learning_rate: tuple[float, ...] | None = None
     """Peak learning rates, one or several."""
-    epochs: OptionalCount = None
+    epochs: int | None = None
     """Passes over the training set."""
-    warmup_fraction: OptionalShare = None
+    warmup_fraction: float | None = None
     """Share of the steps in which the learning rate rises, before it falls to zero."""
-    weight_decay: Annotated[float | None, Field(ge=0)] = None
+    weight_decay: float | None = None
     """AdamW's decay of weight matrices."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dropout: float = 0.1
     """Dropout, whatever pre-training used."""
-    # room for the special tokens of a pair and a token of each text
-    max_length: Annotated[int | None, Field(ge=5)] = None
+    max_length: int | None = None
     """Tokens per example, longer ones are cut; beyond the checkpoint's positions its position
     table is repeated, beyond 512 tokens layers are computed again in the backward pass."""
     segments: Literal["published", "texts", "sentences", "paragraphs"] = "published"
     """What PoNet pools by segment: texts whole, their sentences, or their paragraphs."""
-    max_train_examples: OptionalCount = None
+    max_train_examples: int | None = None
     """Examples to learn from at most, the same for every seed."""
     train_file: str | None = None
     """A task of your own: .tsv (unquoted), .csv or .jsonl to learn from."""
@@ -132,9 +115,9 @@ class GlueConfig:
     """Arithmetic; auto: bf16 on a GPU, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: a GPU if there is one."""
-    jobs: Count = 1
+    jobs: int = 1
     """Runs at a time, each in a process of its own."""
-    threads: OptionalCount = None
+    threads: int | None = None
     """CPU threads per run; None: all cores, divided among the jobs."""
     save_models: bool = True
     """Keep the model of every run."""
@@ -143,53 +126,50 @@ class GlueConfig:
     there."""
     output_dir: str = "runs/glue"
     """Folder of all runs."""
-    log_every: Count = 50
+    log_every: int = 50
     """Steps between lines of the log."""
-    checkpoint_minutes: Annotated[float, Field(ge=0)] = 5.0
+    checkpoint_minutes: float = 5.0
     """Minutes between the checkpoints that an interrupted run continues from."""
 
     def __post_init__(self) -> None:
-        if self.checkpoint is None:
+        if not self.checkpoint:
             raise UsageError("--checkpoint is missing: the folder of a pre-trained model")
-        _require_known("pooler", self.pooler, tuple(POOLERS))
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            require(value is None or value >= least, name, f"at least {least}", value)
+        for size in self.batch_size or ():
+            require(size >= 1, "batch_size", "at least 1", size)
+        for rate in self.learning_rate or ():
+            require(rate > 0, "learning_rate", "above 0", rate)
+        warmup = self.warmup_fraction
+        require(warmup is None or warmup <= 1, "warmup_fraction", "at most 1", warmup)
+        require(self.dropout < 1, "dropout", "below 1", self.dropout)
+        for pooler in self.pooler:
+            require(pooler in POOLERS, "pooler", f"one of {', '.join(POOLERS)}", pooler)
         if self.train_file is None:
-            advice = "; or give --train-file for one of your own"
-            _require_known("task", self.task, (*TASKS, "all"), advice)
+            known = f"one of {', '.join(TASKS)}, all, or with --train-file a name of your own"
+            for task in self.task:
+                require(task in (*TASKS, "all"), "task", known, task)
             if self.dev_file is not None or self.test_file is not None:
                 raise UsageError("--dev-file and --test-file belong to a --train-file")
             return
-        if len(self.task) != 1 or self.task[0] in (*TASKS, "all"):
-            raise UsageError(
-                f"--train-file: give your task one new name by --task, found {' '.join(self.task)}"
-            )
-        if not re.fullmatch(r"[\w.-]*\w", self.task[0]):
-            raise UsageError(
-                f"--task names the folders of the runs: letters, digits, '.', '-' and '_', found "
-                f"{self.task[0]!r}"
-            )
-        if len(self.text_column) not in (1, 2):
-            found = " ".join(self.text_column)
-            raise UsageError(f"--text-column: expected one or two columns, found {found}")
+        names = " ".join(self.task)
+        if len(self.task) != 1 or names in (*TASKS, "all"):
+            raise UsageError(f"--train-file: give your task one new name by --task, found {names}")
+        # it is part of the names of folders
+        letters = "letters, digits, '.', '-' and '_'"
+        require(re.fullmatch(r"[\w.-]*\w", names) is not None, "task", letters, repr(names))
+        texts = self.text_column
+        require(len(texts) in (1, 2), "text_column", "one column or two", " ".join(texts))
 
     @property
-    def tasks(self) -> list[TextTask]:
-        """Those of `TASKS`, each once; the diagnostic set is scored with the task it needs."""
-        names = [n for name in self.task for n in (NINE_TASKS if name == "all" else (name,))]
-        return [TASKS[n] for n in dict.fromkeys(TASKS[name].trained_on or name for name in names)]
-
-    @property
-    def own_files(self) -> OwnFiles | None:
-        """The user's own task, if there is one."""
-        if self.train_file is None:
-            return None
-        return OwnFiles(
-            train=Path(self.train_file),
-            dev=Path(self.dev_file) if self.dev_file else None,
-            test=Path(self.test_file) if self.test_file else None,
-            texts=self.text_column,
-            label=self.label_column,
-            is_regression=self.regression,
-        )
+    def task_names(self) -> list[str]:
+        """Each once; the diagnostic set is scored with the task whose model it needs."""
+        if self.train_file is not None:
+            return list(self.task)
+        nine = [task for task, _ in NINE_COLUMNS.values()]
+        names = [n for name in self.task for n in (nine if name == "all" else [name])]
+        return list(dict.fromkeys(TASKS[name].trained_on or name for name in names))
 
     def poolers(self) -> list[PoolerConfig]:
         """Each pooler that is asked for."""
@@ -204,26 +184,22 @@ class GlueConfig:
         ]
 
     def runs_of(self, task: TextTask, device: str) -> "list[FineTuningSettings]":
-        """All runs of a task, seeds innermost.
-
-        Args:
-            task: to be run.
-            device: "cpu" or "cuda".
-        """
-        recipe = RECIPES[self.grid]
-        if self.grid == "published" and task.is_long:
-            recipe = _LONG_PUBLISHED
-        usual: dict[str, Any] = {
+        """All runs of a task on "cpu" or "cuda", seeds innermost."""
+        usual = _USUAL | {
             "epochs": task.epochs,
-            "warmup_fraction": Recipe.warmup_fraction,
-            "weight_decay": Recipe.weight_decay,
             "dropout": GlueConfig.dropout,
             "max_length": task.max_length,
             "segments": task.segments,
             "max_train_examples": None,
             "precision": "bf16" if device == "cuda" else "fp32",
         }
-        chosen = usual | _said(recipe, _OF_RECIPE) | _said(self, usual)
+        grid = _GRIDS[self.grid]
+        if self.grid == "published" and task.max_length > 512:
+            grid = grid | _PUBLISHED_FOR_LONG
+        given = {name: getattr(self, name) for name in usual}
+        said = {name: x for name, x in given.items() if x not in (None, "published", "auto")}
+        chosen = usual | grid | said
+        sizes, rates = chosen.pop("batch_size"), chosen.pop("learning_rate")
         changes = [
             f"{mark}{chosen[name]}".removesuffix(".0")
             for name, mark in _MARKS.items()
@@ -241,8 +217,8 @@ class GlueConfig:
                 seed=seed,
             )
             for pooler in self.poolers()
-            for size in dict.fromkeys(self.batch_size or recipe.batch_sizes)
-            for rate in dict.fromkeys(self.learning_rate or recipe.learning_rates)
+            for size in dict.fromkeys(sizes)
+            for rate in dict.fromkeys(rates)
             for point in [(task.name, pooler_label(pooler), f"b{size}", f"lr{rate:g}")]
             for seed in range(self.seeds)
         ]
@@ -260,7 +236,6 @@ class FineTuningSettings:
     seed: int
     batch_size: int
     learning_rate: float
-    """At its peak."""
     epochs: int
     warmup_fraction: float
     weight_decay: float
@@ -268,14 +243,7 @@ class FineTuningSettings:
     max_length: int
     segments: Segments
     max_train_examples: int | None
-    """None: all."""
     precision: Literal["fp32", "bf16"]
-
-
-def _said(source: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Those of some values that the grid or the command line says."""
-    values = {name: getattr(source, name) for name in names}
-    return {name: x for name, x in values.items() if x not in (None, "published", "auto")}
 
 
 def pooler_label(pooler: PoolerConfig) -> str:
@@ -287,20 +255,8 @@ def pooler_label(pooler: PoolerConfig) -> str:
     return "-".join(parts)
 
 
-def _require_known(
-    name: str, values: Sequence[str], known: Sequence[str], advice: str = ""
-) -> None:
-    for value in values:
-        if value not in known:
-            raise UsageError(f"--{name}: expected one of {', '.join(known)}{advice}, found {value}")
-
-
 def parse(argv: Sequence[str] | None = None) -> GlueConfig:
-    """Settings of the command line.
-
-    Raises:
-        UsageError: a file, key, flag or value is wrong.
-    """
+    """Settings of the command line; raises a `UsageError` for what is wrong there."""
     preset, flags = parse_arguments(
         GlueConfig,
         argv,
@@ -308,19 +264,4 @@ def parse(argv: Sequence[str] | None = None) -> GlueConfig:
         default_preset="default",
         presets=PRESETS,
     )
-    values = read_yaml(preset_path(preset, PRESETS), GlueConfig) | flags
-    try:
-        return GlueConfig(**values)
-    except ValidationError as error:
-        raise _as_usage_error(error) from error
-
-
-def _as_usage_error(error: ValidationError) -> UsageError:
-    """The first of the errors in words for whoever wrote the command."""
-    first = error.errors()[0]
-    if not first["loc"]:
-        # a contradiction between fields, in our words already
-        return UsageError(str(first.get("ctx", {}).get("error", first["msg"])))
-    flag = str(first["loc"][0]).replace("_", "-")
-    expected = first["msg"].removeprefix("Input should be ")
-    return UsageError(f"--{flag}: expected a value {expected}, found {first['input']!r}")
+    return GlueConfig(**read_yaml(preset_path(preset, PRESETS), GlueConfig) | flags)

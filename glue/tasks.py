@@ -4,8 +4,8 @@ Row counts are those of the GLUE benchmark (arXiv 1804.07461) and of the PoNet p
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 Segments = Literal["texts", "sentences", "paragraphs"]
 """What PoNet pools by segment: each text whole, its sentences, or its blank-line paragraphs."""
@@ -16,10 +16,8 @@ ColumnKey = str | int
 
 @dataclass(frozen=True, kw_only=True)
 class FileColumns:
-    """A file of examples: where its columns are."""
+    """Where the columns of a file of examples are."""
 
-    file: str
-    """Name in the task's folder; `*` stands for anything. Its ending says the format."""
     texts: tuple[ColumnKey, ...]
     """One text, or the two of a pair."""
     label: ColumnKey | None = None
@@ -28,18 +26,29 @@ class FileColumns:
     """What a submission calls the row; None: rows are counted from 0."""
     skips_incomplete: bool = False
     """Rows that lack a column or a text are left out and counted, not refused."""
+    from_flags: bool = False
+    """The user named them, by --text-column and --label-column."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFiles:
-    """Files of one origin; those that are not there are done without, but for "train"."""
+    """Files of one origin; those that are not there are done without, but for the first."""
 
-    splits: Mapping[str, FileColumns]
+    names: Mapping[str, str]
+    """Split -> file in the task's folder; `*` stands for anything, the ending says the format."""
+    labelled: FileColumns
+    unlabelled: FileColumns | None = None
+    """Of the splits to predict, whose names begin with "test"."""
     difference: str | None = None
     """Why figures cannot stand beside published ones, if so."""
-    rows: Mapping[str, int] | None = None
-    """Rows that the files should have, by split; None: the published ones of the task, or with a
-    difference any number."""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Rows by split that the files should have where they are not the published ones."""
+
+    def columns(self, split: str) -> FileColumns:
+        """Of the file of a split."""
+        if self.unlabelled is not None and split.startswith("test"):
+            return self.unlabelled
+        return self.labelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +56,18 @@ class HubData:
     """A data set of the Hugging Face hub, whose labels are numbers of classes."""
 
     name: str
-    """With its owner."""
     splits: Mapping[str, str]
     """Split here -> split there."""
     texts: tuple[str, ...]
     config: str | None = None
     difference: str | None = None
-    """As in `TaskFiles`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask:
-    """One task."""
+    """One task; the defaults of its settings are the published ones."""
 
     name: str
-    """On the command line."""
     title: str
     """In tables, and its folder in the official layout."""
     labels: tuple[str, ...]
@@ -89,21 +95,14 @@ class TextTask:
     trained_on: str | None = None
     """The task whose model is scored, where this one has no training set."""
     max_length: int = 128
-    """Tokens of an example at most, special ones included, as published."""
+    """Tokens of an example at most, special ones included."""
     segments: Segments = "texts"
-    """As published."""
     epochs: int = 4
-    """As published."""
 
     @property
     def is_regression(self) -> bool:
         """Labels are numbers."""
         return not self.labels
-
-    @property
-    def is_long(self) -> bool:
-        """Texts are documents: positions beyond a checkpoint's 512."""
-        return self.max_length > 512
 
     @property
     def all_folders(self) -> tuple[str, ...]:
@@ -115,25 +114,18 @@ _BINARY = ("0", "1")
 _ENTAILMENT = ("entailment", "not_entailment")
 _NLI = ("entailment", "neutral", "contradiction")
 _PAIR = ("sentence1", "sentence2")
+_HUB_PAIR = ("premise", "hypothesis")
+_SPLITS = ("train", "dev", "test")
+_OFFICIAL_NAMES = {split: f"{split}.tsv" for split in _SPLITS}
 
 
-def _labelled(
-    texts: tuple[ColumnKey, ...], label: ColumnKey, *, skips_incomplete: bool = False, **files: str
-) -> dict[str, FileColumns]:
-    """Files to learn from and to score, by split."""
-    return {
-        split: FileColumns(file=file, texts=texts, label=label, skips_incomplete=skips_incomplete)
-        for split, file in files.items()
-    }
-
-
-def _unlabelled(
-    texts: tuple[ColumnKey, ...], index: ColumnKey | None, **files: str
-) -> dict[str, FileColumns]:
-    """Files to predict, by split."""
-    return {
-        split: FileColumns(file=file, texts=texts, index=index) for split, file in files.items()
-    }
+def _official(*texts: str, label: str = "label", skips_incomplete: bool = False) -> TaskFiles:
+    """The layout of most: files with headers, the rows to predict numbered in the first column."""
+    return TaskFiles(
+        names=_OFFICIAL_NAMES,
+        labelled=FileColumns(texts=texts, label=label, skips_incomplete=skips_incomplete),
+        unlabelled=FileColumns(texts=texts, index=0),
+    )
 
 
 def _glue_task(
@@ -142,39 +134,25 @@ def _glue_task(
     labels: tuple[str, ...],
     metrics: tuple[str, ...],
     rows: tuple[int, int, int],
-    *,
     texts: tuple[str, ...],
-    label: str = "label",
-    hub_texts: tuple[str, ...] | None = None,
-    headline: tuple[str, ...] | None = None,
-    skips_incomplete: bool = False,
-    files: tuple[TaskFiles, ...] | None = None,
-    more_files: tuple[TaskFiles, ...] = (),
-    bounds: tuple[float, float] | None = None,
+    *files: TaskFiles,
 ) -> TextTask:
-    """A task in the official layout of most: `train.tsv`, `dev.tsv`, `test.tsv` with headers."""
-    official = TaskFiles(
-        splits=_labelled(
-            texts, label, skips_incomplete=skips_incomplete, train="train.tsv", dev="dev.tsv"
-        )
-        | _unlabelled(texts, 0, test="test.tsv")
-    )
+    """A task of three splits, whose `texts` are named so on the hub and, by default, in files."""
     return TextTask(
         name=name,
         title=title,
         labels=labels,
         metrics=metrics,
-        headline=headline or metrics,
-        files=files or (official, *more_files),
-        rows=dict(zip(("train", "dev", "test"), rows, strict=True)),
+        headline=metrics,
+        files=files or (_official(*texts),),
+        rows=dict(zip(_SPLITS, rows, strict=True)),
         hub=HubData(
             name="nyu-mll/glue",
             config=name,
             splits={"train": "train", "dev": "validation", "test": "test"},
-            texts=hub_texts or texts,
+            texts=texts,
         ),
         submissions={title: "test"},
-        bounds=bounds,
         writes_label_names=labels == _ENTAILMENT,
     )
 
@@ -185,69 +163,60 @@ _COLA = _glue_task(
     _BINARY,
     ("matthews",),
     (8551, 1043, 1063),
-    texts=("sentence",),
-    files=(
-        TaskFiles(
-            splits=_labelled((3,), 1, train="train.tsv", dev="dev.tsv")
-            | _unlabelled(("sentence",), "index", test="test.tsv")
-        ),
+    ("sentence",),
+    TaskFiles(
+        names=_OFFICIAL_NAMES,
+        labelled=FileColumns(texts=(3,), label=1),
+        unlabelled=FileColumns(texts=("sentence",), index="index"),
     ),
 )
-
-_SST2 = _glue_task("sst2", "SST-2", _BINARY, ("accuracy",), (67349, 872, 1821), texts=("sentence",))
-
-_MRPC_TEXTS = ("#1 String", "#2 String")
+_SST2 = _glue_task("sst2", "SST-2", _BINARY, ("accuracy",), (67349, 872, 1821), ("sentence",))
 _MRPC = _glue_task(
     "mrpc",
     "MRPC",
     _BINARY,
     ("accuracy", "f1"),
     (3668, 408, 1725),
-    texts=_MRPC_TEXTS,
-    label="Quality",
-    hub_texts=_PAIR,
-    more_files=(
-        # the corpus as its authors distribute it
-        TaskFiles(
-            splits=_labelled(_MRPC_TEXTS, "Quality", train="msr_paraphrase_train.txt")
-            | _unlabelled(_MRPC_TEXTS, None, test="msr_paraphrase_test.txt"),
-            difference="the paraphrase corpus is cut here, not as by GLUE",
-            rows={"train": 4076, "test": 1725},
-        ),
+    _PAIR,
+    _official("#1 String", "#2 String", label="Quality"),
+    # the corpus as its authors distribute it
+    TaskFiles(
+        names={"train": "msr_paraphrase_train.txt", "test": "msr_paraphrase_test.txt"},
+        labelled=FileColumns(texts=("#1 String", "#2 String"), label="Quality"),
+        unlabelled=FileColumns(texts=("#1 String", "#2 String")),
+        difference="the paraphrase corpus is cut here, not as by GLUE",
+        rows={"train": 4076, "test": 1725},
     ),
 )
-
-_STSB = _glue_task(
-    "stsb",
-    "STS-B",
-    (),
-    ("pearson", "spearman"),
-    (5749, 1500, 1379),
-    texts=_PAIR,
-    label="score",
-    headline=("spearman",),
-    bounds=(0.0, 5.0),
-    more_files=(
+_STSB = replace(
+    _glue_task(
+        "stsb",
+        "STS-B",
+        (),
+        ("pearson", "spearman"),
+        (5749, 1500, 1379),
+        _PAIR,
+        _official(*_PAIR, label="score"),
         # the benchmark as its authors distribute it
         TaskFiles(
-            splits=_labelled((5, 6), 4, train="sts-train.tsv", dev="sts-dev.tsv")
-            | _unlabelled((5, 6), None, test="sts-test.tsv")
+            names={split: f"sts-{split}.tsv" for split in _SPLITS},
+            labelled=FileColumns(texts=(5, 6), label=4),
+            unlabelled=FileColumns(texts=(5, 6)),
         ),
     ),
+    headline=("spearman",),
+    bounds=(0.0, 5.0),
 )
-
 _QQP = _glue_task(
     "qqp",
     "QQP",
     _BINARY,
     ("accuracy", "f1"),
     (363846, 40430, 390965),
-    texts=("question1", "question2"),
-    label="is_duplicate",
+    ("question1", "question2"),
     # the official files have a few broken lines, which the published counts leave out
-    skips_incomplete=True,
+    _official("question1", "question2", label="is_duplicate", skips_incomplete=True),
 )
-
 _MNLI_SPLITS = {
     "train": "train",
     "matched": "validation_matched",
@@ -264,29 +233,19 @@ _MNLI = TextTask(
     evaluation=("matched", "mismatched"),
     files=(
         TaskFiles(
-            splits=_labelled(
-                _PAIR,
-                "gold_label",
-                train="train.tsv",
-                matched="dev_matched.tsv",
-                mismatched="dev_mismatched.tsv",
-            )
-            | _unlabelled(
-                _PAIR,
-                "index",
-                test_matched="test_matched.tsv",
-                test_mismatched="test_mismatched.tsv",
-            )
+            names={
+                split: f"{name.replace('validation', 'dev')}.tsv"
+                for split, name in _MNLI_SPLITS.items()
+            },
+            labelled=FileColumns(texts=_PAIR, label="gold_label"),
+            unlabelled=FileColumns(texts=_PAIR, index="index"),
         ),
     ),
-    hub=HubData(
-        name="nyu-mll/glue", config="mnli", splits=_MNLI_SPLITS, texts=("premise", "hypothesis")
-    ),
+    hub=HubData(name="nyu-mll/glue", config="mnli", splits=_MNLI_SPLITS, texts=_HUB_PAIR),
     rows=dict(zip(_MNLI_SPLITS, (392702, 9815, 9832, 9796, 9847), strict=True)),
     submissions={"MNLI-m": "test_matched", "MNLI-mm": "test_mismatched"},
     writes_label_names=True,
 )
-
 _AX = TextTask(
     name="ax",
     title="AX",
@@ -298,31 +257,24 @@ _AX = TextTask(
     evaluation=("ax",),
     files=(
         TaskFiles(
-            splits=_labelled(("Premise", "Hypothesis"), "Label", ax="diagnostic-full.tsv")
-            | _unlabelled(_PAIR, "index", test="diagnostic.tsv")
+            names={"ax": "diagnostic-full.tsv", "test": "diagnostic.tsv"},
+            labelled=FileColumns(texts=("Premise", "Hypothesis"), label="Label"),
+            unlabelled=FileColumns(texts=_PAIR, index="index"),
         ),
     ),
-    hub=HubData(
-        name="nyu-mll/glue", config="ax", splits={"test": "test"}, texts=("premise", "hypothesis")
-    ),
+    hub=HubData(name="nyu-mll/glue", config="ax", splits={"test": "test"}, texts=_HUB_PAIR),
     rows={"ax": 1104, "test": 1104},
     submissions={"AX": "test"},
     writes_label_names=True,
 )
+_QUESTION = ("question", "sentence")
+_QNLI = _glue_task("qnli", "QNLI", _ENTAILMENT, ("accuracy",), (104743, 5463, 5463), _QUESTION)
+_RTE = _glue_task("rte", "RTE", _ENTAILMENT, ("accuracy",), (2490, 277, 3000), _PAIR)
+_WNLI = _glue_task("wnli", "WNLI", _BINARY, ("accuracy",), (635, 71, 146), _PAIR)
 
-_QNLI = _glue_task(
-    "qnli",
-    "QNLI",
-    _ENTAILMENT,
-    ("accuracy",),
-    (104743, 5463, 5463),
-    texts=("question", "sentence"),
-)
-_RTE = _glue_task("rte", "RTE", _ENTAILMENT, ("accuracy",), (2490, 277, 3000), texts=_PAIR)
-_WNLI = _glue_task("wnli", "WNLI", _BINARY, ("accuracy",), (635, 71, 146), texts=_PAIR)
+_LONG: dict[str, Any] = {"max_length": 4096, "segments": "sentences", "epochs": 10}
+_BY_NAME = FileColumns(texts=("text",), label="label")
 
-
-_LONG = 4096
 _HND = TextTask(
     name="hnd",
     title="HND",
@@ -330,13 +282,10 @@ _HND = TextTask(
     metrics=("accuracy", "f1"),
     headline=("f1",),
     folders=("hyperpartisan", "hyperpartisan_news_detection"),
-    files=(TaskFiles(splits=_labelled(("text",), "label", train="train.jsonl", dev="dev.jsonl")),),
+    files=(TaskFiles(names={"train": "train.jsonl", "dev": "dev.jsonl"}, labelled=_BY_NAME),),
     rows={"train": 516, "dev": 64},
-    max_length=_LONG,
-    segments="sentences",
-    epochs=10,
+    **_LONG,
 )
-
 _IMDB = TextTask(
     name="imdb",
     title="IMDb",
@@ -345,16 +294,11 @@ _IMDB = TextTask(
     headline=("f1",),
     folders=("imdb",),
     # as published, the test set is what is scored
-    files=(
-        TaskFiles(splits=_labelled(("text",), "label", train="train.jsonl*", dev="test*.jsonl*")),
-    ),
+    files=(TaskFiles(names={"train": "train.jsonl*", "dev": "test*.jsonl*"}, labelled=_BY_NAME),),
     hub=HubData(name="stanfordnlp/imdb", splits={"train": "train", "dev": "test"}, texts=("text",)),
     rows={"train": 25000, "dev": 25000},
-    max_length=_LONG,
-    segments="sentences",
-    epochs=10,
+    **_LONG,
 )
-
 _YELP5 = TextTask(
     name="yelp5",
     title="Yelp-5",
@@ -364,7 +308,8 @@ _YELP5 = TextTask(
     folders=("yelp5", "yelp_review_full_csv"),
     files=(
         TaskFiles(
-            splits=_labelled((1,), 0, train="train.csv*", dev="test.csv*"),
+            names={"train": "train.csv*", "dev": "test.csv*"},
+            labelled=FileColumns(texts=(1,), label=0),
             difference="scored on the test set, published on a part of the training set",
             rows={"train": 650000, "dev": 50000},
         ),
@@ -376,11 +321,8 @@ _YELP5 = TextTask(
         texts=("text",),
     ),
     rows={"train": 520000, "dev": 65000},
-    max_length=_LONG,
-    segments="sentences",
-    epochs=2,
+    **dict(_LONG, epochs=2),
 )
-
 _ARXIV11 = TextTask(
     name="arxiv11",
     title="Arxiv-11",
@@ -388,18 +330,14 @@ _ARXIV11 = TextTask(
     metrics=("accuracy",),
     headline=("accuracy",),
     folders=("arxiv11",),
-    files=(
-        TaskFiles(splits=_labelled(("text",), "label", train="train.jsonl*", dev="dev.jsonl*")),
-    ),
+    files=(TaskFiles(names={"train": "train.jsonl*", "dev": "dev.jsonl*"}, labelled=_BY_NAME),),
     hub=HubData(
         name="ccdv/arxiv-classification",
         splits={"train": "train", "dev": "validation"},
         texts=("text",),
         difference="split as on the hub, not as published",
     ),
-    max_length=_LONG,
-    segments="paragraphs",
-    epochs=10,
+    **dict(_LONG, segments="paragraphs"),
 )
 
 TASKS: dict[str, TextTask] = {

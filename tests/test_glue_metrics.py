@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from glue.metrics import METRICS, constant_prediction, mean_of, score
+from glue.metrics import constant_prediction, mean_of, score
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -37,16 +37,6 @@ def test_classes(said, true, accuracy, f1, matthews):
         assert found[name] is None if value is None else found[name] == pytest.approx(value), name
 
 
-def test_correlation_of_three_classes():
-    """R_3 of Gorodkin: covariance of the two assignments over that of each."""
-    said, true = classes("012201"), classes("012012")
-    one_hot = [np.eye(3)[x] for x in (said, true)]
-    centred = [x - x.mean(axis=0) for x in one_hot]
-    products = {(i, j): (centred[i] * centred[j]).sum() for i in (0, 1) for j in (0, 1)}
-    expected = products[0, 1] / math.sqrt(products[0, 0] * products[1, 1])
-    assert METRICS["matthews"](said, true) == pytest.approx(expected)
-
-
 def test_numbers_with_ties_and_constant_ones():
     said, true = np.array([1.0, 2.0, 2.0, 4.0]), np.array([0.0, 1.0, 5.0, 5.0])
     found = score(["pearson", "spearman"], said, true)
@@ -55,19 +45,9 @@ def test_numbers_with_ties_and_constant_ones():
     # ranks 1, 2.5, 2.5, 4 and 1, 2, 3.5, 3.5; both have the mean 2.5
     x, y = np.array([1, 2.5, 2.5, 4]) - 2.5, np.array([1, 2, 3.5, 3.5]) - 2.5
     assert found["spearman"] == pytest.approx(x @ y / math.sqrt((x @ x) * (y @ y)))
-    assert METRICS["spearman"](np.exp(true), true) == pytest.approx(1.0)
     # constant numbers have no correlation
-    for name in ("pearson", "spearman"):
-        assert METRICS[name](np.full(4, 2.5), true) is None
-        assert METRICS[name](said, np.full(4, 2.5)) is None
-
-
-def test_names_and_refusals():
-    assert score(["accuracy"], classes("1"), classes("1"), prefix="ax_") == {"ax_accuracy": 1.0}
-    with pytest.raises(ValueError, match="at least one"):
-        score(["accuracy"], classes(""), classes(""))
-    with pytest.raises(ValueError, match="as many"):
-        score(["accuracy"], classes("11"), classes("1"))
+    for numbers in ((np.full(4, 2.5), true), (said, np.full(4, 2.5))):
+        assert score(["pearson", "spearman"], *numbers) == {"pearson": None, "spearman": None}
 
 
 def test_mean_of_two_is_undefined_with_one_of_them():
