@@ -21,6 +21,7 @@ import numpy as np
 from glue.settings import GlueConfig
 from glue.tasks import TASKS, ColumnKey, FileColumns, HubData, TaskFiles, TextTask
 from ponet.files import write_text
+from ponet.run.hub import import_datasets
 
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _FORMATS = (".tsv", ".csv", ".jsonl", ".txt")
