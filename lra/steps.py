@@ -159,6 +159,7 @@ def put_rows(rows: Sequence[np.ndarray | tuple[float, ...]], device: torch.devic
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
+@dataclass
 class Replay:
     """Work on a device that is recorded once and then started by one call, as a CUDA graph.
 
@@ -167,40 +168,35 @@ class Replay:
     before a replay PyTorch hands the generator's seed and offset to the graph.
     """
 
-    def __init__(
-        self,
-        work: Callable[[], Tensor],
-        device: torch.device,
-        undone: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        """Take work whose result the next call overwrites, and what undoes its effects."""
-        self._work = work
-        self._device = device
-        self._undone = undone
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: Tensor | None = None
+    work: Callable[[], Tensor]
+    """Its result is overwritten by the next call."""
+    device: torch.device
+    undone: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Takes back what the work changes."""
+    _graph: torch.cuda.CUDAGraph | None = field(default=None, init=False)
+    _result: Tensor | None = field(default=None, init=False)
 
     def __call__(self) -> Tensor:
         """Do the work once."""
-        if self._device.type != "cuda":
-            return self._work()
+        if self.device.type != "cuda":
+            return self.work()
         if self._graph is None:
             self._graph = self._record()
         self._graph.replay()
         return cast(Tensor, self._result)
 
     def _record(self) -> torch.cuda.CUDAGraph:
-        with self._undone():
+        with self.undone():
             # not on the default stream, which capture does not allow either
-            stream = torch.cuda.Stream(self._device)
-            stream.wait_stream(torch.cuda.current_stream(self._device))
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP):
-                    self._work()
-            torch.cuda.current_stream(self._device).wait_stream(stream)
+                    self.work()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._result = self._work()
+            self._result = self.work()
         return graph
 
 
@@ -229,7 +225,7 @@ class FlatAdamW(torch.optim.AdamW):
         first = self._parameters[0]
         self._sizes = [parameter.numel() for parameter in self._parameters]
         counts = torch.zeros(len(self._sizes), device=first.device)
-        means, squares = first.new_zeros(2, sum(self._sizes), requires_grad=False).unbind()
+        means, squares = (first.new_zeros(sum(self._sizes), requires_grad=False) for _ in range(2))
         self._flat = (counts, means, squares)
         self.rates = torch.zeros(2, dtype=torch.float64, device=first.device)
         """Learning rate and beta1 of the next step, float64; to be written in place."""

@@ -1,6 +1,7 @@
 """The frame of runs: order, failures, processes that die, folders, locks, and the trainer."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -60,6 +61,7 @@ class NumberRun:
         if self.number < 0:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.number >= 600:
+            logging.getLogger("ponet").info("sleeping")
             (self.folder / "process").write_text(str(os.getpid()))
             time.sleep(self.number)
         RunFolder(self.folder).begin({}, {"more": "details"})
@@ -115,10 +117,12 @@ def test_processes_end_with_their_parent(tmp_path: Path, number):
         assert parent.wait(60) == (130 if interrupted else -number)
     finally:
         parent.kill()
-    if interrupted:
-        assert log.read_text() == "ponet: interrupted; the same command continues\n"
     children = [int(path.read_text()) for path in paths]
     wait_until(lambda: not any(map(is_running, children)))
+    if interrupted:
+        *lines, last = log.read_text().splitlines()
+        assert [line.split()[1:] for line in lines] == [["sleeping"]] * 2
+        assert last == "ponet: interrupted; the same command continues"
 
 
 def is_running(process: int) -> bool:

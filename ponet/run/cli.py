@@ -120,7 +120,8 @@ def parse_arguments(
 def _add_flags(parser: argparse.ArgumentParser, cls: type, preset: dict[str, Any]) -> None:
     """Absent flags stay absent."""
     docs, hints = _field_docs(cls), typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    # own fields before those it inherits
+    for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
         kind = _without_none(hints[field.name])
         value = preset.get(field.name, field.default)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value

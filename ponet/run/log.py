@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ class _BarAwareHandler(logging.StreamHandler):
 
 def set_up_logging(rank: int) -> None:
     """Log to stderr from rank 0; other ranks log errors alone."""
+    # the usual lock is a semaphore of the system, which a killed process leaves behind
+    tqdm.set_lock(threading.RLock())
     handler = _BarAwareHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler], force=True)
