@@ -16,7 +16,6 @@ class LinearAttention(QueryKeyValueMixer):
     """Attention with the feature map elu(x) + 1."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """As the base."""
         query, key = F.elu(query) + 1, F.elu(key) + 1
         # means over the tokens instead of sums: the ratio is the same, and float16 holds them
         if mask is None:

@@ -25,16 +25,15 @@ class QueryKeyValueProjections(nn.Module):
 
     @property
     def dropout_now(self) -> float:
-        """Probability of dropout in the present mode."""
         return self.dropout_prob if self.training else 0.0
+
+    def heads(self, rows: Tensor) -> Tensor:
+        """`[B, N, C]` -> `[B, H, N, D]`."""
+        return rows.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 def cast_for_projections(hidden: Tensor) -> Tensor:
-    """The input in autocast's type; itself outside autocast.
-
-    Left alone, autocast would make a copy for each projection and keep all of them for the backward
-    pass.
-    """
+    """The input in autocast's type; autocast alone would make and keep a copy per projection."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
         return hidden.to(torch.get_autocast_dtype(device))
@@ -57,15 +56,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def project_together(hidden: Tensor, projections: Sequence[nn.Linear]) -> Tensor:
-    """Projections side by side, by one product forward and one backward where all are plain.
-
-    Args:
-        hidden: `[T, C]`.
-        projections: from C channels, with biases.
-
-    Returns:
-        `[T, E_1 + E_2 + ...]`.
-    """
+    """Projections `[T, C]` -> `[T, E_1 + E_2 + ...]`; where all are plain, by one product."""
     if not all(map(is_plain, projections)):
         return torch.cat([projection(hidden) for projection in projections], dim=1)
     weight = torch.cat([projection.weight for projection in projections])
