@@ -49,7 +49,7 @@ SMALLER = {
     "lra/run.py": "--batch-size 2 --eval-every 2 --eval-batches 1 --test-examples 4 --seeds 1",
     "benchmarks/speed_memory.py": "--seq-len 64 --batch-size 1 --rounds 1 --budget 1",
     "benchmarks/op_speed.py": "--batch-size 2 --seq-len 40 --width 24 --heads 3 --repeats 1",
-    "benchmarks/input_pipeline.py": "--synthetic-tokens 200000 --repeats 1",
+    "benchmarks/input_pipeline.py": "--max-characters 200000 --repeats 1",
 }
 """Flags that make any command of a program small."""
 SMALLER_STILL = {
