@@ -38,7 +38,6 @@ RUNS = Path("runs/benchmarks")
 """Where everything else goes, below the current folder."""
 MIB = 2**20
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # the rest is left to other programs, so that no machine starts to swap
 _USABLE_MEMORY = 0.85
 
@@ -82,7 +81,6 @@ def machine_card(device: str) -> Row:
             "device memory": f"{found.total_memory / 2**30:.1f} GiB",
             "driver": subprocess.getoutput(driver).partition("\n")[0],
             "cuda": torch.version.cuda or torch.version.hip,
-            "matmul precision": torch.get_float32_matmul_precision(),
         }
     else:
         machine = {
@@ -130,15 +128,15 @@ def save_record(record: Row, folder: Path) -> tuple[Path, int]:
     return path, text.count("\n")
 
 
-def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
+def percentiles(samples: Sequence[float]) -> tuple[float, ...]:
     """Median, 20th and 80th percentile."""
-    median, low, high = np.percentile(samples, (50, 20, 80)).tolist()
-    return median, low, high
+    return tuple(np.percentile(samples, (50, 20, 80)).tolist())
 
 
 def _status_mib(field: str) -> float:
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
-    return int(lines[field].split()[0]) / 2**10
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert found
+    return int(found[1]) / 2**10
 
 
 class MemoryMeter:
@@ -171,7 +169,7 @@ class MemoryMeter:
             return
         # where this is not permitted, the peak is that of the whole process so far
         with contextlib.suppress(OSError):
-            _RESET.write_text("5")
+            Path("/proc/self/clear_refs").write_text("5")
 
     def peak_mib(self) -> float:
         """The highest level since `begin`, in MiB above the start."""

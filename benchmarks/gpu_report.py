@@ -45,8 +45,6 @@ from ponet_kernels.testing import relative_error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _DTYPE = "bfloat16" if DEVICE.type == "cuda" else "float32"
-# of a part; more is cut at the front
-_LOG_CHARACTERS = 40_000
 # the first that is found in a kernel's name; Triton's kernels, ours, are named by a word alone
 _KINDS = {
     "attention": "(?i)flash|fmha|sdpa",
@@ -112,16 +110,17 @@ PARTS = [
 """All parts, in order of value."""
 
 
-def missing(part: Part, tiny: bool) -> str | None:
-    """Why a part cannot run here; None when it can."""
+def reason_against(part: Part, tiny: bool, left: float) -> str | None:
+    """Why a part cannot run here and now."""
     if not torch.cuda.is_available() and (part.tiny is None or not tiny):
         return "no GPU" if tiny else "no GPU; --tiny is for a CPU, too"
-    found = not part.needs or importlib.util.find_spec(part.needs) or shutil.which(part.needs)
-    return None if found else f"not installed: {part.needs}"
+    if part.needs and not (importlib.util.find_spec(part.needs) or shutil.which(part.needs)):
+        return f"not installed: {part.needs}"
+    least = 1.0 if tiny else part.least or part.seconds / 3
+    return f"needs {least:.0f} s, {max(left, 0):.0f} s are left" if left < least else None
 
 
 def command_of(part: Part, options: argparse.Namespace, scratch: str, seconds: float) -> list[str]:
-    """The words of a part's command."""
     command = f"{part.command} {part.tiny or ''}" if options.tiny else part.command
     filled = command.format(
         python=shlex.quote(sys.executable),
@@ -173,11 +172,8 @@ def run_command(command: list[str], seconds: float, output: Path, tiny: bool) ->
 
 def measure_part(part: Part, options: argparse.Namespace, left: float) -> Row:
     """Run a part, or say why not: its state, a summary, and its record."""
-    reason = missing(part, options.tiny)
-    least = 1.0 if options.tiny else part.least or part.seconds / 3
-    if reason is None and left < least:
-        reason = f"needs {least:.0f} s, {max(left, 0):.0f} s are left"
-    if reason is not None:
+    reason = reason_against(part, options.tiny, left)
+    if reason:
         return {"state": "left out", "summary": reason, "record": {}}
     # a CPU that others use meanwhile may be slow even at what is tiny
     longest = part.seconds * (3 if options.tiny else 1)
@@ -186,8 +182,7 @@ def measure_part(part: Part, options: argparse.Namespace, left: float) -> Row:
         command = command_of(part, options, scratch, seconds)
         output = Path(scratch, "output.txt")
         state = run_command(command, seconds, output, options.tiny)
-        if state == "timeout" and seconds < longest:
-            state = "cut short"
+        state = "cut short" if state == "timeout" and seconds < longest else state
         printed = output.read_text(errors="replace").splitlines()
         # a record is the line of a file, or one that is printed, which the log can spare
         lines = [line for line in printed if not line.startswith('{"')]
@@ -195,7 +190,7 @@ def measure_part(part: Part, options: argparse.Namespace, left: float) -> Row:
         for file in Path(scratch).glob("*.jsonl"):
             records = file.read_text().splitlines()
     with (options.output / "log.txt").open("a", encoding="utf-8") as log:
-        text = "\n".join(lines)[-_LOG_CHARACTERS:]
+        text = "\n".join(lines)[-40_000:]
         print(f"##### {part.name}: {shlex.join(command)}\n{text}\n", file=log)
     summary = next((line.strip("= ") for line in reversed(lines) if line.strip()), "")
     record: Row = {}
@@ -206,7 +201,6 @@ def measure_part(part: Part, options: argparse.Namespace, left: float) -> Row:
 
 
 def line_of_part(facts: Row) -> str:
-    """A row of the table."""
     return f"{facts['part']:12} {facts['state']:9} {facts['seconds']:4.0f}  {facts['summary']}"
 
 

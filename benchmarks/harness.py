@@ -1,6 +1,6 @@
 """Cases: a model under one token mixer at one length, each measured in a process of its own.
 
-Three models, each with its training step and its inference; the token mixer alone differs:
+Each of three models has its training step and its inference; the token mixer alone differs:
 
     lra           text classifier of Long Range Arena in the published setting, segments of 2 bytes
     base          the pre-training encoder with the masked-LM head on 15 % of the tokens, segments
@@ -47,7 +47,6 @@ OK, FAILED, TIMEOUT = "ok", "failed", "timeout"
 OUT_OF_MEMORY, UNAVAILABLE = "out of memory", "not available"
 SKIPPED = "skipped (over budget)"
 
-_MASKED_SHARE = 0.15
 # timed steps of a round last about this long together
 _ROUND_S, _MOST_STEPS = {"train": 0.6, "infer": 0.3}, 50
 # seconds that a process may be late
@@ -71,7 +70,7 @@ class Case:
     compile: bool = False
     inference: bool = True
     memory_limit: float | None = None
-    """MiB beyond the imported libraries; None: what the machine has."""
+    """MiB beyond the imported libraries."""
     seed: int = 0
 
     @property
@@ -82,7 +81,7 @@ class Case:
     @property
     def masked(self) -> int:
         """Masked tokens of a sequence."""
-        return max(1, round(_MASKED_SHARE * self.seq_len))
+        return max(1, round(0.15 * self.seq_len))
 
     def config(self) -> PoNetConfig:
         """The architecture."""
@@ -260,7 +259,7 @@ class CaseRun:
     reason: str | None = None
     """Why there will be no further figures."""
     seconds: float = 0.0
-    """What a round of it takes."""
+    """Of its last round."""
     found: Row = field(default_factory=dict)
     """Facts of the model, and what is measured by kind; `ms` of its timed steps."""
 

@@ -30,10 +30,9 @@ from pretrain.tokenise import train_tokenizer
 
 # values of BERT's vocabulary; other ids cost the same time
 _CLS, _SEP, _MASK = 101, 102, 103
-_VOCAB_SIZE = 8192
 
+# work by name, which returns its number of tokens
 Stages = dict[str, Callable[[], int]]
-"""Work by name, which returns its number of tokens."""
 
 
 def text_stages(documents: list[str], tokenizer: Tokenizer) -> Stages:
@@ -122,7 +121,7 @@ def main() -> None:
     common.print_card(card)
     documents = list(iter_documents(options.data, max_characters=options.max_characters))
     tokenizer = load_tokenizer(options.vocab) if options.vocab else None
-    tokenizer = tokenizer or train_tokenizer(documents, vocab_size=_VOCAB_SIZE)
+    tokenizer = tokenizer or train_tokenizer(documents, vocab_size=8192)
     with tempfile.TemporaryDirectory() as folder:
         corpus = build_corpus(documents, tokenizer, cache_dir=folder, key_parts={})
         stages, efficiency = batch_stages(corpus, options)
@@ -133,9 +132,9 @@ def main() -> None:
         figures = " ".join(f"{row[key]:9.2f}" for key in ("median", "p20", "p80"))
         print(f"{row['stage']:24} {row['tokens']:12,} {figures}")
     print(f"\npacking efficiency {efficiency:.4f}; M tok/s: million per CPU second of one core")
-    names = ("seq_len", "micro_batch_tokens", "seed")
     record = {"benchmark": "input_pipeline", "card": card, "rows": rows, "efficiency": efficiency}
-    record |= {name: getattr(options, name) for name in names}
+    for name in ("seq_len", "micro_batch_tokens", "seed"):
+        record[name] = getattr(options, name)
     record |= {"corpus": " ".join(options.data), "corpus_tokens": len(corpus.tokens)}
     record["unit"] = "million tokens per CPU second of one process"
     common.save_record(record, options.output)

@@ -1,7 +1,6 @@
 """Speed of the PoNet operators beside the published form and a copy of their bytes.
 
     python benchmarks/op_speed.py                                    # sizes that fit the device
-    python benchmarks/op_speed.py --seq-len 512 --operators mixer
     python benchmarks/op_speed.py --seq-len 4096 --segments text ones documents
     python benchmarks/op_speed.py --until check --dtype float32 float64 bfloat16 float16
 
@@ -55,8 +54,13 @@ SHAPES = {
     "documents": "one per sequence",
 }
 """Segment shapes by name; special tokens are segments of their own in each."""
-UNITS = {"segment-max": (2, 2), "pooling": (4, 6), "global-aggregation": (1, 2), "mixer": (5, 8)}
-"""Operators, and what each must move forward and backward."""
+# inputs of ours and of the published form, and units that must be moved forward and backward
+OPERATORS = {
+    "segment-max": ("s", "s", 2, 2),
+    "pooling": ("g osl", "g_low s o l", 4, 6),
+    "global-aggregation": ("h wq bq wk bk", "q k", 1, 2),
+    "mixer": ("h wq bq wk bk osl", "q k s o l", 5, 8),
+}
 # largest errors against float64, relative to the largest value, several times what rounding makes:
 # of outputs; of gradients, whose sums cancel; of the published form, which rounds more often
 _LIMITS = {
@@ -65,11 +69,11 @@ _LIMITS = {
     "bfloat16": (1.2e-2, 0.12, 5e-2),
     "float16": (3e-3, 3e-2, 1e-2),
 }
-_GPU_TOKENS = 65536
 # a turn of an implementation lasts about this long, so that short calls are measured many times
 _TURN_MS, _MOST_CALLS = 20.0, 50
 
 Inputs = dict[str, Tensor]
+Call = Callable[[], Any]
 
 
 class CheckError(AssertionError):
@@ -98,7 +102,9 @@ class Batch:
     def facts(self) -> Row:
         """What a row says of its batch."""
         names = ("seq_len", "batch_size", "segments")
-        return {name: getattr(self, name) for name in names} | {"dtype": _name(self.dtype)}
+        return {name: getattr(self, name) for name in names} | {
+            "dtype": torch.finfo(self.dtype).dtype
+        }
 
     @cached_property
     def layout(self) -> BatchLayout:
@@ -115,10 +121,6 @@ class Batch:
         ids, offsets = torch.cat(rows), torch.arange(self.batch_size + 1).int() * length
         found = layout_of(stream_of_packed(ids, offsets), special.repeat(self.batch_size), ids)
         return found.with_tensors({k: x.to(self.device) for k, x in found.tensors().items()})
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,11 @@ class Implementation:
 
 
 class Comparison(NamedTuple):
-    """One operator on one batch."""
+    """One operator on one batch, and what must give equal bits twice."""
 
     ours: Implementation
     published: Implementation
     repeatable: Implementation
-    """What must give equal bits twice."""
 
 
 def draw_inputs(batch: Batch) -> Inputs:
@@ -176,7 +177,7 @@ def draw_inputs(batch: Batch) -> Inputs:
 
 
 class _Forms:
-    """Ours and the published form of the operators on the layout of a batch."""
+    """Ours and the published form of the `OPERATORS` on the layout of a batch."""
 
     def __init__(self, batch: Batch) -> None:
         self._layout, self._heads = batch.layout, batch.num_heads
@@ -192,12 +193,12 @@ class _Forms:
     def pooling(self, v: Inputs) -> Tensor:
         return fused_pooling(v["g"], v["osl"], self._layout)
 
-    def aggregation(self, v: Inputs) -> Tensor:
+    def global_aggregation(self, v: Inputs) -> Tensor:
         weights = (v["wq"], v["bq"], v["wk"], v["bk"])
         return global_aggregation(v["h"], *weights, self._heads, self._layout)
 
     def mixer(self, v: Inputs) -> Tensor:
-        return self.pooling({**v, "g": self.aggregation(v)})
+        return self.pooling({**v, "g": self.global_aggregation(v)})
 
     def published_segment_max(self, v: Inputs) -> Tensor:
         # as ours, of special tokens' segments, too
@@ -209,35 +210,27 @@ class _Forms:
         maxima = published_segment_max(s, self._layout)
         return (v["g_low"] + maxima) * o + published_local_max(local, self._layout)
 
-    def published_aggregation(self, v: Inputs) -> Tensor:
+    def published_global_aggregation(self, v: Inputs) -> Tensor:
         return published_global(self._rows(v["q"]), self._rows(v["k"]), self._heads, self._layout)
 
     def published_mixer(self, v: Inputs) -> Tensor:
-        return self.published_pooling({**v, "g_low": self.published_aggregation(v)})
+        return self.published_pooling({**v, "g_low": self.published_global_aggregation(v)})
 
 
 def compare(name: str, batch: Batch) -> Comparison:
     """Draw the inputs of an operator, and set up ours and what it is compared with."""
     drawn, forms = draw_inputs(batch), _Forms(batch)
 
-    def implementation(call: Callable[[Inputs], Tensor], names: str) -> Implementation:
+    def implementation(form: str, names: str) -> Implementation:
         leaves = {name: drawn[name].detach().requires_grad_() for name in names.split()}
-        return Implementation(call, leaves)
+        return Implementation(getattr(forms, form.replace("-", "_")), leaves)
 
-    pairs = {
-        "segment-max": (forms.segment_max, "s", forms.published_segment_max, "s"),
-        "pooling": (forms.pooling, "g osl", forms.published_pooling, "g_low s o l"),
-        "global-aggregation": (
-            *(forms.aggregation, "h wq bq wk bk"),
-            *(forms.published_aggregation, "q k"),
-        ),
-        "mixer": (forms.mixer, "h wq bq wk bk osl", forms.published_mixer, "q k s o l"),
-    }
-    call, takes, published, published_takes = pairs[name]
-    ours = implementation(call, takes)
+    takes, published_takes, *_ = OPERATORS[name]
+    ours = implementation(name, takes)
+    published = implementation(f"published-{name}", published_takes)
     # the gradient of spreading rows over tokens is PyTorch's, and on a GPU not repeatable
     repeatable = replace(ours, call=forms.maxima) if name == "segment-max" else ours
-    return Comparison(ours, implementation(published, published_takes), repeatable)
+    return Comparison(ours, published, repeatable)
 
 
 def check(comparison: Comparison) -> Row:
@@ -257,7 +250,8 @@ def check(comparison: Comparison) -> Row:
         "gradient": max(map(relative_error, actual_gradients, gradients)),
         "published_output": relative_error(theirs.view_as(expected), expected),
     }
-    for (name, error), limit in zip(found.items(), _LIMITS[_name(theirs.dtype)], strict=True):
+    limits = _LIMITS[torch.finfo(theirs.dtype).dtype]
+    for (name, error), limit in zip(found.items(), limits, strict=True):
         # a NaN compares false, so it fails too
         if not error <= limit:
             raise CheckError(f"{name}: relative error {error:.3g} exceeds {limit:.3g}")
@@ -279,21 +273,20 @@ def parse_options() -> argparse.Namespace:
     add("--heads", default=12, **NUMBER)
     add("--segments", nargs="+", choices=SHAPES, help="[CPU: text; GPU: text ones documents]")
     add("--dtype", nargs="+", choices=_LIMITS, help="[CPU: float32; GPU: bfloat16 float32]")
-    add("--operators", nargs="+", choices=UNITS, default=list(UNITS))
+    add("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     add("--repeats", default=5, **NUMBER, help="turns of each implementation [5]")
     options = common.parse_flags(parser)
     on_gpu = options.device == "cuda"
     options.dtype = options.dtype or (["bfloat16", "float32"] if on_gpu else ["float32"])
     options.segments = options.segments or (["text", "ones", "documents"] if on_gpu else ["text"])
     if options.tokens is None and options.batch_size is None and on_gpu:
-        options.tokens = _GPU_TOKENS
+        options.tokens = 65536
     if options.width % options.heads:
         parser.error(f"--width {options.width} is not a multiple of --heads {options.heads}")
     return options
 
 
 def batches(options: argparse.Namespace) -> Iterator[Batch]:
-    """One after the other."""
     shared: Row = {"width": options.width, "num_heads": options.heads, "seed": options.seed}
     shared["device"] = torch.device(options.device)
     for name, length, shape in product(options.dtype, options.seq_len, options.segments):
@@ -303,8 +296,8 @@ def batches(options: argparse.Namespace) -> Iterator[Batch]:
 
 
 def time_in_turns(
-    calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int
-) -> dict[str, tuple[float, float, float]]:
+    calls: dict[str, Call], device: torch.device, repeats: int
+) -> dict[str, tuple[float, ...]]:
     """Median, 20th and 80th percentile of the milliseconds of each call, by name."""
     if device.type == "cuda":
         from triton.testing import do_bench
@@ -320,7 +313,7 @@ def time_in_turns(
     return {name: percentiles(found) for name, found in samples.items()}
 
 
-def _turn(call: Callable[[], Any]) -> list[float]:
+def _turn(call: Call) -> list[float]:
     """Milliseconds of each of some calls, without the first, which finds another's caches."""
     found: list[float] = []
     calls = 1
@@ -332,7 +325,7 @@ def _turn(call: Callable[[], Any]) -> list[float]:
     return found[1:]
 
 
-def copy_of(num_bytes: int, device: torch.device) -> Callable[[], Any]:
+def copy_of(num_bytes: int, device: torch.device) -> Call:
     """A copy that moves so many bytes, half of them read and half written."""
     half = max(num_bytes // 2 // 4, 1)
     source, target = torch.randn(half, device=device), torch.zeros(half, device=device)
@@ -356,16 +349,15 @@ def measure_operator(name: str, batch: Batch, options: argparse.Namespace) -> li
     facts = {"operator": name, **batch.facts, "errors": check(found)}
     if options.until == "check":
         return [facts]
-    (forward, backward), ours, published = UNITS[name], found.ours, found.published
-    calls = {"ours": ours.forward, "published": published.forward, "again": ours.forward}
-    rows = [facts | {"mode": "forward"} | _time(calls, forward, batch, options.repeats)]
-    calls = {"ours": ours.run, "published": published.run, "again": ours.run}
-    both = _time(calls, forward + backward, batch, options.repeats)
-    return [*rows, facts | {"mode": "fwd+bwd"} | both]
+    *_, forward, backward = OPERATORS[name]
+    one = _time(found.ours.forward, found.published.forward, forward, batch, options.repeats)
+    both = _time(found.ours.run, found.published.run, forward + backward, batch, options.repeats)
+    return [facts | {"mode": "forward"} | one, facts | {"mode": "fwd+bwd"} | both]
 
 
-def _time(calls: dict[str, Callable[[], Any]], units: int, batch: Batch, repeats: int) -> Row:
+def _time(ours: Call, published: Call, units: int, batch: Batch, repeats: int) -> Row:
     num_bytes = units * batch.layout.num_tokens * batch.width * batch.dtype.itemsize
+    calls = {"ours": ours, "published": published, "again": ours}
     calls["copy"] = copy_of(num_bytes, batch.device)
     times = time_in_turns(calls, batch.device, repeats)
     ms, low, high = ({name: found[n] for name, found in times.items()} for n in range(3))

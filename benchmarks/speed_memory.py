@@ -34,22 +34,17 @@ from ponet.run.device import matmul_rate, training_flops
 PONET, PUBLISHED_TRANSFORMER = "ponet", "attention_checkpointed"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 """Tokens of a sequence in the published comparison."""
-# training steps per second and peak memory of a GPU in GB at these lengths; -: out of memory. The
-# Transformer there computes attention in float32 with activation checkpointing, and all models hold
-# about 1 GB before they hold a token, which keeps the ratios of short lengths near 1
-_PUBLISHED = """
-transformer    45.1 19.4  6.3  1.8   -    -    1.4  2.5  6.7 23.8   -    -
-performer      39.4 25.0 14.3  7.8  4.0  2.0   1.5  2.1  3.1  5.4  9.8 18.7
-nystromformer  39.1 30.3 20.0 11.5  6.1  3.1   1.2  1.5  1.9  2.8  4.5  8.2
-fnet           83.4 61.3 38.1 21.4 11.0  5.4   1.1  1.2  1.4  1.7  2.3  3.8
-ponet          50.4 40.1 27.8 16.2  8.7  4.5   1.1  1.3  1.7  2.4  3.6  6.5
-"""
-_PUBLISHED_FIGURES = {
-    name: [None if word == "-" else float(word) for word in words]
-    for name, *words in map(str.split, _PUBLISHED.strip().splitlines())
+# training steps per second and GB of a GPU at the first four; there the Transformer computes
+# attention in float32 with activation checkpointing, and all models hold about 1 GB before they
+# hold a token, which keeps the ratios of short lengths near 1
+_PUBLISHED = {
+    "transformer": (45.1, 19.4, 6.3, 1.8, 1.4, 2.5, 6.7, 23.8),
+    "performer": (39.4, 25.0, 14.3, 7.8, 1.5, 2.1, 3.1, 5.4),
+    "nystromformer": (39.1, 30.3, 20.0, 11.5, 1.2, 1.5, 1.9, 2.8),
+    "fnet": (83.4, 61.3, 38.1, 21.4, 1.1, 1.2, 1.4, 1.7),
+    "ponet": (50.4, 40.1, 27.8, 16.2, 1.1, 1.3, 1.7, 2.4),
 }
 
-_QUICK_LENGTHS = (256, 1024, 2048, 4096)
 # on a CPU nothing waits for launches, so ratios do not depend on the batch, but 32 sequences of
 # 4096 tokens would need over 20 GB in the published Transformer
 _LRA_BATCH = {"cuda": 32, "cpu": 8}
@@ -81,7 +76,7 @@ def parse_options() -> argparse.Namespace:
     known = sorted(MIXERS, key=lambda name: name.startswith(SDPA))
     mixers = [PONET, SDPA] if quick else [PONET, SDPA, "fnet"] if pretraining else known
     options.mixers = list(dict.fromkeys(options.mixers or mixers))
-    lengths = _QUICK_LENGTHS if quick else [512] if pretraining else LENGTHS
+    lengths = [256, 1024, 2048, 4096] if quick else [512] if pretraining else LENGTHS
     options.seq_len = sorted(set(options.seq_len or lengths))
     if options.budget is None:
         options.budget = 0.5 if quick else min(4.0 * len(options.seq_len), 20.0)
@@ -146,13 +141,11 @@ def _against(row: Row, trained: Row | None, inferred: Row | None) -> Row:
 def _published(row: Row) -> Row:
     """The published ratios to the Transformer; None where there are none."""
     mixer, length = row["mixer"].split("_")[0], row["seq_len"]
-    if row["model"] != "lra" or mixer not in _PUBLISHED_FIGURES or length not in LENGTHS:
+    if row["model"] != "lra" or mixer not in _PUBLISHED or length not in LENGTHS[:4]:
         return {"speed": None, "memory": None}
-    place, transformer = LENGTHS.index(length), _PUBLISHED_FIGURES["transformer"]
-    speed, memory = (
-        _ratio(_PUBLISHED_FIGURES[mixer][n], transformer[n]) for n in (place, place + len(LENGTHS))
-    )
-    return {"speed": speed, "memory": memory}
+    pairs = zip(_PUBLISHED[mixer], _PUBLISHED["transformer"], strict=True)
+    ratios, place = [ours / theirs for ours, theirs in pairs], LENGTHS.index(length)
+    return {"speed": ratios[place], "memory": ratios[place + 4]}
 
 
 def add_ratios(rows: list[Row]) -> None:

@@ -9,7 +9,6 @@ from torch.nn.utils import parametrizations
 
 from ponet.mixers.pooling import PoNetMixer
 from ponet.mixers.projections import is_plain
-from ponet.mixers.published import PublishedPoNetMixer
 from ponet.packing import BatchLayout, layout_of, stream_of_packed, stream_of_rows
 from ponet_kernels import use_backend
 from ponet_kernels.testing import assert_close, relative_error
@@ -115,18 +114,6 @@ def test_parametrised_projection():
     assert not is_plain(other.key)
     hidden, place = states(23), layout(RAGGED)
     assert_close(other(hidden, place), plain(hidden, place), 1e-12)
-
-
-@pytest.mark.parametrize("second_stage", [True, False])
-def test_adapted_mixer_agrees_with_the_published_form(second_stage):
-    config = CONFIG.replace(use_global_second_stage=second_stage)
-    fast, eager = build(PoNetMixer, config), build(PublishedPoNetMixer, config)
-    for mixer in (fast, eager):
-        torch.manual_seed(5)
-        mixer.query = LowRank(mixer.query)
-        mixer.local = LowRank(mixer.local)
-    hidden, place = states(23), layout(RAGGED)
-    assert_all_close(results(fast, hidden, place), results(eager, hidden, place), 1e-11)
 
 
 def test_plain_projections_take_the_short_way(monkeypatch):

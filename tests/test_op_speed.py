@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import ROOT, op_speed, speed_memory
-from benchmarks.op_speed import SHAPES, UNITS, Batch, Comparison, check, compare
+from benchmarks.op_speed import OPERATORS, SHAPES, Batch, Comparison, check, compare
 
 TINY = "--seq-len 40 --batch-size 2 --width 24 --heads 3 --repeats 1 --device cpu"
 
@@ -45,7 +45,7 @@ def run(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("operator", UNITS)
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_ours_equals_float64_and_the_published_form(operator, dtype):
     for shape in ["text"] if operator == "global-aggregation" else SHAPES:
         errors = check(compare(operator, batch_of(shape, dtype)))
@@ -65,9 +65,9 @@ def test_every_operator_has_rows(run, tmp_path):
     assert status == 0, printed
     rows = record["rows"]
     modes = {(row["operator"], row["mode"]) for row in rows}
-    assert modes == {(name, mode) for name in UNITS for mode in ("forward", "fwd+bwd")}
+    assert modes == {(name, mode) for name in OPERATORS for mode in ("forward", "fwd+bwd")}
     again = {row["operator"] for row in rows if row["segments"] == "ones"}
-    assert again == set(UNITS) - {"global-aggregation"}
+    assert again == set(OPERATORS) - {"global-aggregation"}
     for row in rows:
         assert {"ours", "again", "published"} <= row["ms"].keys()
         assert row["over_ours"]["published"] == row["ms"]["published"] / row["ms"]["ours"]

@@ -3,7 +3,7 @@
 Katharopoulos et al., arXiv 2006.16236, equations 5 and 7, not causal:
 out_t = phi(q_t)^T (sum_s phi(k_s) v_s^T) / (phi(q_t)^T sum_s phi(k_s)), phi(x) = elu(x) + 1.
 Rows `[B, H, N, D]`; time O(B N C D), memory O(B N C). Keys at padding contribute to neither sum.
-There are no probabilities, hence no dropout on them.
+There are no probabilities to drop.
 """
 
 from torch import Tensor

@@ -4,8 +4,7 @@ Choromanski et al., arXiv 2009.14794, lemma 1 and section 2.4: with x scaled by 
 w_1 .. w_M, phi(x)_i = exp(w_i . x - |x|^2 / 2) / sqrt(M) has E[phi(q) . phi(k)] = exp(q . k); then
 out_t = phi(q_t)^T (sum_s phi(k_s) v_s^T) / (phi(q_t)^T sum_s phi(k_s)).
 Rows `[B, H, N, D]`, M = `num_random_features`, the same w for all heads; time O(B N C M), memory
-O(B H N M). Keys at padding contribute to neither sum. There are no probabilities, hence no
-dropout on them.
+O(B H N M). Keys at padding contribute to neither sum. There are no probabilities to drop.
 """
 
 import torch
@@ -30,10 +29,10 @@ class PerformerAttention(QueryKeyValueMixer):
         self.register_buffer("features", features.to(self.query.weight))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        wide = [x.to(dtype) for x in (query, key, value, self.features)]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        q, k, v, features = (x.to(wide) for x in (query, key, value, self.features))
         with torch.autocast(query.device.type, enabled=False):
-            return _favor(*wide, mask).to(value.dtype)
+            return _favor(q, k, v, features, mask).to(value.dtype)
 
 
 def orthogonal_features(num_features: int, size: int, seed: int = 0) -> Tensor:
@@ -59,7 +58,7 @@ def _favor(
     query: Tensor, key: Tensor, value: Tensor, features: Tensor, mask: Tensor | None
 ) -> Tensor:
     scale = query.shape[-1] ** -0.25
-    # a factor common to all features of a query cancels, so |q|^2 / 2 and 1 / sqrt(M) are left out
+    # factors common to all features of a query cancel: |q|^2 / 2 and 1 / sqrt(M) are left out
     query = (query * scale) @ features.mT
     key = key * scale
     key = key @ features.mT - key.square().sum(dim=-1, keepdim=True) / 2

@@ -41,8 +41,7 @@ def published_global(
     g = g / real.sum(dim=1).clamp(min=1).view(-1, 1, 1)
     if keys is None:
         return g
-    keys = rearrange(keys, "b n (h e) -> b h n e", h=heads)
-    g = rearrange(g, "b n (h e) -> b h n e", h=heads)
+    g, keys = (rearrange(x, "b n (h e) -> b h n e", h=heads) for x in (g, keys))
     logits = g @ keys.mT / keys.shape[-1] ** 0.5
     logits = logits.masked_fill(~real[:, None, None, :], torch.finfo(logits.dtype).min)
     return rearrange(logits.softmax(dim=-1) @ keys, "b h n e -> b n (h e)")
@@ -63,11 +62,8 @@ def published_segment_max(values: Tensor, layout: BatchLayout) -> Tensor:
 
 
 def published_local_max(values: Tensor, layout: BatchLayout) -> Tensor:
-    """Maximum of windows of three tokens, `[B, N, C]` -> `[B, N, C]`; 0 at special tokens.
-
-    Raises:
-        ValueError: padding was taken out between two tokens, where rows cannot keep a gap.
-    """
+    """Maximum of windows of three tokens, `[B, N, C]` -> `[B, N, C]`; 0 at special tokens."""
+    # where padding was taken out between two tokens: rows cannot keep a gap
     sees_left = (layout.token_marks[1:] & SEES_LEFT) != 0
     sequences, special = layout.token_sequences, layout.special
     neighbours = (sequences[1:] == sequences[:-1]) & ~special[1:] & ~special[:-1]
