@@ -208,9 +208,9 @@ def profile_step(row: Row, tiny: bool, folder: Path) -> None:
     """Milliseconds of a step, of its host and of its kernels; the last are missing on a CPU."""
     return_free_memory(DEVICE)
     length, size, layers = (64, 2, 1) if tiny else (512, 128, None)
-    sizes: Row = {"seq_len": length, "batch_size": size, "layers": layers}
-    device: Row = {"device": DEVICE.type, "dtype": _DTYPE}
-    train = Workload(Case(model="pretraining", mixer=row["mixer"], **sizes, **device)).train
+    facts: Row = {"seq_len": length, "batch_size": size, "layers": layers, "dtype": _DTYPE}
+    case = Case(model="pretraining", mixer=row["mixer"], device=DEVICE.type, **facts)
+    train = Workload(case).train
     for number in range(3):
         train(number)
     wall, host = sorted(_timed(lambda: train(0)) for _ in range(3))[1]

@@ -11,10 +11,9 @@ hold against the formulas, against the published form, and two runs of it bit by
 or fails is named instead of timed, the rest is measured, and the exit status is 1. `mixer` is
 everything between the projections.
 
-"% copy" is the rate at which ours moves the bytes it must move, as a share of what a copy of as
-many bytes reaches in the same turns; both directions of a copy count. These bytes are what must
-cross the memory bus once if everything else is free, in units of one `[T, C]` tensor; terms of one
-row per segment or sequence are left out.
+"% copy" is the rate at which ours moves the bytes that must cross the memory bus once, as a share
+of what a copy of as many bytes reaches in the same turns; both directions of a copy count. These
+bytes are those of the following `[T, C]` tensors; one row per segment or sequence is left out.
 
     operator             forward                      backward
     segment-max          s; out                       dout; ds
@@ -31,7 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -101,10 +100,8 @@ class Batch:
     @property
     def facts(self) -> Row:
         """What a row says of its batch."""
-        names = ("seq_len", "batch_size", "segments")
-        return {name: getattr(self, name) for name in names} | {
-            "dtype": torch.finfo(self.dtype).dtype
-        }
+        sizes = {"seq_len": self.seq_len, "batch_size": self.batch_size}
+        return {**sizes, "segments": self.segments, "dtype": torch.finfo(self.dtype).dtype}
 
     @cached_property
     def layout(self) -> BatchLayout:
@@ -112,8 +109,8 @@ class Batch:
         length, generator = self.seq_len, torch.Generator().manual_seed(self.seed)
         special = torch.zeros(length, dtype=torch.bool)
         special[[0, length - 1]] = True
-        special[length // 2] |= self.segments == "text"
         if self.segments == "text":
+            special[length // 2] = True
             rows = [text_segment_ids(length, generator) for _ in range(self.batch_size)]
         else:
             size = {"ones": 1, "chunks2": 2, "documents": length}[self.segments]
@@ -140,14 +137,6 @@ class Implementation:
         out = self.call(self.inputs)
         upstream = torch.ones_like(out) if upstream is None else upstream.to(out.dtype)
         return out.detach(), *torch.autograd.grad(out, list(self.inputs.values()), upstream)
-
-
-class Comparison(NamedTuple):
-    """One operator on one batch, and what must give equal bits twice."""
-
-    ours: Implementation
-    published: Implementation
-    repeatable: Implementation
 
 
 def draw_inputs(batch: Batch) -> Inputs:
@@ -217,8 +206,8 @@ class _Forms:
         return self.published_pooling({**v, "g_low": self.published_global_aggregation(v)})
 
 
-def compare(name: str, batch: Batch) -> Comparison:
-    """Draw the inputs of an operator, and set up ours and what it is compared with."""
+def compare(name: str, batch: Batch) -> tuple[Implementation, Implementation, Implementation]:
+    """Draw the inputs of an operator: ours, the published form, and what gives equal bits twice."""
     drawn, forms = draw_inputs(batch), _Forms(batch)
 
     def implementation(form: str, names: str) -> Implementation:
@@ -230,17 +219,16 @@ def compare(name: str, batch: Batch) -> Comparison:
     published = implementation(f"published-{name}", published_takes)
     # the gradient of spreading rows over tokens is PyTorch's, and on a GPU not repeatable
     repeatable = replace(ours, call=forms.maxima) if name == "segment-max" else ours
-    return Comparison(ours, published, repeatable)
+    return ours, published, repeatable
 
 
-def check(comparison: Comparison) -> Row:
+def check(ours: Implementation, published: Implementation, repeatable: Implementation) -> Row:
     """Compare ours with float64, with the published form and with itself: the largest errors.
 
     Raises:
         CheckError: one is beyond rounding, or two runs of ours differ.
     """
-    ours, theirs = comparison.ours, comparison.published.forward()
-    upstream = torch.randn_like(ours.forward())
+    theirs, upstream = published.forward(), torch.randn_like(ours.forward())
     doubled = {name: x.detach().double().requires_grad_() for name, x in ours.inputs.items()}
     with use_backend("torch"):
         expected, *gradients = replace(ours, inputs=doubled).run(upstream)
@@ -255,7 +243,7 @@ def check(comparison: Comparison) -> Row:
         # a NaN compares false, so it fails too
         if not error <= limit:
             raise CheckError(f"{name}: relative error {error:.3g} exceeds {limit:.3g}")
-    if not all(map(torch.equal, comparison.repeatable.run(), comparison.repeatable.run())):
+    if not all(map(torch.equal, repeatable.run(), repeatable.run())):
         raise CheckError("two runs of ours differ in bits")
     return found
 
@@ -345,13 +333,14 @@ def ceilings(options: argparse.Namespace) -> Row:
 
 def measure_operator(name: str, batch: Batch, options: argparse.Namespace) -> list[Row]:
     """Check and time one operator on one batch: forward, then forward and backward."""
-    found = compare(name, batch)
-    facts = {"operator": name, **batch.facts, "errors": check(found)}
+    ours, published, repeatable = compare(name, batch)
+    errors = check(ours, published, repeatable)
+    facts = {"operator": name, **batch.facts, "errors": errors}
     if options.until == "check":
         return [facts]
     *_, forward, backward = OPERATORS[name]
-    one = _time(found.ours.forward, found.published.forward, forward, batch, options.repeats)
-    both = _time(found.ours.run, found.published.run, forward + backward, batch, options.repeats)
+    one = _time(ours.forward, published.forward, forward, batch, options.repeats)
+    both = _time(ours.run, published.run, forward + backward, batch, options.repeats)
     return [facts | {"mode": "forward"} | one, facts | {"mode": "fwd+bwd"} | both]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import ROOT, op_speed, speed_memory
-from benchmarks.op_speed import OPERATORS, SHAPES, Batch, Comparison, check, compare
+from benchmarks.op_speed import OPERATORS, SHAPES, Batch, Implementation, check, compare
 
 TINY = "--seq-len 40 --batch-size 2 --width 24 --heads 3 --repeats 1 --device cpu"
 
@@ -19,11 +19,9 @@ def batch_of(segments: str, dtype: torch.dtype) -> Batch:
     return Batch(segments=segments, dtype=dtype, device=torch.device("cpu"), **sizes)
 
 
-def scaled(comparison: Comparison, factor: float) -> Comparison:
+def scaled(factor: float, ours: Implementation, *others: Implementation):
     """What computes something slightly else."""
-    call = comparison.ours.call
-    ours = replace(comparison.ours, call=lambda v: call(v) * factor)
-    return comparison._replace(ours=ours)
+    return replace(ours, call=lambda v: ours.call(v) * factor), *others
 
 
 @pytest.fixture
@@ -48,7 +46,7 @@ def run(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_ours_equals_float64_and_the_published_form(operator, dtype):
     for shape in ["text"] if operator == "global-aggregation" else SHAPES:
-        errors = check(compare(operator, batch_of(shape, dtype)))
+        errors = check(*compare(operator, batch_of(shape, dtype)))
         assert errors["output"] <= errors["published_output"] + 3e-2
 
 
@@ -57,7 +55,7 @@ def test_ours_equals_float64_and_the_published_form(operator, dtype):
 )
 def test_wrong_figures_are_refused(scale, what):
     with pytest.raises(op_speed.CheckError, match=what):
-        check(scaled(compare("mixer", batch_of("text", torch.float32)), scale))
+        check(*scaled(scale, *compare("mixer", batch_of("text", torch.float32))))
 
 
 def test_every_operator_has_rows(run, tmp_path):
@@ -81,7 +79,7 @@ def test_what_fails_is_named_and_the_rest_measured(run, monkeypatch, tmp_path):
         if name == "segment-max":
             raise RuntimeError("no such kernel")
         wrong = name == "global-aggregation" and batch.dtype == torch.float32
-        return scaled(compare(name, batch), 1.001 if wrong else 1.0)
+        return scaled(1.001 if wrong else 1.0, *compare(name, batch))
 
     monkeypatch.setattr(op_speed, "compare", broken)
     names = ["segment-max", "global-aggregation", "mixer"]

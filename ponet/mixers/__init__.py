@@ -51,10 +51,9 @@ def mixer_class(name: str) -> type[nn.Module]:
 def register_mixer(name: str, mixer: type[nn.Module]) -> None:
     """Make a mixer of your own known, before a model that names it is built.
 
-    Args:
-        name: what `PoNetConfig.mixer` and the programs' `--mixer` take.
-        mixer: built as `mixer(config)`, called as above with a `ponet.packing.BatchLayout`, which
-            says where sequences and segments lie and gives rows with padding.
+    `PoNetConfig.mixer` and the programs' `--mixer` take its name. It is built as `mixer(config)`,
+    and called as above with a `ponet.packing.BatchLayout`, which says where sequences and segments
+    lie and gives rows with padding.
 
     Raises:
         ValueError: the name is that of another mixer.
