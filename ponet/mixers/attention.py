@@ -39,10 +39,9 @@ class QueryKeyValueMixer(QueryKeyValueProjections):
         return rows.to_stream(mixed.transpose(1, 2).flatten(2))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Mix the values of each row and head, `[B, H, N, D]`, zero at padding.
+        """Mix the values of each row and head: all `[B, H, N, D]`, zero at padding.
 
-        What the result holds at padding is dropped. The mask `[B, N]` is true at real tokens; None
-        where all are real.
+        The mask `[B, N]` is true at real tokens, None where all are; results at padding drop out.
         """
         raise NotImplementedError
 

@@ -66,7 +66,7 @@ class PoNetMixer(nn.Module):
         return global_aggregation(hidden, *parameters, heads, layout)
 
     def attend(self, queries: Tensor, keys: Tensor, layout: BatchLayout) -> Tensor:
-        """g' `[B, C]`: the mean of the queries `[T, C]` attends over the keys, also its values."""
+        """g' `[B, C]`: the mean query attends over the keys `[T, C]`, which are the values too."""
         heads = self.config.num_attention_heads
         g = global_mean(queries, layout).to(keys.dtype).unflatten(1, (heads, 1, -1))
         keys = layout.rows.from_stream(keys).unflatten(2, (heads, -1)).transpose(1, 2)
