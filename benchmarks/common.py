@@ -111,9 +111,8 @@ def _cpu_name() -> str:
 
 def print_card(card: Row) -> None:
     """One fact per line."""
-    width = max(len(name) for name in card)
-    for name, value in card.items():
-        print(f"{name:>{width}}: {value}", flush=True)
+    width = max(map(len, card))
+    print("\n".join(f"{name:>{width}}: {value}" for name, value in card.items()), flush=True)
 
 
 def save_record(record: Row, folder: Path) -> tuple[Path, int]:

@@ -24,7 +24,6 @@ bytes are those of the following `[T, C]` tensors; one row per segment or sequen
 
 import argparse
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
 
 from benchmarks import common
 from benchmarks.common import NUMBER, Row, first_line, percentiles
@@ -68,8 +68,6 @@ _LIMITS = {
     "bfloat16": (1.2e-2, 0.12, 5e-2),
     "float16": (3e-3, 3e-2, 1e-2),
 }
-# a turn of an implementation lasts about this long, so that short calls are measured many times
-_TURN_MS, _MOST_CALLS = 20.0, 50
 
 Inputs = dict[str, Tensor]
 Call = Callable[[], Any]
@@ -294,23 +292,17 @@ def time_in_turns(
         # for a time of its own
         shares = (0.5, 0.2, 0.8)
         return {name: cast(Any, do_bench(c, quantiles=shares)) for name, c in calls.items()}
+    threads = torch.get_num_threads()
+    timers = {
+        name: Timer("call()", globals={"call": call}, num_threads=threads)
+        for name, call in calls.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
-        for name, call in calls.items():
-            samples[name] += _turn(call)
-    return {name: percentiles(found) for name, found in samples.items()}
-
-
-def _turn(call: Call) -> list[float]:
-    """Milliseconds of each of some calls, without the first, which finds another's caches."""
-    found: list[float] = []
-    calls = 1
-    while len(found) <= calls:
-        start = time.perf_counter()
-        call()
-        found.append((time.perf_counter() - start) * 1e3)
-        calls = int(min(max(_TURN_MS / found[0], 1), _MOST_CALLS))
-    return found[1:]
+        for name, timer in timers.items():
+            # short calls are measured many times; seconds
+            samples[name] += timer.blocked_autorange(min_run_time=0.02).times
+    return {name: tuple(1e3 * x for x in percentiles(samples[name])) for name in calls}
 
 
 def copy_of(num_bytes: int, device: torch.device) -> Call:

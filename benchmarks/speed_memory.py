@@ -16,12 +16,12 @@ that the others are held against. Mixers of your own are measured like the other
 
 import argparse
 import math
-import statistics
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import common, harness
@@ -176,10 +176,9 @@ def exponents(rows: Sequence[Row]) -> dict[str, float]:
     timed = [row for row in rows if row["train"] and 1024 <= row["seq_len"] <= 4096]
     for mixer in dict.fromkeys(row["mixer"] for row in timed):
         ours = [row for row in timed if row["mixer"] == mixer]
-        lengths = [math.log(row["seq_len"]) for row in ours]
-        times = [math.log(row["train"]["ms"] / row["batch_size"]) for row in ours]
+        points = [(row["seq_len"], row["train"]["ms"] / row["batch_size"]) for row in ours]
         if len(ours) > 1:
-            found[mixer] = statistics.linear_regression(lengths, times).slope
+            found[mixer] = float(np.polyfit(*np.log(points).T, 1)[0])
     return found
 
 
