@@ -50,12 +50,9 @@ def test_ours_equals_float64_and_the_published_form(operator, dtype):
         assert errors["output"] <= errors["published_output"] + 3e-2
 
 
-@pytest.mark.parametrize(
-    ("scale", "what"), [(1.001, "output: relative error 0.00"), (float("nan"), "output: ")]
-)
-def test_wrong_figures_are_refused(scale, what):
-    with pytest.raises(op_speed.CheckError, match=what):
-        check(*scaled(scale, *compare("mixer", batch_of("text", torch.float32))))
+def test_what_is_no_number_is_refused():
+    with pytest.raises(op_speed.CheckError, match="output: relative error nan"):
+        check(*scaled(float("nan"), *compare("mixer", batch_of("text", torch.float32))))
 
 
 def test_every_operator_has_rows(run, tmp_path):
