@@ -178,7 +178,8 @@ def exponents(rows: Sequence[Row]) -> dict[str, float]:
         ours = [row for row in timed if row["mixer"] == mixer]
         points = [(row["seq_len"], row["train"]["ms"] / row["batch_size"]) for row in ours]
         if len(ours) > 1:
-            found[mixer] = float(np.polyfit(*np.log(points).T, 1)[0])
+            lengths, times = np.log(points).T
+            found[mixer] = float(np.polyfit(lengths, times, 1)[0])
     return found
 
 
