@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine's card, files of results, the clock, memory."""
+"""What all benchmarks share: flags, the machine's card, files of results, the clock, memory."""
 
 import argparse
 import contextlib
@@ -9,13 +9,13 @@ import platform
 import re
 import resource
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -38,8 +38,6 @@ RUNS = Path("runs/benchmarks")
 """Where everything else goes, below the current folder."""
 MIB = 2**20
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_CGROUP = Path("/sys/fs/cgroup")
 # the rest is left to other programs, so that no machine starts to swap
 _USABLE_MEMORY = 0.85
 
@@ -72,44 +70,23 @@ def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text() if info.is_file() else "")
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _gpu_driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return run.stdout.splitlines()[0]
-
-
-def machine_card(device: str, threads: int | None = None) -> Row:
-    """What figures depend on: machine, versions, commit, command.
-
-    Args:
-        device: cpu or cuda.
-        threads: of the CPU; None: PyTorch's choice.
-    """
+def machine_card(device: str) -> Row:
+    """What figures depend on: machine, versions, commit, command."""
     cores = len(os.sched_getaffinity(0))
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
+        driver = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
         machine = {
             "device": found.name,
             "device memory": f"{found.total_memory / 2**30:.1f} GiB",
-            "capability": f"{found.major}.{found.minor}",
-            "driver": _gpu_driver(),
+            "driver": subprocess.getoutput(driver).partition("\n")[0],
             "cuda": torch.version.cuda or torch.version.hip,
-            "matmul precision": torch.get_float32_matmul_precision(),
         }
     else:
         machine = {
             "device": f"cpu-{cores}core",
             "cpu": _cpu_name(),
-            "threads": threads or torch.get_num_threads(),
+            "threads": torch.get_num_threads(),
             "load": f"{os.getloadavg()[0]:.1f} before the run",
         }
     return {
@@ -126,55 +103,39 @@ def machine_card(device: str, threads: int | None = None) -> Row:
     }
 
 
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text() if info.is_file() else "")
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def print_card(card: Row) -> None:
     """One fact per line."""
-    width = max(len(name) for name in card)
-    for name, value in card.items():
-        print(f"{name:>{width}}: {value}", flush=True)
+    width = max(map(len, card))
+    print("\n".join(f"{name:>{width}}: {value}" for name, value in card.items()), flush=True)
 
 
-def save_record(record: Row, folder: Path) -> Path:
-    """Append a record to the file of the device and day.
-
-    Args:
-        record: has a `card` with `device` and `date`.
-        folder: where the file is, made when missing.
-
-    Returns:
-        The file, `DEVICE_DATE.jsonl`.
-    """
+def save_record(record: Row, folder: Path) -> tuple[Path, int]:
+    """Append a record, which has a card, to the file of its device and day: the file, the line."""
     card = record["card"]
     device = re.sub(r"[^a-z0-9]+", "-", card["device"].lower()).strip("-")
     path = folder / f"{device}_{card['date'].replace('-', '')}.jsonl"
-    earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if earlier and not earlier.endswith("\n"):
-        earlier += "\n"
-    write_text(path, earlier + json.dumps(record) + "\n")
+    earlier = path.read_text(encoding="utf-8").rstrip("\n") if path.is_file() else ""
+    text = f"{earlier}\n{json.dumps(record)}\n".lstrip("\n")
+    write_text(path, text)
     print(f"\nwritten: {path}")
-    return path
+    return path, text.count("\n")
 
 
-def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
+def percentiles(samples: Sequence[float]) -> tuple[float, ...]:
     """Median, 20th and 80th percentile."""
-    # of one sample there are none
-    fifths = statistics.quantiles([*samples, samples[-1]], n=5, method="inclusive")
-    return statistics.median(samples), fifths[0], fifths[3]
+    return tuple(np.percentile(samples, (50, 20, 80)).tolist())
 
 
 def _status_mib(field: str) -> float:
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
-    return int(lines[field].split()[0]) / 2**10
-
-
-def available_mib(device: torch.device) -> float:
-    """Memory in MiB that the device, or the container, can give without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / MIB
-    free = psutil.virtual_memory().available
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free / MIB
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    assert found
+    return int(found[1]) / 2**10
 
 
 class MemoryMeter:
@@ -186,15 +147,16 @@ class MemoryMeter:
     def __init__(self, device: torch.device, limit_mib: float | None = None) -> None:
         self.device = device
         return_free_memory(device)
-        most = _USABLE_MEMORY * available_mib(device)
-        limit = most if limit_mib is None else min(limit_mib, most)
+        limit = limit_mib or torch.inf
         if device.type == "cuda":
             self._start = torch.cuda.memory_allocated(device) / MIB
-            total = torch.cuda.get_device_properties(device).total_memory / MIB
-            torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+            free, total = torch.cuda.mem_get_info(device)
+            limit = min(limit * MIB, _USABLE_MEMORY * free)
+            torch.cuda.set_per_process_memory_fraction(limit / total, device)
         else:
             self._start = _status_mib("VmRSS")
-            bound = int((_status_mib("VmData") + limit) * MIB)
+            limit = min(limit * MIB, _USABLE_MEMORY * psutil.virtual_memory().available)
+            bound = int(_status_mib("VmData") * MIB + limit)
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
 
@@ -206,7 +168,7 @@ class MemoryMeter:
             return
         # where this is not permitted, the peak is that of the whole process so far
         with contextlib.suppress(OSError):
-            _RESET.write_text("5")
+            Path("/proc/self/clear_refs").write_text("5")
 
     def peak_mib(self) -> float:
         """The highest level since `begin`, in MiB above the start."""

@@ -5,12 +5,9 @@
     python benchmarks/gpu_report.py --tiny                       # does it all run? a CPU will do
 
 Each of `PARTS` is a process group of its own with a time limit; one that fails or takes too long
-does not stop the next. The folder gets parts.tsv (a line per part, as they end), results.jsonl
-(their records), log.txt (what they printed) and profile.txt. The exit status is 1 when a part
-failed, 0 when all ran, were left out for a reason that is given, or were cut short by the budget.
-
-Two parts are measured here, by `--measure`: the profile of a pre-training step of PoNet and of the
-Transformer, and the latency of one sequence of 512 tokens, eager and captured in a CUDA graph.
+does not stop the next. The folder gets results.jsonl (a line per part, as they end), log.txt (what
+they printed) and profile.txt. The exit status is 1 when a part failed, 0 when all ran, were left
+out for a reason that is given, or were cut short by the budget.
 """
 
 import argparse
@@ -31,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import ROOT
 from benchmarks.common import RUNS, Row, first_line
 from benchmarks.harness import Case, Workload
-from benchmarks.op_speed import FAILURES
-from benchmarks.operators import Batch
+from benchmarks.op_speed import FAILURES, Batch
 from ponet.config import PoNetConfig
 from ponet.model import Encoder
 from ponet.run.device import return_free_memory, synchronise
@@ -49,9 +45,6 @@ from ponet_kernels.testing import relative_error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _DTYPE = "bfloat16" if DEVICE.type == "cuda" else "float32"
-_LOG_CHARACTERS = 40_000
-"""Of a part; what is in the middle of more is cut out."""
-_MOST_READ = 2**24
 # the first that is found in a kernel's name; Triton's kernels, ours, are named by a word alone
 _KINDS = {
     "attention": "(?i)flash|fmha|sdpa",
@@ -59,25 +52,21 @@ _KINDS = {
     "pooling": r"^\w+_kernel$",
     "the rest": "",
 }
-# relative, of a graph's output from the eager one; more is a failure
-_LARGEST_DIFFERENCE = 1e-2
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something to measure, by a program whose last lines are a summary and a record of JSON."""
+    """Something to measure, by a program that prints a summary last."""
 
     name: str
     seconds: float
     """The longest it may take."""
     command: str
-    """Names in braces are filled in by `_fill_in`."""
+    """Names in braces are filled in by `command_of`."""
     tiny: str | None
     """Flags that make it small enough for a CPU; None: it needs a GPU in any case."""
-    packages: tuple[str, ...] = ()
-    """What must be installed."""
-    programs: tuple[str, ...] = ()
-    """What must be on the path."""
+    needs: str | None = None
+    """A package or program that must be installed."""
     least: float | None = None
     """Seconds without which it is not begun; None: a third of the longest."""
 
@@ -89,67 +78,49 @@ _TIMED = _SMALL + "--operators pooling mixer "
 _MODELS = "{python} benchmarks/speed_memory.py --budget {minutes} --output {scratch} --rounds 2 "
 _HERE = "{python} benchmarks/gpu_report.py --output {output} --measure "
 # blocks of PyTorch's own allocator would hide a step beyond the end of a tensor
-_MEMCHECK = (
-    "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 "
-)
-_LISTOPS = (
-    "{python} lra/run.py --task listops --model ponet --precision bf16 --data-dir {data_dir} "
-    "--output-dir {scratch}/lra "
-)
-_FEW_TREES = (
-    "--config debug --data-dir {scratch}/data --num-examples 50 --steps 2 --eval-every 2 "
-    "--eval-batches 1 --test-examples 8"
-)
-_PRETRAIN = (
-    "{python} pretrain/run.py --config small --data {text} --precision bf16 --steps 800 "
-    "--eval-every 400 --cache-dir {scratch}/cache --output-dir {scratch}/pretrain "
-)
+_MEMCHECK = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 "
+_LISTOPS = "{python} lra/run.py --task listops --data-dir {data_dir} --output-dir {scratch}/lra "
+_LISTOPS += "--model ponet --precision bf16 "
+_FEW_TREES = "--config debug --data-dir {scratch}/data --num-examples 50 --steps 2 --eval-every 2 "
+_FEW_TREES += "--eval-batches 1 --test-examples 8"
+_PRETRAIN = "{python} pretrain/run.py --cache-dir {scratch}/cache --output-dir {scratch}/pretrain "
+_PRETRAIN += "--data {text} --config small --precision bf16 --steps 800 --eval-every 400 "
 _FEW_WORDS = "--config debug --max-characters 300000 --steps 4 --eval-every 4"
+_MIXERS = "--mixers ponet attention_naive attention fnet --seq-len 512 4096 16384"
+_STEPS = "--model pretraining --mixers ponet attention:flash attention:cudnn fnet"
+_FEW_STEPS = "--layers 1 --seq-len 64 --tokens 128 --rounds 1 --budget 0.5"
+_SHAPES = "--dtype bfloat16 --seq-len 4096 --operators pooling mixer"
+_ALL_SHAPES = "--segments text ones documents"
 
 PARTS = [
     Part("card", 60, _OPS + "--until card", _SMALL),
-    Part("operators", 90, _CHECK + "--segments text ones documents", _SMALL),
-    Part("tests", 110, "{python} -m pytest -q --tb=short {tests}", "", packages=("pytest",)),
-    Part("memcheck", 60, _MEMCHECK + _CHECK + _SMALL, None, programs=("compute-sanitizer",)),
+    Part("operators", 90, _CHECK + _ALL_SHAPES, _SMALL),
+    Part("tests", 110, "{python} -m pytest -q --tb=short {tests}", "", needs="pytest"),
+    Part("memcheck", 60, _MEMCHECK + _CHECK + _SMALL, None, needs="compute-sanitizer"),
     Part("speed-bf16", 80, _OPS + "--segments text --dtype bfloat16", _TIMED),
-    Part(
-        "speed-shapes",
-        40,
-        _OPS + "--dtype bfloat16 --seq-len 4096 --operators pooling mixer",
-        _TIMED + "--segments text ones documents",
-    ),
+    Part("speed-shapes", 40, _OPS + _SHAPES, _TIMED + _ALL_SHAPES),
     Part("speed-fp32", 50, _OPS + "--segments text --dtype float32", _TIMED),
     Part("profile", 50, _HERE + "profile", "--tiny"),
-    Part(
-        "steps",
-        90,
-        _MODELS + "--model pretraining --mixers ponet attention:flash attention:cudnn fnet",
-        "--layers 1 --seq-len 64 --tokens 128 --rounds 1 --budget 0.5",
-    ),
-    Part(
-        "mixers",
-        90,
-        _MODELS + "--mixers ponet attention_naive attention fnet --seq-len 512 4096 16384",
-        "--seq-len 64 --batch-size 2 --rounds 1 --budget 0.5",
-    ),
+    Part("steps", 90, _MODELS + _STEPS, _FEW_STEPS),
+    Part("mixers", 90, _MODELS + _MIXERS, "--seq-len 64 --batch-size 2 --rounds 1 --budget 0.5"),
     Part("latency", 50, _HERE + "latency", "--tiny"),
     Part("listops", 240, _LISTOPS, _FEW_TREES, least=100),
-    Part("pretrain", 150, _PRETRAIN, _FEW_WORDS, packages=("sentencex",), least=60),
+    Part("pretrain", 150, _PRETRAIN, _FEW_WORDS, needs="sentencex", least=60),
 ]
 """All parts, in order of value."""
 
 
-def missing(part: Part, tiny: bool) -> str | None:
-    """Why a part cannot run here; None when it can."""
+def reason_against(part: Part, tiny: bool, left: float) -> str | None:
+    """Why a part cannot run here and now."""
     if not torch.cuda.is_available() and (part.tiny is None or not tiny):
         return "no GPU" if tiny else "no GPU; --tiny is for a CPU, too"
-    names = [name for name in part.packages if importlib.util.find_spec(name) is None]
-    names += [name for name in part.programs if shutil.which(name) is None]
-    return f"not installed: {', '.join(names)}" if names else None
+    if part.needs and not (importlib.util.find_spec(part.needs) or shutil.which(part.needs)):
+        return f"not installed: {part.needs}"
+    least = 1.0 if tiny else part.least or part.seconds / 3
+    return f"needs {least:.0f} s, {max(left, 0):.0f} s are left" if left < least else None
 
 
-def _fill_in(part: Part, options: argparse.Namespace, scratch: str, seconds: float) -> list[str]:
-    """The words of a part's command."""
+def command_of(part: Part, options: argparse.Namespace, scratch: str, seconds: float) -> list[str]:
     command = f"{part.command} {part.tiny or ''}" if options.tiny else part.command
     filled = command.format(
         python=shlex.quote(sys.executable),
@@ -169,32 +140,24 @@ def _tests(tiny: bool) -> list[str]:
     if tiny:
         return ["tests/test_kernels.py", "-k", "tied or exact or choice or refused"]
     # none of the other files is imported, because some need packages that may be missing
-    files = [
-        str(path.relative_to(ROOT))
-        for path in sorted(ROOT.glob("tests/test_*.py"))
-        if "mark.gpu" in path.read_text()
-    ]
-    workers = ["-n", str(min(len(os.sched_getaffinity(0)), 12))]
-    parallel = workers if importlib.util.find_spec("xdist") else []
-    return [*files, "-m", "gpu", *parallel]
+    paths = [path for path in ROOT.glob("tests/test_*.py") if "mark.gpu" in path.read_text()]
+    workers = ["-n", "12"] if importlib.util.find_spec("xdist") else []
+    return [*sorted(str(path.relative_to(ROOT)) for path in paths), "-m", "gpu", *workers]
 
 
-def _environment(tiny: bool) -> dict[str, str]:
-    threads = {"OMP_NUM_THREADS": "1"} if tiny else {}
-    return os.environ | {"PYTHONUNBUFFERED": "1"} | threads
-
-
-def _run(command: list[str], seconds: float, log: BinaryIO, environment: dict[str, str]) -> str:
+def run_command(command: list[str], seconds: float, output: Path, tiny: bool) -> str:
     """Run a command in a group of its own, which is gone afterwards: ok, or how it ended."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        cwd=ROOT,
-        env=environment,
-        start_new_session=True,
-    )
+    threads = {"OMP_NUM_THREADS": "1"} if tiny else {}
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | threads,
+            start_new_session=True,
+        )
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -207,81 +170,47 @@ def _run(command: list[str], seconds: float, log: BinaryIO, environment: dict[st
     return "ok" if code == 0 else f"signal {-code}" if code < 0 else f"status {code}"
 
 
-def _take_output(log: BinaryIO, start: int) -> tuple[str, Row]:
-    """The last line a part printed and its record, a line of JSON that the log does not keep."""
-    log.seek(max(start, log.seek(0, os.SEEK_END) - _MOST_READ))
-    lines, record = log.read().decode(errors="replace").splitlines(), {}
-    for number in reversed(range(len(lines))):
-        with contextlib.suppress(ValueError):
-            if lines[number].startswith("{"):
-                record = json.loads(lines.pop(number))
-                break
-    text = "\n".join(lines)
-    if len(text) > _LOG_CHARACTERS:
-        cut = _LOG_CHARACTERS // 4
-        text = f"{text[:cut]}\n[cut]\n{text[-3 * cut :]}"
-    log.truncate(start)
-    log.write(f"{text}\n\n".encode())
-    log.flush()
-    return next((line.strip("= ") for line in reversed(lines) if line.strip()), ""), record
+def measure_part(part: Part, options: argparse.Namespace, left: float) -> Row:
+    """Run a part, or say why not: its state, a summary, and its record."""
+    reason = reason_against(part, options.tiny, left)
+    if reason:
+        return {"state": "left out", "summary": reason, "record": {}}
+    # a CPU that others use meanwhile may be slow even at what is tiny
+    longest = part.seconds * (3 if options.tiny else 1)
+    seconds = min(longest, left)
+    with tempfile.TemporaryDirectory(prefix="gpu-report-") as scratch:
+        command = command_of(part, options, scratch, seconds)
+        output = Path(scratch, "output.txt")
+        state = run_command(command, seconds, output, options.tiny)
+        state = "cut short" if state == "timeout" and seconds < longest else state
+        printed = output.read_text(errors="replace").splitlines()
+        # a record is the line of a file, or one that is printed, which the log can spare
+        lines = [line for line in printed if not line.startswith('{"')]
+        records = [line for line in printed if line.startswith('{"')]
+        for file in Path(scratch).glob("*.jsonl"):
+            records = file.read_text().splitlines()
+    with (options.output / "log.txt").open("a", encoding="utf-8") as log:
+        text = "\n".join(lines)[-40_000:]
+        print(f"##### {part.name}: {shlex.join(command)}\n{text}\n", file=log)
+    summary = next((line.strip("= ") for line in reversed(lines) if line.strip()), "")
+    record: Row = {}
+    # what was killed may have printed half of it
+    with contextlib.suppress(ValueError, IndexError):
+        record = json.loads(records[-1])
+    return {"state": state, "summary": summary[:200], "record": record}
 
 
-class GpuReport:
-    """The files of a run."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._options = options
-        self._deadline = time.monotonic() + options.budget
-        self.lines: list[list[str]] = []
-        """Of the table: part, state, seconds, summary."""
-
-    def measure(self, part: Part, log: BinaryIO, scratch: str) -> None:
-        """Run a part, or say why not, and keep what came of it."""
-        start, left = time.monotonic(), self._deadline - time.monotonic()
-        state, summary, record = "left out", missing(part, self._options.tiny), {}
-        least = 1.0 if self._options.tiny else part.least or part.seconds / 3
-        if summary is None and left < least:
-            summary = f"needs {least:.0f} s, {max(left, 0):.0f} s are left"
-        if summary is None:
-            # a CPU that others use meanwhile may be slow even at what is tiny
-            longest = part.seconds * (3 if self._options.tiny else 1)
-            seconds = min(longest, left)
-            command = _fill_in(part, self._options, scratch, seconds)
-            log.write(f"##### {part.name}: {shlex.join(command)}\n".encode())
-            log.flush()
-            begin = log.tell()
-            state = _run(command, seconds, log, _environment(self._options.tiny))
-            if state == "timeout" and seconds < longest:
-                state = "cut short"
-            summary, record = _take_output(log, begin)
-        took, summary = time.monotonic() - start, summary[:200].replace("\t", " ")
-        self.lines.append([part.name, state, f"{took:.0f}", summary])
-        print(_in_columns(self.lines[-1]), flush=True)
-        with (self._options.output / "parts.tsv").open("a", encoding="utf-8") as file:
-            print("\t".join(self.lines[-1]), file=file)
-        facts = {"part": part.name, "state": state, "seconds": took, "summary": summary}
-        with (self._options.output / "results.jsonl").open("a", encoding="utf-8") as file:
-            print(json.dumps({**facts, "record": record}), file=file)
-
-    def print_table(self) -> None:
-        """All parts."""
-        for line in (["\npart", "state", "s", "summary"], *self.lines):
-            print(_in_columns(line))
-        print(f"\nwritten: {self._options.output}")
-
-
-def _in_columns(line: list[str]) -> str:
-    name, state, seconds, summary = line
-    return f"{name:12} {state:9} {seconds:>4}  {summary}"
+def line_of_part(facts: Row) -> str:
+    return f"{facts['part']:12} {facts['state']:9} {facts['seconds']:4.0f}  {facts['summary']}"
 
 
 def profile_step(row: Row, tiny: bool, folder: Path) -> None:
     """Milliseconds of a step, of its host and of its kernels; the last are missing on a CPU."""
     return_free_memory(DEVICE)
     length, size, layers = (64, 2, 1) if tiny else (512, 128, None)
-    sizes: Row = {"seq_len": length, "batch_size": size, "layers": layers}
-    device: Row = {"device": DEVICE.type, "dtype": _DTYPE}
-    train = Workload(Case(model="pretraining", mixer=row["mixer"], **sizes, **device)).train
+    facts: Row = {"seq_len": length, "batch_size": size, "layers": layers, "dtype": _DTYPE}
+    case = Case(model="pretraining", mixer=row["mixer"], device=DEVICE.type, **facts)
+    train = Workload(case).train
     for number in range(3):
         train(number)
     wall, host = sorted(_timed(lambda: train(0)) for _ in range(3))[1]
@@ -320,9 +249,8 @@ def _timed(call: Callable[[], Any]) -> tuple[float, float]:
 def measure_latency(row: Row, tiny: bool, folder: Path) -> None:
     """Milliseconds of one sequence through the encoder, eager and captured."""
     length, calls, layers = (64, 3, 2) if tiny else (512, 50, 12)
-    config = PoNetConfig(
-        mixer=row["mixer"], num_hidden_layers=layers, max_position_embeddings=length
-    )
+    changes: Row = {"num_hidden_layers": layers, "max_position_embeddings": length}
+    config = PoNetConfig(mixer=row["mixer"], **changes)
     torch.manual_seed(0)
     dtype = getattr(torch, _DTYPE)
     encoder = Encoder(config).to(DEVICE, dtype).eval()
@@ -330,33 +258,23 @@ def measure_latency(row: Row, tiny: bool, folder: Path) -> None:
     layout = Batch(segments="text", dtype=dtype, device=DEVICE, **sizes).layout
     hidden = torch.randn(length, config.hidden_size, device=DEVICE, dtype=dtype)
 
-    def median(call: Callable[[], Any]) -> float:
-        return statistics.median(_timed(call)[0] for _ in range(calls))
+    def eager(hidden: Tensor) -> Tensor:
+        return encoder(hidden, layout)[-1]
+
+    def median_ms(call: Callable[[Tensor], Any]) -> float:
+        return statistics.median(_timed(lambda: call(hidden))[0] for _ in range(calls))
 
     with torch.no_grad():
-        expected = encoder(hidden, layout)[-1]
-        row["eager_ms"] = median(lambda: encoder(hidden, layout))
+        expected = eager(hidden)
+        row["eager_ms"] = median_ms(eager)
         if DEVICE.type != "cuda":
             return
-        replay, output = captured(lambda: encoder(hidden, layout)[-1])
-        row["graph_ms"] = median(replay)
-    row["equal"], error = torch.equal(output, expected), relative_error(output, expected.double())
-    if not error <= _LARGEST_DIFFERENCE:
+        graph: Any = torch.cuda.make_graphed_callables(eager, (hidden,))
+        row["graph_ms"], output = median_ms(graph), graph(hidden)
+    row["equal"], error = torch.equal(output, expected), relative_error(output, expected)
+    # relative; more than rounding in half precision
+    if not error <= 1e-2:
         raise ValueError(f"graph and eager output differ by {error:.1e}")
-
-
-def captured(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of a call: what runs it again, and the output that each run overwrites."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
-    return graph.replay, output
 
 
 _MEASURES = {
@@ -374,12 +292,9 @@ def measure_here(options: argparse.Namespace) -> None:
             measure(row, options.tiny, options.output)
         except FAILURES as error:
             row["failed"] = first_line(error)
-
-    def words(value: Any) -> str:
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    print("; ".join(", ".join(f"{k} {words(x)}" for k, x in row.items()) for row in rows))
     print(json.dumps({"rows": rows}))
+    facts = [{k: f"{x:.3g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows]
+    print("; ".join(", ".join(f"{name} {x}" for name, x in row.items()) for row in facts))
     if any("failed" in row for row in rows):
         sys.exit(1)
 
@@ -411,18 +326,19 @@ def main() -> None:
         return
     # the part that runs is ended, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_report: ended"))
-    report = GpuReport(options)
-    with (
-        tempfile.TemporaryDirectory(prefix="gpu-report-") as scratch,
-        (options.output / "log.txt").open("a+b") as log,
-    ):
-        try:
-            for part in PARTS:
-                if part.name in options.only:
-                    report.measure(part, log, scratch)
-        finally:
-            report.print_table()
-    if any(state not in ("ok", "left out", "cut short") for _, state, *_ in report.lines):
+    deadline, found = time.monotonic() + options.budget, []
+    try:
+        for part in (part for part in PARTS if part.name in options.only):
+            start = time.monotonic()
+            facts = measure_part(part, options, deadline - start)
+            found.append({"part": part.name, "seconds": time.monotonic() - start, **facts})
+            print(line_of_part(found[-1]), flush=True)
+            with (options.output / "results.jsonl").open("a", encoding="utf-8") as file:
+                print(json.dumps(found[-1]), file=file)
+    finally:
+        print(f"\n{'part':12} {'state':9} {'s':>4}  summary")
+        print("\n".join(map(line_of_part, found)), f"written: {options.output}", sep="\n\n")
+    if any(facts["state"] not in ("ok", "left out", "cut short") for facts in found):
         sys.exit(1)
 
 

@@ -1,12 +1,11 @@
 """Cases: a model under one token mixer at one length, each measured in a process of its own.
 
-Three models, each with its training step and its inference; the token mixer alone differs:
+Each of three models has its training step and its inference; the token mixer alone differs:
 
-    lra             text classifier of Long Range Arena in the published setting; bytes as tokens,
-                    PoNet segments of 2 tokens, AdamW
-    base            the pre-training encoder, 12 layers of width 768, masked-LM head on 15 % of the
-                    tokens, AdamW; segments of 10 to 40 tokens
-    pretraining     the same with the loss of sentence order and clipping, as in `pretrain/run.py`
+    lra           text classifier of Long Range Arena in the published setting, segments of 2 bytes
+    base          the pre-training encoder with the masked-LM head on 15 % of the tokens, segments
+                  of 10 to 40 tokens
+    pretraining   the same with the loss of sentence order and clipping, as in `pretrain/run.py`
 
 Ids are random and sequences full. The cases of one length are measured in rounds of some steps
 each, so that a machine that slows down for a while does so for all of them and their ratios stay.
@@ -16,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -32,14 +31,11 @@ from benchmarks.common import MIB, MemoryMeter, Row, first_line, is_out_of_memor
 from lra.model import LongRangeClassifier, model_config
 from lra.tasks import TASKS
 from ponet.config import PoNetConfig
-from ponet.mixers import MIXERS
 from ponet.model import IGNORED_LABEL, PoNetForPreTraining
-from ponet.run.device import return_free_memory, synchronise
+from ponet.run.device import synchronise
 
 MODELS = ("lra", "base", "pretraining")
 KINDS = ("infer", "train")
-"""What is timed of a case."""
-
 SDPA = "attention"
 """The Transformer on PyTorch's fused attention, by the kernel that PyTorch picks."""
 FORCED = {
@@ -47,22 +43,12 @@ FORCED = {
     f"{SDPA}:cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 """The same by one kernel alone: where that cannot run, nothing else does in its place."""
-
 OK, FAILED, TIMEOUT = "ok", "failed", "timeout"
 OUT_OF_MEMORY, UNAVAILABLE = "out of memory", "not available"
 SKIPPED = "skipped (over budget)"
 
-_MASKED_SHARE = 0.15
-# ids of BERT's vocabulary below this are special or unused
-_FIRST_WORD, _BYTES = 1000, 257
-_MAX_GRAD_NORM = 1.0
-_NUM_BATCHES = 2
-# long enough for every mixer's blocks and windows, too short to count
-_REHEARSAL_TOKENS = 64
 # timed steps of a round last about this long together
 _ROUND_S, _MOST_STEPS = {"train": 0.6, "infer": 0.3}, 50
-# a training step takes at least about this many times the time of an inference
-_TRAINING_OVER_INFERENCE = 2.5
 # seconds that a process may be late
 _GRACE_S = 20.0
 # processes are forked from a server that has imported everything and has touched no GPU
@@ -80,32 +66,28 @@ class Case:
     batch_size: int
     device: str
     dtype: str = "float32"
-    """Or bfloat16 by autocast."""
     layers: int | None = None
-    """Instead of the model's own number."""
     compile: bool = False
     inference: bool = True
-    threads: int | None = None
     memory_limit: float | None = None
-    """MiB beyond the imported libraries; None: what the machine has."""
+    """MiB beyond the imported libraries."""
     seed: int = 0
 
     @property
     def tokens(self) -> int:
-        """Tokens of a batch."""
+        """Of a batch."""
         return self.batch_size * self.seq_len
 
     @property
     def masked(self) -> int:
         """Masked tokens of a sequence."""
-        return max(1, round(_MASKED_SHARE * self.seq_len))
+        return max(1, round(0.15 * self.seq_len))
 
     def config(self) -> PoNetConfig:
         """The architecture."""
         mixer = SDPA if self.mixer in FORCED else self.mixer
-        changes: Row = {"max_position_embeddings": self.seq_len}
-        if self.layers:
-            changes["num_hidden_layers"] = self.layers
+        changes: Row = {"num_hidden_layers": self.layers} if self.layers else {}
+        changes["max_position_embeddings"] = self.seq_len
         if self.model != "lra":
             num_labels = 3 if self.model == "pretraining" else 0
             return PoNetConfig(mixer=mixer, num_sentence_labels=num_labels, **changes)
@@ -114,12 +96,6 @@ class Case:
             changes["attention_probs_dropout_prob"] = 0.0
         # as many segments as tokens make the published rule cut chunks of two
         return model_config(TASKS["text"], mixer, num_segments=self.seq_len, **changes)
-
-
-def known_mixers() -> list[str]:
-    """Names of all registered token mixers, the Transformers last."""
-    transformers = [name for name in MIXERS if name.startswith(SDPA)]
-    return [name for name in MIXERS if name not in transformers] + transformers
 
 
 def text_segment_ids(length: int, generator: torch.Generator) -> Tensor:
@@ -133,14 +109,14 @@ def text_segment_ids(length: int, generator: torch.Generator) -> Tensor:
 def random_batch(case: Case, config: PoNetConfig, generator: torch.Generator) -> dict[str, Tensor]:
     """A random batch: ids with class labels, or rows `[CLS] A [SEP] B [SEP]` with masked ones."""
     shape, size = (case.batch_size, case.seq_len), (case.batch_size,)
+    # ids of BERT's vocabulary below 1000 are special or unused
+    lowest, highest = (0, 257) if case.model == "lra" else (1000, config.vocab_size)
+    ids = torch.randint(lowest, highest, shape, generator=generator)
     if case.model == "lra":
-        ids = torch.randint(_BYTES, shape, generator=generator)
         labels = torch.randint(config.num_labels, size, generator=generator)
         return {"input_ids": ids, "labels": labels}
-    ids = torch.randint(_FIRST_WORD, config.vocab_size, shape, generator=generator)
     ids[:, 0] = config.cls_token_id
-    ids[:, case.seq_len // 2] = config.sep_token_id
-    ids[:, -1] = config.sep_token_id
+    ids[:, [case.seq_len // 2, -1]] = config.sep_token_id
     # the same number in each sequence
     order = torch.rand(shape, generator=generator).argsort(dim=1)
     labels = torch.where(order < case.masked, ids, IGNORED_LABEL)
@@ -162,7 +138,7 @@ class Workload:
         model: Any = LongRangeClassifier(config, 1) if lra else PoNetForPreTraining(config)
         self._model = model.to(case.device)
         generator = torch.Generator().manual_seed(case.seed)
-        batches = [random_batch(case, config, generator) for _ in range(_NUM_BATCHES)]
+        batches = [random_batch(case, config, generator) for _ in range(2)]
         self._batches = [{k: x.to(case.device) for k, x in batch.items()} for batch in batches]
         # on a CPU, too, four times as fast as the default
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -175,40 +151,35 @@ class Workload:
             "parameters": sum(p.numel() for p in model.parameters()),
         }
 
-    def _classify(self, batch: dict[str, Tensor]) -> Tensor:
-        # sequences are full: the mean over rows, as in the published protocol
-        states = self._model.ponet(batch["input_ids"]).last_hidden_state
-        return self._model.classifier(states.mean(dim=1))
-
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         if self.case.model == "lra":
-            return F.cross_entropy(self._classify(batch).float(), batch["labels"])
+            return F.cross_entropy(self._encode(batch).float(), batch["labels"])
         return self._model(**batch).loss
 
     def _encode(self, batch: dict[str, Tensor]) -> Tensor:
+        states = self._model.ponet(batch["input_ids"], segment_ids=batch.get("segment_ids"))
         if self.case.model == "lra":
-            return self._classify(batch)
-        inputs = {name: batch[name] for name in ("input_ids", "segment_ids")}
-        return self._model.ponet(**inputs).last_hidden_state
+            # sequences are full: the mean over rows, as in the published protocol
+            return self._model.classifier(states.last_hidden_state.mean(dim=1))
+        return states.last_hidden_state
 
     def _settings(self) -> ExitStack:
-        stack = ExitStack()
-        if self.case.dtype != "float32":
-            dtype = getattr(torch, self.case.dtype)
-            stack.enter_context(torch.autocast(self.case.device, dtype=dtype))
-        if self.case.mixer in FORCED:
-            stack.enter_context(sdpa_kernel(FORCED[self.case.mixer]))
+        stack, case = ExitStack(), self.case
+        if case.dtype != "float32":
+            stack.enter_context(torch.autocast(case.device, dtype=getattr(torch, case.dtype)))
+        if case.mixer in FORCED:
+            stack.enter_context(sdpa_kernel(FORCED[case.mixer]))
         return stack
 
     def train(self, number: int) -> Tensor:
-        """Forward, backward and optimizer step on the batch of a number; returns the loss."""
+        """Forward, backward and optimizer step; returns the loss."""
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         with self._settings():
-            loss = self._train(self._batches[number % _NUM_BATCHES])
+            loss = self._train(self._batches[number % 2])
         loss.backward()
         if self.case.model == "pretraining":
-            nn.utils.clip_grad_norm_(self._model.parameters(), _MAX_GRAD_NORM)
+            nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
         return loss.detach()
 
@@ -216,7 +187,7 @@ class Workload:
         """Forward without a graph: logits, of `base` and `pretraining` the encoder's states."""
         self._model.eval()
         with torch.inference_mode(), self._settings():
-            return self._infer(self._batches[number % _NUM_BATCHES])
+            return self._infer(self._batches[number % 2])
 
 
 def _time_steps(step: Callable[[int], Tensor], device: torch.device, steps: int) -> list[float]:
@@ -232,11 +203,11 @@ def _time_steps(step: Callable[[int], Tensor], device: torch.device, steps: int)
     moments, out = [now()], torch.empty(0)
     for number in range(steps):
         # the result of the step before must not take room beside this one
-        out = torch.empty(0)
+        del out
         out = step(number)
         moments.append(now())
     synchronise(device)
-    if not bool(out.isfinite().all()):
+    if not out.isfinite().all():
         raise ValueError("the result is not finite")
     if device.type == "cuda":
         return [a.elapsed_time(b) for a, b in pairwise(moments)]
@@ -252,33 +223,22 @@ def _time_kind(workload: Workload, meter: MemoryMeter, kind: str, seconds: float
     left_ms = 1e3 * seconds - first_ms
     steps = min(int(1e3 * _ROUND_S[kind] / first_ms), int(left_ms / first_ms), _MOST_STEPS)
     steps = max(steps, int(left_ms > first_ms))
-    found = {"first_ms": first_ms, "ms": _time_steps(step, device, steps) if steps else []}
-    found["peak_mib"] = meter.peak_mib()
-    return_free_memory(device)
-    return {kind: found}
+    found: Row = {"first_ms": first_ms, "ms": _time_steps(step, device, steps)}
+    return {kind: found | {"peak_mib": meter.peak_mib()}}
 
 
 def _measure(case: Case, seconds: float, connection: Connection) -> None:
     """The work of a case's process: send facts of the model, then what is found of each kind."""
     deadline = time.monotonic() + seconds
     try:
-        if case.threads is not None:
-            torch.set_num_threads(case.threads)
         # a tiny step, so that what libraries set up once is not counted
-        tokens = min(case.seq_len, _REHEARSAL_TOKENS)
+        tokens = min(case.seq_len, 64)
         Workload(replace(case, seq_len=tokens, batch_size=1, layers=1, compile=False)).train(0)
         meter = MemoryMeter(torch.device(case.device), case.memory_limit)
-        workload, expected = Workload(case), 0.0
+        workload = Workload(case)
         connection.send(workload.facts)
         for kind in KINDS if case.inference else ("train",):
-            left = deadline - time.monotonic()
-            if expected > left:
-                reason = f"about {expected:.0f} s expected from its inference"
-                connection.send({"status": SKIPPED, "reason": reason})
-                return
-            found = _time_kind(workload, meter, kind, left)
-            connection.send(found)
-            expected = _TRAINING_OVER_INFERENCE * found[kind]["first_ms"] / 1e3
+            connection.send(_time_kind(workload, meter, kind, deadline - time.monotonic()))
     except BaseException as error:
         status, reason = FAILED, first_line(error)
         if is_out_of_memory(error):
@@ -297,15 +257,20 @@ class CaseRun:
     case: Case
     status: str = OK
     reason: str | None = None
+    """Why there will be no further figures."""
     seconds: float = 0.0
-    """What a round of it takes."""
+    """Of its last round."""
     found: Row = field(default_factory=dict)
-    """Facts of the model, and by kind: `first_ms` of the step that warms up, `ms` of the timed
-    steps, `peak_mib`."""
+    """Facts of the model, and what is measured by kind; `ms` of its timed steps."""
 
-    def stop(self, status: str, reason: str) -> None:
-        """Keep why there will be no further figures."""
-        self.status, self.reason = status, reason
+    def measure_if_it_fits(self, shorter: "CaseRun | None", seconds: float) -> None:
+        """A round, unless the case has stopped or will not fit into the time or memory."""
+        if self.status == OK and not self.found:
+            # one slow case leaves time to the others
+            seconds /= 2
+            self.status, self.reason = forecast(shorter, self.case.seq_len, seconds)
+        if self.status == OK and self.seconds <= seconds:
+            self.measure(seconds)
 
     def measure(self, seconds: float) -> None:
         """A round, in a process that is gone afterwards."""
@@ -317,14 +282,14 @@ class CaseRun:
         try:
             while connection.poll(max(start + seconds + _GRACE_S - time.monotonic(), 0.0)):
                 self._take(connection.recv())
-            self.stop(TIMEOUT, f"a round takes more than {seconds:.0f} s")
+            self.status, self.reason = TIMEOUT, f"a round takes more than {seconds:.0f} s"
         except EOFError:
             work.join()
             # the system ends processes in this way when memory runs out
             if work.exitcode == -signal.SIGKILL:
-                self.stop(OUT_OF_MEMORY, "the system killed the process")
+                self.status, self.reason = OUT_OF_MEMORY, "the system killed the process"
             elif work.exitcode and self.status == OK:
-                self.stop(FAILED, f"the process ended with status {work.exitcode}")
+                self.status, self.reason = FAILED, f"the process ended with {work.exitcode}"
         finally:
             work.kill()
             work.join()
@@ -332,8 +297,8 @@ class CaseRun:
         self.seconds = time.monotonic() - start
 
     def _take(self, message: Row) -> None:
-        if "status" in message:
-            self.stop(**message)
+        self.status = message.pop("status", self.status)
+        self.reason = message.pop("reason", self.reason)
         for kind in set(KINDS) & message.keys() & self.found.keys():
             new, old = message[kind], self.found[kind]
             new["ms"] = old["ms"] + new["ms"]
@@ -365,63 +330,40 @@ class CaseRun:
         }
 
 
-class Harness:
-    """Measures cases length by length until a deadline.
+def measure_lengths(
+    lengths: Sequence[Sequence[Case]], seconds: float, rounds: int
+) -> Iterator[list[Row]]:
+    """Measure cases length by length, a row per case, until the time is over.
 
-    A case that shorter lengths say will not fit into the time or memory is not run.
+    Args:
+        lengths: of each length, shorter ones first, a case per mixer; where time is short, the
+            first come first.
+        seconds: for all; what is left is shared equally among the lengths to come.
+        rounds: times that each case is measured.
     """
-
-    def __init__(self, seconds: float, rounds: int) -> None:
-        os.environ.setdefault("PYTHONWARNINGS", "ignore")
-        _CONTEXT.set_forkserver_preload([__name__])
-        with _CONTEXT.Pool(1) as first:
-            # the server has imported everything when its first process works
-            first.apply(os.getpid)
-        self._deadline = time.monotonic() + seconds
-        self._rounds = rounds
-        self._shorter: dict[str, CaseRun] = {}
-
-    def measure(self, cases: Sequence[Case], lengths_left: int) -> list[Row]:
-        """Measure cases of one length.
-
-        Args:
-            cases: one per mixer, longer than those of the calls before; the first come first
-                where time is short.
-            lengths_left: calls still to come, this one included; each gets an equal share of the
-                time that is left.
-
-        Returns:
-            A row per case.
-        """
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    _CONTEXT.set_forkserver_preload([__name__])
+    with _CONTEXT.Pool(1) as first:
+        # the server has imported everything when its first process works
+        first.apply(os.getpid)
+    end = time.monotonic() + seconds
+    shorter: dict[str, CaseRun] = {}
+    for number, cases in enumerate(lengths):
         now = time.monotonic()
-        deadline = now + max(self._deadline - now, 0.0) / lengths_left
+        deadline = now + max(end - now, 0.0) / (len(lengths) - number)
         runs = [CaseRun(case) for case in cases]
-        for _ in range(self._rounds):
-            for run in runs:
-                self._measure(run, deadline - time.monotonic())
-        self._shorter |= {run.case.mixer: run for run in runs}
-        return [run.row() for run in runs]
-
-    def _measure(self, run: CaseRun, left: float) -> None:
-        """A round of a case, unless it has stopped or will not fit."""
-        if run.status != OK or (run.found and run.seconds > left):
-            return
-        if not run.found:
-            # one slow case leaves time to the others
-            left /= 2
-            refused = refusal(self._shorter.get(run.case.mixer), run.case.seq_len, left)
-            if refused:
-                run.stop(*refused)
-                return
-        run.measure(left)
+        for run in runs * rounds:
+            run.measure_if_it_fits(shorter.get(run.case.mixer), deadline - time.monotonic())
+        shorter = {run.case.mixer: run for run in runs}
+        yield [run.row() for run in runs]
 
 
-def refusal(shorter: CaseRun | None, length: int, seconds: float) -> tuple[str, str] | None:
-    """Status and reason of a case that will not fit, as a shorter length says; None: it may."""
+def forecast(shorter: CaseRun | None, length: int, seconds: float) -> tuple[str, str | None]:
+    """Status and reason of a case that will not fit, as a shorter length says; else that it may."""
     if seconds <= 0:
         return SKIPPED, "no time left"
     if shorter is None:
-        return None
+        return OK, None
     if shorter.status != OK:
         reason = shorter.reason or ""
         if not reason.startswith("already"):
@@ -432,4 +374,4 @@ def refusal(shorter: CaseRun | None, length: int, seconds: float) -> tuple[str, 
     expected = first_ms / 1e3 * length / shorter.case.seq_len
     if expected > seconds:
         return SKIPPED, f"about {expected:.0f} s expected from shorter lengths"
-    return None
+    return OK, None

@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py benchmarks/results/cpu-2core_20261121.jsonl
 
-draws the last record of each model, a PNG beside the file.
+draws each of them to a PNG, whose name has the line of the record in the file.
 """
 
 import argparse
@@ -42,10 +42,10 @@ _MODELS = {
     "base": "base encoder with masked-LM head",
     "pretraining": "pre-training step of the base encoder",
 }
-# title, unit, figure and scale of the panels of `speed_memory`
+# title, figure and scale of the panels
 _PANELS = (
-    ("Training speed", "thousand tokens / s", "tokens_per_s", 1e-3),
-    ("Peak memory of a training step", "MiB", "peak_mib", 1.0),
+    ("Training speed, thousand tokens / s", "tokens_per_s", 1e-3),
+    ("Peak memory of a training step, MiB", "peak_mib", 1.0),
 )
 
 
@@ -62,15 +62,14 @@ def _lines(axes: Any, rows: list[Row], key: str, scale: float) -> None:
         name, colour, marker, line = _style(mixer)
         ours = [row for row in rows if row["mixer"] == mixer]
         missing = [f" ({row['status']})" for row in ours if not row["train"]]
-        timed = [row for row in ours if row["train"]]
-        lengths = [row["seq_len"] for row in timed]
-        values = [row["train"][key] * scale for row in timed]
-        single = [n for n, row in enumerate(timed) if row["train"]["warm_up_only"]]
-        look = {"color": colour, "marker": marker, "ls": line}
-        look |= {"lw": 2.8 if mixer == "ponet" else 1.4, "label": name + "".join(missing[:1])}
-        axes.plot(lengths, values, **look)
-        hollow = {"color": colour, "marker": marker, "mfc": "white", "ls": ""}
-        axes.plot([lengths[n] for n in single], [values[n] for n in single], **hollow)
+        timed = [(row["seq_len"], row["train"]) for row in ours if row["train"]]
+        values = [train[key] * scale for _, train in timed]
+        look = {"color": colour, "marker": marker, "lw": 2.8 if mixer == "ponet" else 1.4}
+        label = name + "".join(missing[:1])
+        axes.plot([length for length, _ in timed], values, ls=line, label=label, **look)
+        for (length, train), value in zip(timed, values, strict=True):
+            if train["warm_up_only"]:
+                axes.plot(length, value, mfc="white", **look)
     lengths = sorted({row["seq_len"] for row in rows})
     axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
     axes.minorticks_off()
@@ -96,41 +95,37 @@ def _bars(axes: Any, rows: list[Row], key: str, scale: float) -> None:
     axes.invert_yaxis()
 
 
-def _draw(figure: Any, record: Row) -> None:
-    """Training speed and peak memory, over the length or as bars when there is one length."""
-    rows, card = record["rows"], record["card"]
-    over_length = len({row["seq_len"] for row in rows}) > 1
-    figure.set_size_inches(14, 6.0 if over_length else 2.0 + 0.36 * len(rows))
-    panels = figure.subplots(1, 2)
-    for axes, (title, unit, key, scale) in zip(panels, _PANELS, strict=True):
-        (_lines if over_length else _bars)(axes, rows, key, scale)
-        axes.set_title(f"{title}, {unit}", loc="left")
-    if over_length:
-        names = panels[0].get_legend_handles_labels()
-        figure.legend(*names, loc="outside right center", frameon=False, fontsize=9)
-    length = "" if over_length else f"{rows[0]['seq_len']:,} tokens per sequence, "
-    threads = f", {card['threads']} threads" if "threads" in card else ""
-    single = any(row["train"] and row["train"]["warm_up_only"] for row in rows)
-    figure.suptitle(
-        f"{_MODELS[card['model']]}, {length}batch of {card['batch']}, {card['dtype']}\n"
-        f"{card.get('cpu', card['device'])}{threads}, torch {card['torch']}, "
-        f"commit {card['commit']}, {card['date']}"
-        + ("\nhollow or pale: time was short, a single step" if single else ""),
-        fontsize=10,
-    )
+def draw_record(record: Row, file: Path, line: int, folder: Path) -> None:
+    """Draw one record of `speed_memory`, from that line of a file, to a PNG in a folder.
 
-
-def draw_record(record: Row, path: Path) -> None:
-    """Draw one record of `speed_memory` to a PNG."""
+    Training speed and peak memory, over the length or as bars when there is one length.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         print("no figure without matplotlib; benchmarks/plot.py draws it elsewhere from the file")
         return
-    figure = Figure(layout="constrained")
-    _draw(figure, record)
-    for axes in figure.axes:
+    rows, card = record["rows"], record["card"]
+    over_length = len({row["seq_len"] for row in rows}) > 1
+    height = 6.0 if over_length else 2.0 + 0.36 * len(rows)
+    figure = Figure(layout="constrained", figsize=(14, height))
+    panels = figure.subplots(1, 2)
+    for axes, (title, key, scale) in zip(panels, _PANELS, strict=True):
+        (_lines if over_length else _bars)(axes, rows, key, scale)
+        axes.set_title(title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
+    if over_length:
+        names = panels[0].get_legend_handles_labels()
+        figure.legend(*names, loc="outside right center", frameon=False, fontsize=9)
+    length = "" if over_length else f"{rows[0]['seq_len']:,} tokens per sequence, "
+    single = any(row["train"] and row["train"]["warm_up_only"] for row in rows)
+    figure.suptitle(
+        f"{_MODELS[card['model']]}, {length}batch of {card['batch']}, {card['dtype']}\n"
+        f"{card.get('cpu', card['device'])}, torch {card['torch']}, commit {card['commit']}, "
+        f"{card['date']}" + ("\nhollow or pale: time was short, a single step" if single else ""),
+        fontsize=10,
+    )
+    path = folder / f"{file.stem}_{line}_speed_memory_{card['model']}.png"
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     print(f"written: {path}")
 
@@ -139,21 +134,18 @@ def main() -> None:
     """Draw the figures of a file of results."""
     parser = argparse.ArgumentParser(description="figures of a file of results")
     parser.add_argument("file", type=Path, help="a JSONL file that a benchmark wrote")
-    parser.add_argument(
-        "--output", type=Path, default=RUNS, metavar="DIR", help=f"folder of the figures [{RUNS}]"
-    )
+    folder: Row = {"type": Path, "default": RUNS, "metavar": "DIR"}
+    parser.add_argument("--output", **folder, help=f"folder of the figures [{RUNS}]")
     options = parser.parse_args()
-    path = options.file
-    if not path.is_file():
-        parser.error(f"{path}: no such file")
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    if not options.file.is_file():
+        parser.error(f"{options.file}: no such file")
+    records = map(json.loads, options.file.read_text(encoding="utf-8").splitlines())
     # not every record is of this benchmark
-    found = [record for record in records if record.get("benchmark") == "speed_memory"]
+    found = [(n, r) for n, r in enumerate(records, 1) if r.get("benchmark") == "speed_memory"]
     if not found:
-        parser.error(f"{path}: holds no record of speed_memory")
-    for model, record in {record["card"]["model"]: record for record in found}.items():
-        image = options.output / f"{path.stem}_speed_memory_{model}.png"
-        draw_record(record, image)
+        parser.error(f"{options.file}: holds no record of speed_memory")
+    for line, record in found:
+        draw_record(record, options.file, line, options.output)
 
 
 if __name__ == "__main__":

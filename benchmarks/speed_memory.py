@@ -7,68 +7,48 @@
     python benchmarks/speed_memory.py --model pretraining      # a step of pretrain/run.py
 
 The default is the setting of the published comparison (Table 2 of the paper): the text classifier
-of Long Range Arena with 32 sequences per batch (8 on a CPU). PoNet and the Transformer are measured
-before anything else. Times are medians with 20th and 80th percentile. A case that runs out of
-memory, takes too long or fails is a row; a failure makes the exit status 1. `attention` is softmax
-attention by the fused kernel that PyTorch picks; `attention:flash` and `attention:cudnn` force one,
-and the fastest of the three is the Transformer that the others are held against. A mixer that is
-added to `ponet.mixers.MIXERS` is measured like the others.
+of Long Range Arena with 32 sequences per batch (8 on a CPU). Times are medians with 20th and 80th
+percentile. A case that runs out of memory, takes too long or fails is a row; a failure makes the
+exit status 1. `attention` is softmax attention by the fused kernel that PyTorch picks;
+`attention:flash` and `attention:cudnn` force one, and the fastest of the three is the Transformer
+that the others are held against. Mixers of your own are measured like the others.
 """
 
 import argparse
-import json
 import math
-import statistics
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks import common
+from benchmarks import common, harness
 from benchmarks.common import NUMBER, Row
-from benchmarks.harness import (
-    FAILED,
-    FORCED,
-    KINDS,
-    MODELS,
-    SDPA,
-    Case,
-    Harness,
-    known_mixers,
-)
+from benchmarks.harness import FORCED, SDPA, Case
 from benchmarks.plot import draw_record
+from ponet.mixers import MIXERS
 from ponet.run.device import matmul_rate, training_flops
 
-PONET = "ponet"
-PUBLISHED_TRANSFORMER = "attention_checkpointed"
-"""The Transformer as the published comparison ran it."""
-
+PONET, PUBLISHED_TRANSFORMER = "ponet", "attention_checkpointed"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 """Tokens of a sequence in the published comparison."""
-# training steps per second and peak memory of a GPU in GB at these lengths; -: out of memory. The
-# Transformer there computes attention in float32 with activation checkpointing, and all models hold
-# about 1 GB before they hold a token, which keeps the ratios of short lengths near 1
-_PUBLISHED = """
-transformer    45.1 19.4  6.3  1.8   -    -    1.4  2.5  6.7 23.8   -    -
-performer      39.4 25.0 14.3  7.8  4.0  2.0   1.5  2.1  3.1  5.4  9.8 18.7
-nystromformer  39.1 30.3 20.0 11.5  6.1  3.1   1.2  1.5  1.9  2.8  4.5  8.2
-fnet           83.4 61.3 38.1 21.4 11.0  5.4   1.1  1.2  1.4  1.7  2.3  3.8
-ponet          50.4 40.1 27.8 16.2  8.7  4.5   1.1  1.3  1.7  2.4  3.6  6.5
-"""
-_PUBLISHED_FIGURES = {
-    name: [None if word == "-" else float(word) for word in words]
-    for name, *words in map(str.split, _PUBLISHED.strip().splitlines())
+# training steps per second and GB of a GPU at the first four; there the Transformer computes
+# attention in float32 with activation checkpointing, and all models hold about 1 GB before they
+# hold a token, which keeps the ratios of short lengths near 1
+_PUBLISHED = {
+    "transformer": (45.1, 19.4, 6.3, 1.8, 1.4, 2.5, 6.7, 23.8),
+    "performer": (39.4, 25.0, 14.3, 7.8, 1.5, 2.1, 3.1, 5.4),
+    "nystromformer": (39.1, 30.3, 20.0, 11.5, 1.2, 1.5, 1.9, 2.8),
+    "fnet": (83.4, 61.3, 38.1, 21.4, 1.1, 1.2, 1.4, 1.7),
+    "ponet": (50.4, 40.1, 27.8, 16.2, 1.1, 1.3, 1.7, 2.4),
 }
 
-_QUICK_LENGTHS = (256, 1024, 2048, 4096)
-_QUICK_MINUTES, _MINUTES_PER_LENGTH, _MOST_MINUTES = 0.5, 4.0, 20.0
 # on a CPU nothing waits for launches, so ratios do not depend on the batch, but 32 sequences of
 # 4096 tokens would need over 20 GB in the published Transformer
 _LRA_BATCH = {"cuda": 32, "cpu": 8}
 _TOKENS = {"cuda": 65536, "cpu": 1024}
-_EXPONENT_RANGE = range(1024, 4097)
 
 
 def parse_options() -> argparse.Namespace:
@@ -76,7 +56,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="speed and peak memory of token mixers")
     add = parser.add_argument
     add("--quick", action="store_true", help="PoNet and the Transformer, in less than a minute")
-    add("--model", choices=MODELS, default="lra", help="see benchmarks/harness.py")
+    add("--model", choices=harness.MODELS, default="lra", help="see benchmarks/harness.py")
     add("--mixers", nargs="+", metavar="NAME", help="[all; pretraining: ponet attention fnet]")
     add("--seq-len", nargs="+", **NUMBER, help="tokens [512 to 16384; pretraining 512]")
     size = parser.add_mutually_exclusive_group()
@@ -85,137 +65,126 @@ def parse_options() -> argparse.Namespace:
     add("--layers", **NUMBER, help="instead of the model's own number")
     add("--dtype", choices=("float32", "bfloat16"), help="[float32, on a GPU bfloat16]")
     add("--compile", action="store_true", help="run the models through torch.compile")
-    add("--rounds", **NUMBER, help="times that each case is measured [3]")
+    add("--rounds", default=3, **NUMBER, help="times that each case is measured [3]")
     add("--budget", type=float, metavar="MINUTES", help="of the run [4 per length, 20 at most]")
     add("--memory-limit", type=float, metavar="MIB", help="of a case [what the machine has]")
-    add("--threads", **NUMBER, help="of the CPU")
     options = common.parse_flags(parser)
-    if options.budget is not None and not options.budget > 0:
-        parser.error(f"--budget: expected a number above 0, found {options.budget}")
-    _fill_in(options)
-    known = [*known_mixers(), *FORCED]
-    for mixer in options.mixers:
-        if mixer not in known:
-            parser.error(f"--mixers: unknown mixer {mixer!r}; known are {', '.join(known)}")
-    return options
-
-
-def _fill_in(options: argparse.Namespace) -> None:
     quick, pretraining = options.quick, options.model == "pretraining"
+    options.inference = not (quick or pretraining)
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
-    mixers = [PONET, SDPA] if quick else [PONET, SDPA, "fnet"] if pretraining else known_mixers()
+    # the Transformers last
+    known = sorted(MIXERS, key=lambda name: name.startswith(SDPA))
+    mixers = [PONET, SDPA] if quick else [PONET, SDPA, "fnet"] if pretraining else known
     options.mixers = list(dict.fromkeys(options.mixers or mixers))
-    lengths = _QUICK_LENGTHS if quick else [512] if pretraining else LENGTHS
+    lengths = [256, 1024, 2048, 4096] if quick else [512] if pretraining else LENGTHS
     options.seq_len = sorted(set(options.seq_len or lengths))
-    options.rounds = options.rounds or 3
     if options.budget is None:
-        minutes = min(_MINUTES_PER_LENGTH * len(options.seq_len), _MOST_MINUTES)
-        options.budget = _QUICK_MINUTES if quick else minutes
+        options.budget = 0.5 if quick else min(4.0 * len(options.seq_len), 20.0)
     if options.tokens is None and options.batch_size is None:
         if options.model == "lra":
             options.batch_size = 1 if quick else _LRA_BATCH[options.device]
         else:
             options.tokens = _TOKENS[options.device]
+    for mixer in options.mixers:
+        if mixer not in (*known, *FORCED):
+            names = ", ".join((*known, *FORCED))
+            parser.error(f"--mixers: unknown mixer {mixer!r}; known are {names}")
+    if not options.budget > 0:
+        parser.error(f"--budget: expected a number above 0, found {options.budget}")
+    return options
 
 
 def case_of(options: argparse.Namespace, mixer: str, length: int) -> Case:
     """What one process measures."""
-    names = ("model", "device", "dtype", "layers", "compile", "threads", "memory_limit", "seed")
+    names = ("model", "device", "dtype", "layers", "compile", "inference", "memory_limit", "seed")
     shared = {name: getattr(options, name) for name in names}
     size = options.batch_size or max(1, options.tokens // length)
-    inference = options.model != "pretraining" and not options.quick
-    return Case(mixer=mixer, seq_len=length, batch_size=size, inference=inference, **shared)
+    return Case(mixer=mixer, seq_len=length, batch_size=size, **shared)
 
 
 def card_of(options: argparse.Namespace) -> Row:
     """What the figures depend on."""
-    lra = options.model == "lra"
-    size, tokens = options.batch_size, options.tokens
+    lra, size = options.model == "lra", options.batch_size
     return {
-        **common.machine_card(options.device, options.threads),
+        **common.machine_card(options.device),
         **{name: getattr(options, name) for name in ("model", "compile", "seed")},
         "dtype": options.dtype if options.dtype == "float32" else f"{options.dtype} autocast",
-        "batch": f"{size} sequences" if size else f"{tokens} tokens",
+        "batch": f"{size} sequences" if size else f"{options.tokens} tokens",
         "segments": "2 tokens" if lra else "10 to 40 tokens, uniform",
         "dropout": "0.1, of attention 0.1 but 0 for SDPA" if lra else "0.1",
         "budget": f"{options.budget:g} min",
     }
 
 
-def _figure(row: Row | None, kind: str, name: str = "steps_per_s") -> float | None:
-    return row[kind][name] if row and row[kind] else None
+def _speed(row: Row | None, kind: str) -> float | None:
+    return row[kind]["steps_per_s"] if row and row[kind] else None
+
+
+def _activation_mib(row: Row | None) -> float | None:
+    """Memory of a training step beyond weights, gradients and moments."""
+    return max(row["train"]["peak_mib"] - row["state_mib"], 0.0) if row and row["train"] else None
 
 
 def _ratio(over: float | None, under: float | None) -> float | None:
     return over / under if over and under else None
 
 
-def _activation_mib(row: Row | None) -> float | None:
-    """Memory of a training step beyond weights, gradients and moments."""
-    peak = _figure(row, "train", "peak_mib")
-    return None if peak is None or row is None else max(peak - row["state_mib"], 0.0)
-
-
-def against(row: Row, baseline: Row | None) -> Row:
-    """Speed and memory of a row over those of a baseline of the same length; None where unknown."""
+def _against(row: Row, trained: Row | None, inferred: Row | None) -> Row:
+    """Speed and memory over those of baselines of the same length; None where unknown."""
     return {
-        "speed": _ratio(_figure(row, "train"), _figure(baseline, "train")),
-        "infer_speed": _ratio(_figure(row, "infer"), _figure(baseline, "infer")),
-        "memory": _ratio(_activation_mib(row), _activation_mib(baseline)),
+        "speed": _ratio(_speed(row, "train"), _speed(trained, "train")),
+        "infer_speed": _ratio(_speed(row, "infer"), _speed(inferred, "infer")),
+        "memory": _ratio(_activation_mib(row), _activation_mib(trained)),
     }
 
 
-def published_ratio(row: Row, memory: bool) -> float | None:
-    """A published speed or memory over that of the Transformer; None where there is no such."""
+def _published(row: Row) -> Row:
+    """The published ratios to the Transformer; None where there are none."""
     mixer, length = row["mixer"].split("_")[0], row["seq_len"]
-    if row["model"] != "lra" or mixer not in _PUBLISHED_FIGURES or length not in LENGTHS:
-        return None
-    number = LENGTHS.index(length) + memory * len(LENGTHS)
-    return _ratio(*(_PUBLISHED_FIGURES[name][number] for name in (mixer, "transformer")))
+    if row["model"] != "lra" or mixer not in _PUBLISHED or length not in LENGTHS[:4]:
+        return {"speed": None, "memory": None}
+    pairs = zip(_PUBLISHED[mixer], _PUBLISHED["transformer"], strict=True)
+    ratios, place = [ours / theirs for ours, theirs in pairs], LENGTHS.index(length)
+    return {"speed": ratios[place], "memory": ratios[place + 4]}
 
 
 def add_ratios(rows: list[Row]) -> None:
     """Give the rows of one length their ratios to both Transformers, and the published ones."""
     by_mixer = {row["mixer"]: row for row in rows}
     fused = [by_mixer[mixer] for mixer in (SDPA, *FORCED) if mixer in by_mixer]
-    fastest = {
-        kind: max(fused, key=lambda row: _figure(row, kind) or 0.0, default=None) for kind in KINDS
-    }
+    infer, train = (
+        max(fused, key=lambda row: _speed(row, kind) or 0.0, default=None) for kind in harness.KINDS
+    )
+    transformer = by_mixer.get(PUBLISHED_TRANSFORMER)
     for row in rows:
-        row["over_transformer"] = against(row, by_mixer.get(PUBLISHED_TRANSFORMER))
-        row["over_sdpa"] = against(row, fastest["train"])
-        row["over_sdpa"]["infer_speed"] = against(row, fastest["infer"])["infer_speed"]
-        row["published"] = {
-            "speed": published_ratio(row, memory=False),
-            "memory": published_ratio(row, memory=True),
-        }
+        row["over_transformer"] = _against(row, transformer, transformer)
+        row["over_sdpa"] = _against(row, train, infer)
+        row["published"] = _published(row)
 
 
 def add_utilisation(row: Row, case: Case, peak_flops: float) -> None:
     """Give a row the operations of its step, and their rate as a share of `peak_flops` per s."""
     labelled = case.batch_size * case.masked
     row["flops"] = training_flops(case.config(), case.tokens, labelled, case.seq_len)
-    rate = _figure(row, "train")
+    rate = _speed(row, "train")
     row["utilisation"] = row["flops"] * rate / peak_flops if row["flops"] and rate else None
 
 
 def exponents(rows: Sequence[Row]) -> dict[str, float]:
     """Power of the length that training time per sequence grows with, 1024 to 4096 tokens."""
     found = {}
-    for mixer in dict.fromkeys(row["mixer"] for row in rows):
-        points = [
-            (math.log(row["seq_len"]), math.log(row["train"]["ms"] / row["batch_size"]))
-            for row in rows
-            if row["mixer"] == mixer and row["train"] and row["seq_len"] in _EXPONENT_RANGE
-        ]
-        if len(points) > 1:
-            found[mixer] = statistics.linear_regression(*zip(*points, strict=True)).slope
+    timed = [row for row in rows if row["train"] and 1024 <= row["seq_len"] <= 4096]
+    for mixer in dict.fromkeys(row["mixer"] for row in timed):
+        ours = [row for row in timed if row["mixer"] == mixer]
+        points = [(row["seq_len"], row["train"]["ms"] / row["batch_size"]) for row in ours]
+        if len(ours) > 1:
+            lengths, times = np.log(points).T
+            found[mixer] = float(np.polyfit(lengths, times, 1)[0])
     return found
 
 
 # head, width, keys of the figure, pattern and scale of the columns behind length and mixer
-Column = tuple[str, int, str, str, float]
-_COLUMNS: list[Column] = [
+_COLUMNS: list[tuple[str, int, str, str, float]] = [
     ("steps", 5, "train steps", ".0f", 1),
     ("ms", 9, "train ms", ",.1f", 1),
     ("p20", 9, "train p20_ms", ",.1f", 1),
@@ -235,60 +204,28 @@ _COLUMNS: list[Column] = [
 ]
 
 
-def table_columns(options: argparse.Namespace) -> list[Column]:
-    """What the table of a run has."""
-    unwanted = []
-    if options.model == "pretraining" or options.quick:
-        unwanted.append("infer")
-    if options.model == "lra":
-        unwanted.append("utilisation")
-    if PUBLISHED_TRANSFORMER not in options.mixers:
-        unwanted += ["over_transformer", "published"]
-    return [column for column in _COLUMNS if not any(word in column[2] for word in unwanted)]
-
-
-def _cell(row: Row, column: Column) -> str:
-    _, width, keys, pattern, scale = column
-    value: Any = row
-    for key in keys.split():
-        value = value[key] if value else None
-    return f"{'-' if value is None else format(value * scale, pattern):>{width}}"
-
-
-def print_table(rows: Sequence[Row], columns: Sequence[Column], head: bool) -> None:
+def print_table(rows: Sequence[Row], unwanted: Sequence[str], head: bool) -> None:
     """A line per row, below the names of the columns where these are wanted."""
-    width = max(len(row["mixer"]) for row in rows)
+    columns = [c for c in _COLUMNS if not any(word in c[2] for word in unwanted)]
+    mixers = max(len(row["mixer"]) for row in rows)
     if head:
-        heads = " ".join(f"{column[0]:>{column[1]}}" for column in columns)
-        print(f"\n{'tokens':>6} {'mixer':{width}} {heads}")
+        heads = " ".join(f"{title:>{width}}" for title, width, *_ in columns)
+        print(f"\n{'tokens':>6} {'mixer':{mixers}} {heads}")
     for row in rows:
-        cells = " ".join(_cell(row, column) for column in columns)
-        if not row["train"] and not row["infer"]:
-            cells = ""
+        timed = row["train"] or row["infer"]
+        cells = " ".join(_cell(row, *column[1:]) for column in columns) if timed else ""
         if row["train"] and row["train"]["warm_up_only"]:
             cells += "  ~ a single step"
         if row["reason"]:
             cells += f"  {row['status']}: {row['reason']}"[:120]
-        print(f"{row['seq_len']:6} {row['mixer']:{width}} {cells}", flush=True)
+        print(f"{row['seq_len']:6} {row['mixer']:{mixers}} {cells}", flush=True)
 
 
-def print_notes(rows: Sequence[Row], growth: dict[str, float]) -> None:
-    """What the columns mean, and how times grow."""
-    notes = [
-        "\nMiB: peak of a training step with weights, gradients, moments and inputs; MiB x: of "
-        "activation memory alone.",
-        "x SDPA: times the speed of the Transformer on PyTorch's fused attention.",
-    ]
-    if any(row["over_transformer"]["speed"] for row in rows):
-        notes.append(f"x Transf.: that of {PUBLISHED_TRANSFORMER}; paper: what the paper has.")
-    if rows[0]["model"] != "lra":
-        notes.append("% matmul: of the rate of a large matrix product, operations by formula.")
-    if any(row["train"] and row["train"]["warm_up_only"] for row in rows):
-        notes.append("~ time was short: the first step, which warms up, is all there is.")
-    if growth:
-        powers = ", ".join(f"{mixer} {power:.2f}" for mixer, power in growth.items())
-        notes.append(f"time per sequence over length, 1024 to 4096, grows with the power: {powers}")
-    print("\n".join(notes))
+def _cell(row: Row, width: int, keys: str, pattern: str, scale: float) -> str:
+    value: Any = row
+    for key in keys.split():
+        value = value[key] if value else None
+    return f"{'-' if value is None else format(value * scale, pattern):>{width}}"
 
 
 def _break_even(ratios: Sequence[tuple[int, float]]) -> float | None:
@@ -328,31 +265,34 @@ def main() -> None:
     common.print_card(card)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     peak_flops = None if options.model == "lra" else matmul_rate(device, dtype)
-    harness, rows = Harness(60 * options.budget, options.rounds), []
+    unwanted = [] if peak_flops else ["utilisation"]
+    unwanted += [] if options.inference else ["infer"]
+    if PUBLISHED_TRANSFORMER not in options.mixers:
+        unwanted += ["over_transformer", "published"]
     # PoNet and the Transformer before anything else
-    order = (PONET, SDPA, *FORCED, PUBLISHED_TRANSFORMER)
-    mixers = [mixer for mixer in order if mixer in options.mixers]
-    mixers += [mixer for mixer in options.mixers if mixer not in order]
-    for number, length in enumerate(options.seq_len):
-        cases = [case_of(options, mixer, length) for mixer in mixers]
-        found = harness.measure(cases, len(options.seq_len) - number)
+    order = (PONET, SDPA, *FORCED, PUBLISHED_TRANSFORMER, *options.mixers)
+    mixers = sorted(options.mixers, key=order.index)
+    lengths = [[case_of(options, mixer, n) for mixer in mixers] for n in options.seq_len]
+    rows: list[Row] = []
+    for found in harness.measure_lengths(lengths, 60 * options.budget, options.rounds):
         add_ratios(found)
         if peak_flops:
-            for row, case in zip(found, cases, strict=True):
-                add_utilisation(row, case, peak_flops)
+            for row in found:
+                add_utilisation(row, case_of(options, row["mixer"], row["seq_len"]), peak_flops)
         found.sort(key=lambda row: options.mixers.index(row["mixer"]))
-        print_table(found, table_columns(options), head=not rows)
+        print_table(found, unwanted, head=not rows)
         rows += found
     growth = exponents(rows)
-    print_notes(rows, growth)
+    print("\ncolumns: docs/benchmarks.md, How to read it")
+    if growth:
+        powers = ", ".join(f"{mixer} {power:.2f}" for mixer, power in growth.items())
+        print(f"time per sequence over length, 1024 to 4096, grows with the power: {powers}")
     record = {"benchmark": "speed_memory", "card": card, "rows": rows, "exponents": growth}
     record |= {"matmul_flops_per_s": peak_flops}
-    path = common.save_record(record, options.output)
-    draw_record(record, path.with_name(f"{path.stem}_speed_memory_{options.model}.png"))
+    file, line = common.save_record(record, options.output)
+    draw_record(record, file, line, options.output)
     print(f"\n{summary(rows)}")
-    if not options.quick:
-        print(json.dumps(record))
-    if any(row["status"] == FAILED for row in rows):
+    if any(row["status"] == harness.FAILED for row in rows):
         sys.exit(1)
 
 

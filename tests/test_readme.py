@@ -58,7 +58,7 @@ SMALLER = {
     r"speed_memory.py": "--seq-len 64 --batch-size 1 --rounds 1 --budget 1",
     r"speed_memory.py --model": "--layers 1",
     r"op_speed.py": "--batch-size 2 --seq-len 40 --width 24 --heads 3 --repeats 1",
-    r"input_pipeline.py": "--synthetic-tokens 200000 --repeats 1",
+    r"input_pipeline.py": "--max-characters 200000 --repeats 1",
 }
 """Flags that make the commands small that a pattern finds."""
 AS_WRITTEN = r"--resume|--quick"

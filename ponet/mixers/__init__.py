@@ -41,11 +41,7 @@ _FORMER_NAMES = {"ponet_eager": "ponet_published"}
 
 
 def mixer_class(name: str) -> type[nn.Module]:
-    """The mixer that a configuration names.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
+    """The mixer that a configuration names; `ConfigError` where there is none of that name."""
     mixer = MIXERS.get(_FORMER_NAMES.get(name, name))
     if mixer is None:
         raise ConfigError(f"mixer must be one of {sorted(MIXERS)}, found {name!r}")
@@ -55,11 +51,9 @@ def mixer_class(name: str) -> type[nn.Module]:
 def register_mixer(name: str, mixer: type[nn.Module]) -> None:
     """Make a mixer of your own known, before a model that names it is built.
 
-    Args:
-        name: what `PoNetConfig.mixer` and the programs' `--mixer` take.
-        mixer: built as `mixer(config)` and called as `mixer(hidden, layout)`: states `[T, C]` of
-            all tokens and a `ponet.packing.BatchLayout`, which says where sequences and segments
-            lie and gives rows with padding; returns `[T, C]`.
+    `PoNetConfig.mixer` and the programs' `--mixer` take its name. It is built as `mixer(config)`,
+    and called as above with a `ponet.packing.BatchLayout`, which says where sequences and segments
+    lie and gives rows with padding.
 
     Raises:
         ValueError: the name is that of another mixer.

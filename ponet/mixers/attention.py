@@ -7,7 +7,6 @@ Keys at padding get probability zero.
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -35,33 +34,22 @@ class QueryKeyValueMixer(QueryKeyValueProjections):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: BatchLayout) -> Tensor:
         """Projected streams `[T, C]` -> `[T, C]`, by way of rows with padding."""
         rows = layout.rows
-        query, key, value = (
-            rearrange(rows.from_stream(stream), "b n (h d) -> b h n d", h=self.num_heads)
-            for stream in (query, key, value)
-        )
+        query, key, value = (self.heads(rows.from_stream(x)) for x in (query, key, value))
         mixed = self.attend(query, key, value, rows.mask)
-        return rows.to_stream(rearrange(mixed, "b h n d -> b n (h d)"))
+        return rows.to_stream(mixed.transpose(1, 2).flatten(2))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Mix the values of each row and head.
+        """Mix the values of each row and head: all `[B, H, N, D]`, zero at padding.
 
-        Args:
-            query: `[B, H, N, D]`, like `key` and `value` zero at padding.
-            key: the same.
-            value: the same.
-            mask: `[B, N]` bool, true at real tokens; None where all are real.
-
-        Returns:
-            `[B, H, N, D]`; what it holds at padding is dropped.
+        The mask `[B, N]` is true at real tokens, None where all are; results at padding drop out.
         """
         raise NotImplementedError
 
 
 class SoftmaxAttention(QueryKeyValueMixer):
-    """By PyTorch's fused kernels; ragged batches without padding where a kernel for them runs."""
+    """By PyTorch's fused kernels; in half precision on a GPU a ragged stream stays a stream."""
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: BatchLayout) -> Tensor:
-        """As the base; a ragged stream in half precision on a GPU stays a stream."""
         size = query.shape[1] // self.num_heads
         # the packed kernel knows no dropout
         if layout.rows.mask is None or self.dropout_now or not _packed_kernel_runs(query, size):
@@ -70,20 +58,13 @@ class SoftmaxAttention(QueryKeyValueMixer):
         from torch.nn.attention.varlen import varlen_attn
 
         heads = (self.num_heads, size)
-        mixed = varlen_attn(
-            query.unflatten(1, heads),
-            key.unflatten(1, heads),
-            value.unflatten(1, heads),
-            layout.cu_seqlens,
-            layout.cu_seqlens,
-            layout.max_seqlen,
-            layout.max_seqlen,
-        )
+        query, key, value = (stream.unflatten(1, heads) for stream in (query, key, value))
+        offsets, longest = layout.cu_seqlens, layout.max_seqlen
+        mixed = varlen_attn(query, key, value, offsets, offsets, longest, longest)
         assert isinstance(mixed, Tensor)
         return mixed.flatten(1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """As the base."""
         keys = None if mask is None else mask[:, None, None, :]
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=keys, dropout_p=self.dropout_now
@@ -94,7 +75,6 @@ class NaiveAttention(QueryKeyValueMixer):
     """By the formula: scores and probabilities `[B, H, N, N]` lie in memory."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """As the base."""
         scores = (query / query.shape[-1] ** 0.5) @ key.mT
         if mask is not None:
             # not -inf, which makes NaN of a row of padding
@@ -112,17 +92,10 @@ class CheckpointedAttention(NaiveAttention):
     """
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """As the base."""
-        wide = torch.promote_types(query.dtype, torch.float32)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        wide = [x.to(dtype) for x in (query, key, value)]
         with torch.autocast(query.device.type, enabled=False):
-            mixed = checkpoint(
-                super().attend,
-                query.to(wide),
-                key.to(wide),
-                value.to(wide),
-                mask,
-                use_reentrant=False,
-            )
+            mixed = checkpoint(super().attend, *wide, mask, use_reentrant=False)
         assert isinstance(mixed, Tensor)
         return mixed.to(value.dtype)
 

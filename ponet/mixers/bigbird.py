@@ -7,8 +7,7 @@ is full attention. Time and memory are O(N K C), where a block sees K tokens.
 
 Random blocks follow from integers drawn once with a fixed seed, so they depend on the
 configuration and the number of blocks of the sequence alone; the published code seeds by layer.
-The stream becomes rows; keys behind the end of a sequence are masked, and its last block is the
-last with a real token, so padding changes nothing.
+The last block of a sequence is the last with a real token, so padding of its row changes nothing.
 """
 
 import torch
@@ -16,14 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
-from ponet.mixers.projections import (
-    QueryKeyValueProjections,
-    cast_for_projections,
-    pad_tokens,
-)
+from ponet.mixers.projections import QueryKeyValueProjections, cast_for_projections, pad_tokens
 from ponet.packing import BatchLayout
-
-_SEED = 0
 
 
 class BigBirdAttention(QueryKeyValueProjections):
@@ -39,7 +32,7 @@ class BigBirdAttention(QueryKeyValueProjections):
         draws = torch.randint(
             2**62,
             (self.num_heads, most, config.num_random_blocks),
-            generator=torch.Generator().manual_seed(_SEED),
+            generator=torch.Generator().manual_seed(0),
             device="cpu",
         )
         self.register_buffer("draws", draws, persistent=False)
@@ -109,12 +102,8 @@ class BigBirdAttention(QueryKeyValueProjections):
     def random_blocks(self, counts: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
         """Choose blocks that are neither in the window nor global, without repeats.
 
-        Args:
-            counts: `[B]`, blocks of each sequence.
-            num_blocks: M, blocks of a row.
-
-        Returns:
-            `[B, M, H, R]` the blocks, and `[B, M, R]` bool, false where none was left to choose.
+        Of `counts` `[B]` blocks per sequence and M per row: `[B, M, H, R]` the blocks, and
+        `[B, M, R]` bool, false where none was left to choose.
         """
         own = torch.arange(num_blocks, device=counts.device)
         count = counts.view(-1, 1)

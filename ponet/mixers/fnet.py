@@ -15,19 +15,15 @@ from ponet.packing import BatchLayout
 
 
 class FNetMixer(nn.Module):
-    """The transform alone, without parameters.
-
-    FNet has no projections; the published Long Range Arena code makes a query, key and value
-    projection for it that nothing uses.
-    """
+    """The transform alone, without parameters."""
 
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__()
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`; half precision is transformed in float32."""
+        # there is no transform of no tokens
         if not hidden.shape[0]:
-            # there is no transform of no tokens
             return hidden
         rows = layout.rows
         # half precision lacks kernels for most lengths

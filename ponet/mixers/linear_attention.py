@@ -3,7 +3,7 @@
 Katharopoulos et al., arXiv 2006.16236, equations 5 and 7, not causal:
 out_t = phi(q_t)^T (sum_s phi(k_s) v_s^T) / (phi(q_t)^T sum_s phi(k_s)), phi(x) = elu(x) + 1.
 Rows `[B, H, N, D]`; time O(B N C D), memory O(B N C). Keys at padding contribute to neither sum.
-There are no probabilities, hence no dropout on them.
+There are no probabilities to drop.
 """
 
 from torch import Tensor
@@ -16,7 +16,6 @@ class LinearAttention(QueryKeyValueMixer):
     """Attention with the feature map elu(x) + 1."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """As the base."""
         query, key = F.elu(query) + 1, F.elu(key) + 1
         # means over the tokens instead of sums: the ratio is the same, and float16 holds them
         if mask is None:

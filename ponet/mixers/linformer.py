@@ -23,18 +23,12 @@ class LinformerAttention(QueryKeyValueMixer):
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__(config)
         shape = (config.linformer_size, config.max_position_embeddings)
-        # the deviation of the other initial weights, as in the published Long Range Arena code
-        self.key_projection = nn.Parameter(torch.empty(shape).normal_(std=config.initializer_range))
-        self.value_projection = nn.Parameter(
-            torch.empty(shape).normal_(std=config.initializer_range)
-        )
+        # that of the other initial weights, as in the published Long Range Arena code
+        deviation = config.initializer_range
+        self.key_projection = nn.Parameter(torch.empty(shape).normal_(std=deviation))
+        self.value_projection = nn.Parameter(torch.empty(shape).normal_(std=deviation))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """As the base.
-
-        Raises:
-            ValueError: a row is longer than `max_position_embeddings`.
-        """
         length, longest = key.shape[2], self.key_projection.shape[1]
         if length > longest:
             raise ValueError(

@@ -6,11 +6,8 @@ than that, this is full attention. Time and memory are O(T w C).
 
 The stream `[T, C]` is cut into blocks of w queries, wherever sequences begin; each sees the 3 w
 keys of its own block and both neighbours, through a view that copies nothing. Sequences are told
-apart by the mask, so padding never takes part and distances count real tokens; only the last block
-is filled up.
-
-FlexAttention would save the copies of the keys on a GPU, here and in BigBird, but PyTorch 2.13
-refuses its backward on a CPU: there would be two paths, one of which no test without a GPU reaches.
+apart by the mask; only the last block is filled up. FlexAttention is not used, here and in BigBird,
+because PyTorch 2.13 refuses its backward on a CPU.
 """
 
 import torch
@@ -33,9 +30,8 @@ class SlidingWindowAttention(QueryKeyValueProjections):
         super().__init__(config)
         self.reach = config.attention_window // 2
         if self.reach < 1:
-            raise ConfigError(
-                f"attention_window must be at least 2, found {config.attention_window}"
-            )
+            found = config.attention_window
+            raise ConfigError(f"attention_window must be at least 2, found {found}")
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""

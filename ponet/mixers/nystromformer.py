@@ -8,10 +8,9 @@ and memory are O(N m C).
 
 The published model needs a length that m divides. Here the real tokens of a sequence are cut into m
 chunks as equal as whole tokens allow, which is the same where m divides the length; a sequence of
-at most m tokens has softmax attention, as the published one has for exactly m. The stream becomes
-rows; padding is masked as key, is in no landmark, and is zero under the convolution. The norm of A
-that starts the iteration is that of each sequence and head, as in the paper; the published code
-takes the maximum over the batch unless told otherwise.
+at most m tokens has softmax attention, as the published one has for exactly m. Padding is masked as
+key, is in no landmark, and is zero under the convolution. The norms of A are of each sequence and
+head, as in the paper; the published code takes the maximum over the batch unless told otherwise.
 """
 
 import torch
@@ -35,10 +34,8 @@ class NystromAttention(QueryKeyValueProjections):
         if size is not None:
             if size % 2 == 0:
                 raise ConfigError(f"landmark_conv_size must be odd, found {size}")
-            heads = self.num_heads
-            self.conv = nn.Conv2d(
-                heads, heads, (size, 1), padding=(size // 2, 0), groups=heads, bias=False
-            )
+            heads, padding = self.num_heads, (size // 2, 0)
+            self.conv = nn.Conv2d(heads, heads, (size, 1), 1, padding, groups=heads, bias=False)
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
@@ -46,7 +43,7 @@ class NystromAttention(QueryKeyValueProjections):
         rows = layout.rows
         lengths = layout.cu_seqlens.diff()
         query, key, value = (
-            self._heads(rows.from_stream(projection(hidden)))
+            self.heads(rows.from_stream(projection(hidden)))
             for projection in (self.query, self.key, self.value)
         )  # [B, H, N, D]
         allowed = None if rows.mask is None else rows.mask[:, None, None]
@@ -67,9 +64,6 @@ class NystromAttention(QueryKeyValueProjections):
             mixed = mixed + self.conv(value)
         return self.dense(rows.to_stream(mixed.transpose(1, 2).flatten(2)))
 
-    def _heads(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-
     def _landmarks(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """Means of the hidden states of each chunk, `[B, m, C]`, zero for a chunk without tokens.
 
@@ -89,8 +83,7 @@ class NystromAttention(QueryKeyValueProjections):
     def _nystrom(
         self, query: Tensor, key: Tensor, value: Tensor, landmarks: Tensor, allowed: Tensor | None
     ) -> Tensor:
-        queries = self._heads(self.query(landmarks))
-        keys = self._heads(self.key(landmarks))
+        queries, keys = self.heads(self.query(landmarks)), self.heads(self.key(landmarks))
         summary = F.scaled_dot_product_attention(queries, key, value, allowed)  # [B, H, m, D]
         scores = queries @ keys.mT / keys.shape[-1] ** 0.5
         # in half precision the iteration would not converge

@@ -4,8 +4,7 @@ Choromanski et al., arXiv 2009.14794, lemma 1 and section 2.4: with x scaled by 
 w_1 .. w_M, phi(x)_i = exp(w_i . x - |x|^2 / 2) / sqrt(M) has E[phi(q) . phi(k)] = exp(q . k); then
 out_t = phi(q_t)^T (sum_s phi(k_s) v_s^T) / (phi(q_t)^T sum_s phi(k_s)).
 Rows `[B, H, N, D]`, M = `num_random_features`, the same w for all heads; time O(B N C M), memory
-O(B H N M). Keys at padding contribute to neither sum. There are no probabilities, hence no
-dropout on them.
+O(B H N M). Keys at padding contribute to neither sum. There are no probabilities to drop.
 """
 
 import torch
@@ -18,12 +17,10 @@ from ponet.mixers.attention import QueryKeyValueMixer
 class PerformerAttention(QueryKeyValueMixer):
     """FAVOR+ in float32 outside autocast: exponentials enlarge rounding errors.
 
-    The features are drawn once, from a generator of fixed seed, and never again: every layer of
-    every run has the same ones, and so has a model loaded from its parameters alone.
+    The features are drawn once with a fixed seed: every layer of every run has the same ones.
     """
 
     features: Tensor
-    """`[M, D]`."""
 
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__(config)
@@ -32,22 +29,16 @@ class PerformerAttention(QueryKeyValueMixer):
         self.register_buffer("features", features.to(self.query.weight))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """As the base."""
         wide = torch.promote_types(query.dtype, torch.float32)
+        q, k, v, features = (x.to(wide) for x in (query, key, value, self.features))
         with torch.autocast(query.device.type, enabled=False):
-            mixed = _favor(
-                query.to(wide), key.to(wide), value.to(wide), mask, self.features.to(wide)
-            )
-        return mixed.to(value.dtype)
+            return _favor(q, k, v, features, mask).to(value.dtype)
 
 
 def orthogonal_features(num_features: int, size: int, seed: int = 0) -> Tensor:
     """Gaussian vectors of which each block of `size` is orthogonal, section 2.4: `[M, D]` float64.
 
-    Args:
-        num_features: M.
-        size: D.
-        seed: of the generator, which no other random number depends on.
+    No other random number depends on their generator.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -64,18 +55,17 @@ def orthogonal_features(num_features: int, size: int, seed: int = 0) -> Tensor:
 
 
 def _favor(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, features: Tensor
+    query: Tensor, key: Tensor, value: Tensor, features: Tensor, mask: Tensor | None
 ) -> Tensor:
     scale = query.shape[-1] ** -0.25
-    # a factor common to all features of a query cancels, so |q|^2 / 2 and 1 / sqrt(M) are left out
+    # factors common to all features of a query cancel: |q|^2 / 2 and 1 / sqrt(M) are left out
     query = (query * scale) @ features.mT
     key = key * scale
     key = key @ features.mT - key.square().sum(dim=-1, keepdim=True) / 2
     if mask is not None:
         key = key.masked_fill(~mask[:, None, :, None], torch.finfo(key.dtype).min)
     # the logarithm of each feature's sum over the keys moves to the queries, whose softmax then is
-    # numerator and denominator at once: exact, and nothing can overflow or vanish, where the
-    # published code adds a small constant to each feature
+    # numerator and denominator at once: exact, and nothing can overflow or vanish
     peak = key.detach().amax(dim=2, keepdim=True)
     key = (key - peak).exp()
     total = key.sum(dim=2, keepdim=True)

@@ -41,15 +41,7 @@ class PoNetMixer(nn.Module):
         self.dense = nn.Linear(width, width)
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
-        """Mix the tokens of each sequence.
-
-        Args:
-            hidden: `[T, C]`, floating.
-            layout: where sequences, segments and local windows lie.
-
-        Returns:
-            `[T, C]`.
-        """
+        """Mix the tokens of each sequence, `[T, C]` -> `[T, C]`."""
         hidden = cast_for_projections(hidden)
         plain = self.plain_projections()
         if plain is not None:
@@ -97,16 +89,7 @@ class PoNetMixer(nn.Module):
         return global_aggregation(hidden, *plain[0], *plain[1], heads, layout)
 
     def attend(self, queries: Tensor, keys: Tensor, layout: BatchLayout) -> Tensor:
-        """g' from queries and keys of every token: the mean query attends over the keys.
-
-        Args:
-            queries: `[T, C]`.
-            keys: `[T, C]`, which are the values too.
-            layout: where sequences lie.
-
-        Returns:
-            `[B, C]`.
-        """
+        """g' `[B, C]`: the mean query attends over the keys `[T, C]`, which are the values too."""
         heads = self.config.num_attention_heads
         g = global_mean(queries, layout).to(keys.dtype).unflatten(1, (heads, 1, -1))
         keys = layout.rows.from_stream(keys).unflatten(2, (heads, -1)).transpose(1, 2)

@@ -25,16 +25,15 @@ class QueryKeyValueProjections(nn.Module):
 
     @property
     def dropout_now(self) -> float:
-        """Probability of dropout in the present mode."""
         return self.dropout_prob if self.training else 0.0
+
+    def heads(self, rows: Tensor) -> Tensor:
+        """`[B, N, C]` -> `[B, H, N, D]`."""
+        return rows.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 def cast_for_projections(hidden: Tensor) -> Tensor:
-    """The input in autocast's type; itself outside autocast.
-
-    Left alone, autocast would make a copy for each projection and keep all of them for the backward
-    pass.
-    """
+    """The input in autocast's type; autocast alone would make and keep a copy per projection."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype == torch.float32:
         return hidden.to(torch.get_autocast_dtype(device))
@@ -75,15 +74,7 @@ def all_plain(modules: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]] | Non
 
 
 def project_together(hidden: Tensor, projections: Sequence[nn.Module]) -> Tensor:
-    """Projections side by side, by one product forward and one backward where all are plain.
-
-    Args:
-        hidden: `[T, C]`.
-        projections: from C channels, with biases.
-
-    Returns:
-        `[T, E_1 + E_2 + ...]`.
-    """
+    """Projections `[T, C]` -> `[T, E_1 + E_2 + ...]`; where all are plain, by one product."""
     parameters = all_plain(projections)
     if parameters is None:
         return torch.cat([projection(hidden) for projection in projections], dim=1)

@@ -18,62 +18,67 @@ class PublishedPoNetMixer(PoNetMixer):
     """Eager PyTorch on rows `[B, N, C]`, made from the stream and turned back into it."""
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
-        """As `PoNetMixer.forward`.
-
-        Raises:
-            ValueError: padding was taken out between two tokens, where rows cannot keep a gap.
-        """
-        rows, real = layout.rows.from_stream(hidden), layout.rows.mask
-        if real is None:
-            real = rows.new_ones(rows.shape[:2], dtype=torch.bool)
-
+        rows, config = layout.rows.from_stream(hidden), self.config
         mixed = torch.zeros_like(rows)
-        if self.config.use_global:
-            mixed = mixed + self._global(rows, real)
-        if self.config.use_segment:
-            mixed = mixed + self._segment(rows, real, layout)
+        if config.use_global:
+            queries = self.query(rows)
+            keys = self.key(rows) if config.use_global_second_stage else None
+            mixed = mixed + published_global(queries, keys, config.num_attention_heads, layout)
+        if config.use_segment:
+            mixed = mixed + published_segment_max(self.segment(rows), layout)
         mixed = mixed * self.output(rows)
-        if self.config.use_local:
-            mixed = mixed + self._local(rows, real, layout)
+        if config.use_local:
+            mixed = mixed + published_local_max(self.local(rows), layout)
         return self.dense(layout.rows.to_stream(mixed))
 
-    def _global(self, rows: Tensor, real: Tensor) -> Tensor:
-        queries = self.query(rows).masked_fill(~real.unsqueeze(-1), 0.0)
-        g = queries.sum(dim=1, keepdim=True) / real.sum(dim=1).clamp(min=1).view(-1, 1, 1)
-        if not self.config.use_global_second_stage:
-            return g
-        heads = self.config.num_attention_heads
-        keys = rearrange(self.key(rows), "b n (h e) -> b h n e", h=heads)
-        g = rearrange(g, "b n (h e) -> b h n e", h=heads)
-        logits = g @ keys.mT / keys.shape[-1] ** 0.5
-        logits = logits.masked_fill(~real[:, None, None, :], torch.finfo(logits.dtype).min)
-        return rearrange(logits.softmax(dim=-1) @ keys, "b h n e -> b n (h e)")
 
-    def _segment(self, rows: Tensor, real: Tensor, layout: BatchLayout) -> Tensor:
-        values = self.segment(rows).masked_fill(~real.unsqueeze(-1), -torch.inf)
-        # numbers of the segments in their own sequence
-        sequences = torch.arange(layout.num_sequences, device=values.device)
-        first = torch.searchsorted(layout.segment_sequences, sequences)
-        numbers = layout.token_segments - first.index_select(0, layout.token_sequences)
-        index = layout.rows.from_stream(numbers.unsqueeze(1)).expand_as(values)
-        count = int(numbers.max()) + 1 if len(numbers) else 1
-        maxima = values.new_full((len(rows), count, values.shape[-1]), -torch.inf)
-        maxima = maxima.scatter_reduce(1, index, values, "amax")
-        return maxima.gather(1, index).masked_fill(self._apart(real, layout), 0.0)
-
-    def _local(self, rows: Tensor, real: Tensor, layout: BatchLayout) -> Tensor:
-        _refuse_gaps(layout)
-        values = self.local(rows).masked_fill(self._apart(real, layout), -torch.inf)
-        pooled = F.max_pool1d(values.mT, kernel_size=3, stride=1, padding=1).mT
-        return pooled.masked_fill(self._apart(real, layout), 0.0)
-
-    def _apart(self, real: Tensor, layout: BatchLayout) -> Tensor:
-        return ~real.unsqueeze(-1) | layout.rows.from_stream(layout.special.unsqueeze(1))
+def published_global(
+    queries: Tensor, keys: Tensor | None, heads: int, layout: BatchLayout
+) -> Tensor:
+    """g' from queries and keys `[B, N, C]`, or g when there are no keys: `[B, 1, C]`."""
+    real = _real(queries, layout)
+    g = queries.masked_fill(~real.unsqueeze(-1), 0.0).sum(dim=1, keepdim=True)
+    g = g / real.sum(dim=1).clamp(min=1).view(-1, 1, 1)
+    if keys is None:
+        return g
+    g, keys = (rearrange(x, "b n (h e) -> b h n e", h=heads) for x in (g, keys))
+    logits = g @ keys.mT / keys.shape[-1] ** 0.5
+    logits = logits.masked_fill(~real[:, None, None, :], torch.finfo(logits.dtype).min)
+    return rearrange(logits.softmax(dim=-1) @ keys, "b h n e -> b n (h e)")
 
 
-def _refuse_gaps(layout: BatchLayout) -> None:
+def published_segment_max(values: Tensor, layout: BatchLayout) -> Tensor:
+    """Maximum of each token's segment, `[B, N, C]` -> `[B, N, C]`; 0 at special tokens."""
+    values = values.masked_fill(~_real(values, layout).unsqueeze(-1), -torch.inf)
+    # numbers of the segments in their own sequence
+    sequences = torch.arange(layout.num_sequences, device=values.device)
+    first = torch.searchsorted(layout.segment_sequences, sequences)
+    numbers = layout.token_segments - first.index_select(0, layout.token_sequences)
+    index = layout.rows.from_stream(numbers.unsqueeze(1)).expand_as(values)
+    count = int(numbers.max()) + 1 if len(numbers) else 1
+    maxima = values.new_full((len(values), count, values.shape[-1]), -torch.inf)
+    maxima = maxima.scatter_reduce(1, index, values, "amax")
+    return maxima.gather(1, index).masked_fill(_apart(values, layout), 0.0)
+
+
+def published_local_max(values: Tensor, layout: BatchLayout) -> Tensor:
+    """Maximum of windows of three tokens, `[B, N, C]` -> `[B, N, C]`; 0 at special tokens."""
+    # where padding was taken out between two tokens: rows cannot keep a gap
     sees_left = (layout.token_marks[1:] & SEES_LEFT) != 0
     sequences, special = layout.token_sequences, layout.special
     neighbours = (sequences[1:] == sequences[:-1]) & ~special[1:] & ~special[:-1]
     if (neighbours & ~sees_left).any():
         raise ValueError("mixer ponet_published: attention_mask has padding between real tokens")
+    values = values.masked_fill(_apart(values, layout), -torch.inf)
+    pooled = F.max_pool1d(values.mT, kernel_size=3, stride=1, padding=1).mT
+    return pooled.masked_fill(_apart(values, layout), 0.0)
+
+
+def _real(rows: Tensor, layout: BatchLayout) -> Tensor:
+    mask = layout.rows.mask
+    return rows.new_ones(rows.shape[:2], dtype=torch.bool) if mask is None else mask
+
+
+def _apart(rows: Tensor, layout: BatchLayout) -> Tensor:
+    special = layout.rows.from_stream(layout.special.unsqueeze(1))
+    return ~_real(rows, layout).unsqueeze(-1) | special

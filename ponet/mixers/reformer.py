@@ -10,9 +10,8 @@ published. One chunk is full attention. Time and memory are O(N L C R), chunks o
 
 The rotations are drawn once with a fixed seed and kept, so a model is a function; the published
 code draws at each step. There are 2 N / L buckets, rounded down to a power of two and at most 2 L,
-where the published code begins to factorise the hash. The stream becomes rows; padding is sorted
-last and masked, and the number of buckets and the last chunk are those of each sequence, so padding
-changes nothing. Rows are filled up to whole chunks.
+where the published code begins to factorise the hash. Padding is sorted last and masked, and the
+number of buckets and the last chunk are those of each sequence, so padding changes nothing.
 """
 
 import torch
@@ -22,8 +21,6 @@ from torch.nn import functional as F
 from ponet.config import PoNetConfig
 from ponet.mixers.projections import cast_for_projections, pad_tokens
 from ponet.packing import BatchLayout
-
-_SEED = 0
 
 
 class LSHAttention(nn.Module):
@@ -48,7 +45,7 @@ class LSHAttention(nn.Module):
             width // self.num_heads,
             config.num_hashes,
             num_columns,
-            generator=torch.Generator().manual_seed(_SEED),
+            generator=torch.Generator().manual_seed(0),
             device="cpu",
         )
         self.register_buffer("rotations", rotations, persistent=False)
