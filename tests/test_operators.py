@@ -84,10 +84,6 @@ def cases(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     aggregated = [detached(a) for a in (x, *parameters)]
     pooled, *kept = ops.global_aggregation(*aggregated, 2, *span)
     x_and_weights = (aggregated[0], aggregated[1], aggregated[3])
-    block = (x, *parameters * 2, *parameters[:2], 2, layout.cu_seqlens, 9, *tables, 5, True)
-    whole = (*block, True, backend)
-    _, *of_block = ops.multi_granularity_pooling(*(detached(a) for a in whole))
-    block_saved = (up, *x_and_weights, *of_block, layout.cu_seqlens, *tables, 9, True)
     return {
         "segment_max": (ops.segment_max, (x, *segments, 15, True, True, backend)),
         "segment_max_backward": (
@@ -108,14 +104,6 @@ def cases(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ops.global_aggregation_backward,
             (torch.ones_like(pooled), *x_and_weights, *kept, *span),
         ),
-        "multi_granularity_pooling": (ops.multi_granularity_pooling, whole),
-        **{
-            f"multi_granularity_pooling_backward{name}": (
-                ops.multi_granularity_pooling_backward,
-                (*block_saved, is_frozen, backend),
-            )
-            for name, is_frozen in (("", False), ("_frozen", True))
-        },
     }
 
 
@@ -132,14 +120,11 @@ CASES = (
     "global_mean_backward",
     "global_aggregation",
     "global_aggregation_backward",
-    "multi_granularity_pooling",
-    "multi_granularity_pooling_backward",
-    "multi_granularity_pooling_backward_frozen",
 )
 
 
 # what an operator says of its results does not depend on the backend
-WITH_KERNELS = ("segment_max", "fused_pooling_backward", "multi_granularity_pooling")
+WITH_KERNELS = ("segment_max", "fused_pooling_gsl", "fused_pooling_backward", "global_aggregation")
 
 
 def detached(value: Any) -> Any:
@@ -200,7 +185,6 @@ def test_operators_show_only_where_somebody_watches(backend):
             watched = run()
     assert all(map(torch.equal, direct, watched))
     names = ("global_aggregation", "fused_pooling", "global_mean", "segment_max")
-    names += ("multi_granularity_pooling",)
     assert set(watcher.seen) == {*names, *(f"{name}_backward" for name in names)}
 
 
@@ -306,7 +290,7 @@ def test_model_exports_for_any_batch_and_length(tmp_path):
         )
         # as in the model itself: no queries and keys of every token
         called = {str(node.target) for node in program.graph.nodes if "ponet" in str(node.target)}
-        assert called == {"ponet.multi_granularity_pooling.default"}
+        assert called == {"ponet.global_aggregation.default", "ponet.fused_pooling.default"}
         other = torch.randint(0, 200, (3, 17))
         ragged = torch.arange(17) < torch.tensor([[17], [9], [1]])
         expected = LastState(model)(other, ragged)

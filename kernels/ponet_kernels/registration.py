@@ -14,7 +14,8 @@ from torch import Tensor
 _library = torch.library.Library("ponet", "FRAGMENT")
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
+    """Whether somebody looks at operators: a compiler, an exporter, a mode or a transform."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -44,22 +45,34 @@ def register(
         pass the first output alone, for the others serve that pass.
     """
     _library.define(name + torch.library.infer_schema(compute, mutates_args=()))
-    compute_alone = _alone(compute)
+    compute_alone = alone(compute)
     _library.impl(name, compute_alone, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ponet::{name}", shapes, lib=_library)
     operator = getattr(torch.ops.ponet, name).default
     if save is None or differentiate is None:
-        return lambda *inputs: (operator if _is_watched() else compute_alone)(*inputs)
+        return lambda *inputs: (operator if is_watched() else compute_alone)(*inputs)
 
-    seen = _differentiable(name, _alone(operator), save, differentiate, keep_outputs=True)
+    seen = _function(name, alone(operator), save, differentiate, keep_outputs=True)
     _library.impl(name, seen.apply, "Autograd")
-    direct = _differentiable(name, compute_alone, save, differentiate, keep_outputs=False)
+    apply = differentiable(name, compute_alone, save, differentiate)
+    return lambda *inputs: _first(operator(*inputs)) if is_watched() else apply(*inputs)
+
+
+def differentiable(
+    name: str,
+    compute: Callable[..., Any],
+    save: Callable[..., None],
+    differentiate: Callable[..., Any],
+) -> Callable[..., Any]:
+    """A function of autograd where nobody watches; arguments and result as for `register`."""
+    function = _function(name, compute, save, differentiate, keep_outputs=False)
     # without what `apply` in Python does for transforms of functorch, which count as watched
-    apply = cast(Any, super(torch.autograd.Function, direct)).apply
-    return lambda *inputs: _first(operator(*inputs)) if _is_watched() else apply(*inputs)
+    return cast(Any, super(torch.autograd.Function, function)).apply
 
 
-def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
+def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without autograd and autocast."""
+
     def run(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             return function(*inputs)
@@ -71,7 +84,7 @@ def _first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 
-def _differentiable(
+def _function(
     name: str,
     compute: Callable[..., Any],
     save: Callable[..., None],
