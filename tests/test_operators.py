@@ -171,13 +171,14 @@ def test_operators_show_only_where_somebody_watches(backend):
     places, watcher = layout([9, 4, 7]), _Watcher()
     inputs = [random(20, 8, seed=1), *(random(*s, seed=2) for s in ((8, 8), (8,), (8, 8), (8,)))]
     values = random(20, 24, seed=3)
+    projections = [(random(8, 8, seed=s), random(8, seed=s)) for s in range(4, 9)]
 
     def run() -> list[Tensor]:
         out = fused_pooling(global_aggregation(*inputs, 2, places), values, places)
         out = out + global_mean(out, places).mean(0) + segment_max(out, places).mean(0)
-        query, key = inputs[1:3], inputs[3:]
-        out = multi_granularity_pooling(out, [query, key, key, query, key], 2, places)
-        return [out, *torch.autograd.grad(out.square().sum(), [*inputs, values])]
+        out = multi_granularity_pooling(out, projections, 2, places)
+        leaves = [*inputs, values, *(part for pair in projections for part in pair)]
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
     with use_backend(backend):
         direct = run()
