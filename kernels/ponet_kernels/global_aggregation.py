@@ -76,7 +76,8 @@ def _cast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _heads_first(rows: Tensor, num_heads: int) -> Tensor:
     """`[B, H D]` -> `[H, B, D]`, a view."""
-    return rows.view(rows.shape[0], num_heads, -1).transpose(0, 1)
+    batch_size, width = rows.shape
+    return rows.view(batch_size, num_heads, width // num_heads).transpose(0, 1)
 
 
 def _compute(
