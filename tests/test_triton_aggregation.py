@@ -236,8 +236,8 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch, hip, capability
     for index, options in ((0, {}), (1, {"max_registers": 168})):
         # a term that is left out comes first
         operands = (None, torch.empty(index), 5)
-        launch({(3,): note}, (3,), *operands, num_warps=4, SIZE=16, **options)
-    launch({}, (0,), torch.empty(1), num_warps=4)
+        launch({(3,): note}, (3,), operands, {"SIZE": 16}, num_warps=4, **options)
+    launch({}, (0,), (torch.empty(1),), {}, num_warps=4)
     _limit_on.cache_clear()
     options = {"num_warps": 4, "SIZE": 16}
     assert launched == [(0, options), (1, options | limit)]

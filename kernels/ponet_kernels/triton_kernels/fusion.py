@@ -326,8 +326,12 @@ def fusion_bwd_kernel(
 
 def _rows(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
     """The tensors with channel stride 1, and their row strides."""
-    rows = [None if x is None else with_channels_adjacent(x) for x in tensors]
-    return rows, [0 if x is None else x.stride(0) for x in rows]
+    rows, strides = [], []
+    for x in tensors:
+        x = None if x is None else with_channels_adjacent(x)
+        rows.append(x)
+        strides.append(0 if x is None else x.stride(0))
+    return rows, strides
 
 
 def fusion_fwd(
@@ -340,11 +344,13 @@ def fusion_fwd(
     token_marks: Tensor,
 ) -> Tensor:
     """As `Backend.fusion_fwd`."""
-    operands, strides = _rows(global_vectors, maxima, output, local)
+    T, C = output.shape
+    values, strides = _rows(global_vectors, maxima, output, local)
     out = torch.empty_like(output, memory_format=torch.contiguous_format)
-    grid, constants = tiles(*out.shape, out.element_size())
+    grid, constants, num_warps = tiles(T, C, output.element_size())
     tables = (token_segments, segment_sequences, token_marks)
-    launch(fusion_fwd_kernel, grid, *operands, *tables, out, *out.shape, *strides, **constants)
+    operands = (*values, *tables, out, T, C, *strides)
+    launch(fusion_fwd_kernel, grid, operands, constants, num_warps)
     return out
 
 
@@ -365,7 +371,7 @@ def fusion_bwd(
     """As `Backend.fusion_bwd`."""
     itemsize, acc = output.element_size(), accumulation_dtype(output.dtype)
     grid, num_windows, constants = cut_rows(*output.shape, itemsize, MIN_PROGRAMS)
-    operands, strides = _rows(grad, global_vectors, maxima, output, local)
+    values, strides = _rows(grad, global_vectors, maxima, output, local)
     dg, g_partials = None, (None, None)
     if global_vectors is not None:
         # the segments do not tell which sequences are empty
@@ -380,17 +386,8 @@ def fusion_bwd(
     tables = (token_segments, segment_sequences, token_marks)
     results = (dg, *g_partials, ds, *s_partials, grad_output, grad_local)
     strides += [grad_output.stride(0), 0 if grad_local is None else grad_local.stride(0)]
-    launch(
-        fusion_bwd_kernel,
-        grid,
-        *operands,
-        *tables,
-        *results,
-        *output.shape,
-        *strides,
-        **constants,
-        max_registers=MAX_REGISTERS[itemsize],
-    )
+    operands = (*values, *tables, *results, *output.shape, *strides)
+    launch(fusion_bwd_kernel, grid, operands, constants, 1, MAX_REGISTERS[itemsize])
     if dg is not None:
         combine(*g_partials, None, dg, None, is_max=False)
     if ds is not None:

@@ -308,14 +308,11 @@ def _combined(spans: Tensor, cu_seqlens: Tensor, span: int, num_spans: int) -> T
     out = spans.new_empty(num_sequences, *spans.shape[1:])
     width = math.prod(spans.shape[1:])
     grid = (num_sequences * ceil_div(width, 128),)
-    operands = (spans, cu_seqlens, out, width)
     launch(
         combine_spans_kernel,
         grid,
-        *operands,
-        SPAN=span,
-        BLOCK_S=min(next_power_of_2(num_spans), 32),
-        BLOCK_N=128,
+        (spans, cu_seqlens, out, width),
+        {"SPAN": span, "BLOCK_S": min(next_power_of_2(num_spans), 32), "BLOCK_N": 128},
         num_warps=4,
     )
     return out
@@ -328,15 +325,11 @@ def sequence_totals(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, mean: bool =
     block_c, num_blocks, span, num_spans = _cut(x, max_seqlen)
     num_slots = B if num_spans == 1 else T // span + B
     sums = x.new_empty(num_slots, C, dtype=accumulation_dtype(x.dtype))
-    operands = (x, cu_seqlens, sums, x.stride(0), C, num_spans)
     launch(
         sequence_totals_kernel,
         (B * num_spans * num_blocks,),
-        *operands,
-        SPAN=span,
-        BLOCK_T=32,
-        BLOCK_C=block_c,
-        IS_MEAN=mean,
+        (x, cu_seqlens, sums, x.stride(0), C, num_spans),
+        {"SPAN": span, "BLOCK_T": 32, "BLOCK_C": block_c, "IS_MEAN": mean},
         num_warps=4,
     )
     return sums if num_spans == 1 else _combined(sums, cu_seqlens, span, num_spans)
@@ -358,16 +351,17 @@ def token_scores(
     scores = rows.new_empty(T, H)
     weights = None if weights is None else weights.contiguous()
     centre = None if centre is None else centre.contiguous()
-    operands = (x, rows, cu_seqlens, weights, centre, scores, x.stride(0), C, num_tiles)
     launch(
         token_scores_kernel,
         (B * num_tiles,),
-        *operands,
-        H=H,
-        BLOCK_H=_row_block(H),
-        BLOCK_T=block_t,
-        BLOCK_C=_channel_block(C, x.element_size(), 64),
-        PRECISION=_precision(x.dtype),
+        (x, rows, cu_seqlens, weights, centre, scores, x.stride(0), C, num_tiles),
+        {
+            "H": H,
+            "BLOCK_H": _row_block(H),
+            "BLOCK_T": block_t,
+            "BLOCK_C": _channel_block(C, x.element_size(), 64),
+            "PRECISION": _precision(x.dtype),
+        },
         num_warps=4,
         # four programs on a multiprocessor; told so, the compiler spills nothing
         max_registers=None if x.dtype == torch.float64 else 128,
@@ -381,17 +375,18 @@ def sequence_sums(weights: Tensor, x: Tensor, cu_seqlens: Tensor, max_seqlen: in
     (T, C), H, B = x.shape, weights.shape[1], cu_seqlens.shape[0] - 1
     block_c, num_blocks, span, num_spans = _cut(x, max_seqlen)
     sums = weights.new_empty(B if num_spans == 1 else T // span + B, H, C)
-    operands = (weights, x, cu_seqlens, sums, x.stride(0), C, num_spans)
     launch(
         sequence_sums_kernel,
         (B * num_spans * num_blocks,),
-        *operands,
-        H=H,
-        SPAN=span,
-        BLOCK_H=_row_block(H),
-        BLOCK_T=32,
-        BLOCK_C=block_c,
-        PRECISION=_precision(x.dtype),
+        (weights, x, cu_seqlens, sums, x.stride(0), C, num_spans),
+        {
+            "H": H,
+            "SPAN": span,
+            "BLOCK_H": _row_block(H),
+            "BLOCK_T": 32,
+            "BLOCK_C": block_c,
+            "PRECISION": _precision(x.dtype),
+        },
         num_warps=4,
         # left alone, the compiler spills some to make room for more warps
         max_registers=168 if x.dtype == torch.float64 else None,
@@ -414,17 +409,18 @@ def spread_rows(
     # 64 channels in half precision: with 128 one program fills a multiprocessor's registers
     num_bytes = 128 if out.element_size() == 2 else 256
     block_c, num_blocks, span, num_spans = _cut(out, max_seqlen, num_bytes)
-    operands = (shared, *tables, cu_seqlens, out, out.stride(0), out.shape[1], num_spans)
     launch(
         spread_rows_kernel,
         ((cu_seqlens.shape[0] - 1) * num_spans * num_blocks,),
-        *operands,
-        H=H,
-        SPAN=span,
-        BLOCK_H=_row_block(H),
-        BLOCK_T=64,
-        BLOCK_C=block_c,
-        PRECISION=_precision(shared.dtype, out.dtype),
+        (shared, *tables, cu_seqlens, out, out.stride(0), out.shape[1], num_spans),
+        {
+            "H": H,
+            "SPAN": span,
+            "BLOCK_H": _row_block(H),
+            "BLOCK_T": 64,
+            "BLOCK_C": block_c,
+            "PRECISION": _precision(shared.dtype, out.dtype),
+        },
         num_warps=8,
         max_registers=168 if shared.dtype == torch.float64 else 128,
     )

@@ -5,7 +5,7 @@ Host functions called inside it with tensors of PyTorch's "meta" device yield ex
 that real tensors of that shape and dtype would get: `ponet_kernels.compile_report` compiles them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -20,7 +20,7 @@ class Launch(NamedTuple):
 
     kernel: Any
     grid: tuple[int, ...]
-    args: tuple[Any, ...]
+    args: Sequence[Any]
     constants: dict[str, Any]
     """`tl.constexpr` arguments by name."""
     num_warps: int
@@ -45,18 +45,18 @@ def record_launches() -> Iterator[list[Launch]]:
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    *args: Any,
+    args: Sequence[Any],
+    constants: dict[str, Any],
     num_warps: int,
     max_registers: int | None = None,
-    **constants: Any,
 ) -> None:
     """Run `kernel` on `grid` on the device of its tensors; no programs are no launch.
 
     Args:
         args: tensors, sizes and strides in the kernel's order.
+        constants: its `tl.constexpr` arguments.
         max_registers: of a thread on Hopper, where the compiler would take so many that few warps
             fit, or so few that it spills.
-        constants: its `tl.constexpr` arguments.
     """
     if 0 in grid:
         return
@@ -64,20 +64,20 @@ def launch(
     if recorder is not None:
         recorder.append(Launch(kernel, grid, args, constants, num_warps, max_registers))
         return
-    constants["num_warps"] = num_warps
+    options = {"num_warps": num_warps}
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     if device.type != "cuda":
-        kernel[grid](*args, **constants)
+        kernel[grid](*args, **constants, **options)
         return
     limit = None if max_registers is None else _limit_on(device, max_registers)
     if limit is not None:
-        constants["maxnreg"] = limit
+        options["maxnreg"] = limit
     # Triton launches on the current device, whatever its arguments lie on
     if device.index == torch.cuda.current_device():
-        kernel[grid](*args, **constants)
+        kernel[grid](*args, **constants, **options)
     else:
         with torch.cuda.device(device):
-            kernel[grid](*args, **constants)
+            kernel[grid](*args, **constants, **options)
 
 
 def register_limit(max_registers: int, capability: int | None) -> int | None:

@@ -90,13 +90,15 @@ def channel_block(num_channels: int, itemsize: int) -> int:
     return min(LINE_BYTES // itemsize, next_power_of_2(max(num_channels, 1)))
 
 
-def tiles(num_rows: int, num_channels: int, itemsize: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and constants of an element-wise kernel: one program per tile."""
+def tiles(
+    num_rows: int, num_channels: int, itemsize: int
+) -> tuple[tuple[int], dict[str, int], int]:
+    """Grid, constants and warps of an element-wise kernel: one program per tile."""
     block_c = channel_block(num_channels, itemsize)
     block_t = min(TILE_BYTES // (block_c * itemsize), 256)
     columns = ceil_div(num_channels, block_c)
     while block_t > 4 and ceil_div(num_rows, block_t) * columns < TILE_PROGRAMS:
         block_t //= 2
     num_warps = max(block_t * block_c * itemsize // LINE_BYTES, 1)
-    constants = {"BLOCK_T": block_t, "BLOCK_C": block_c, "num_warps": num_warps}
-    return (ceil_div(num_rows, block_t) * columns,), constants
+    grid = (ceil_div(num_rows, block_t) * columns,)
+    return grid, {"BLOCK_T": block_t, "BLOCK_C": block_c}, num_warps

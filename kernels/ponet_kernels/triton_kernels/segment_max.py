@@ -150,8 +150,9 @@ def segment_max_fwd(
         partial_argmax = torch.empty_like(partials[0], dtype=argmax_dtype)
     if has_empty:
         fill_empty(out, argmax, cu_segments, float("-inf"))
-    operands = (x, cu_segments, token_segments, out, argmax, *partials, partial_argmax)
-    launch(segment_max_fwd_kernel, grid, *operands, *x.shape, x.stride(0), **constants)
+    results = (out, argmax, *partials, partial_argmax)
+    operands = (x, cu_segments, token_segments, *results, *x.shape, x.stride(0))
+    launch(segment_max_fwd_kernel, grid, operands, constants, num_warps=1)
     combine(*partials, partial_argmax, out, argmax, is_max=True)
     return out, argmax
 
@@ -161,7 +162,8 @@ def segment_max_bwd(
 ) -> None:
     """As `Backend.segment_max_bwd`."""
     grad, argmax = with_channels_adjacent(grad), with_channels_adjacent(argmax)
-    grid, constants = tiles(*out.shape, out.element_size())
-    operands = (grad, argmax, cu_segments, token_segments, out)
+    T, C = out.shape
+    grid, constants, num_warps = tiles(T, C, out.element_size())
     strides = (grad.stride(0), argmax.stride(0), out.stride(0))
-    launch(segment_max_bwd_kernel, grid, *operands, *out.shape, *strides, **constants)
+    operands = (grad, argmax, cu_segments, token_segments, out, T, C, *strides)
+    launch(segment_max_bwd_kernel, grid, operands, constants, num_warps)

@@ -260,7 +260,7 @@ def cut_rows(
             rows = longer
             break
     num_windows = ceil_div(num_rows, rows)
-    constants = {"ROWS": rows, "BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": 1}
+    constants = {"ROWS": rows, "BLOCK_W": block_w, "BLOCK_C": block_c}
     return (ceil_div(num_windows, block_w) * columns,), num_windows, constants
 
 
@@ -287,15 +287,16 @@ def combine(
     if num_windows < 2:
         return
     columns = ceil_div(num_channels, COMBINE_CHANNELS)
-    operands = (partials, partial_ids, partial_argmax, out, argmax, num_windows, num_channels)
     launch(
         combine_kernel,
         (ceil_div(num_windows, COMBINE_WINDOWS) * columns,),
-        *operands,
-        IS_MAX=is_max,
-        BLOCK_W=COMBINE_WINDOWS,
-        BLOCK_P=COMBINE_PARTIALS,
-        BLOCK_C=COMBINE_CHANNELS,
+        (partials, partial_ids, partial_argmax, out, argmax, num_windows, num_channels),
+        {
+            "IS_MAX": is_max,
+            "BLOCK_W": COMBINE_WINDOWS,
+            "BLOCK_P": COMBINE_PARTIALS,
+            "BLOCK_C": COMBINE_CHANNELS,
+        },
         # 32 values per lane, or 16 with the numbers of their rows
         num_warps=16 if is_max else 8,
         # left alone, the compiler spills one in float64
@@ -305,5 +306,6 @@ def combine(
 
 def fill_empty(out: Tensor, argmax: Tensor | None, cu_segments: Tensor, fill: float) -> None:
     """Write `fill`, and argmax 0, to the rows of `out` `[S, C]` whose segments are empty."""
-    grid, constants = tiles(*out.shape, out.element_size())
-    launch(fill_empty_kernel, grid, out, argmax, cu_segments, *out.shape, FILL=fill, **constants)
+    grid, constants, num_warps = tiles(*out.shape, out.element_size())
+    operands = (out, argmax, cu_segments, *out.shape)
+    launch(fill_empty_kernel, grid, operands, {"FILL": fill, **constants}, num_warps)

@@ -127,19 +127,15 @@ def sequence_softmax(scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Ten
     block_h = next_power_of_2(H)
     # 16 float32 registers a thread
     block_t = min(4096 // block_h, SPAN)
-    constants = {"H": H, "SPAN": SPAN, "BLOCK_H": block_h, "BLOCK_T": block_t, "num_warps": 8}
+    constants = {"H": H, "SPAN": SPAN, "BLOCK_H": block_h, "BLOCK_T": block_t}
     grid = (B * num_spans,)
     statistics = (None, None)
     if num_spans > 1:
         maxima = scores.new_empty(T // SPAN + B, H)
         statistics = (maxima, torch.empty_like(maxima))
-        launch(span_softmax_kernel, grid, scores, cu_seqlens, *statistics, num_spans, **constants)
+        operands = (scores, cu_seqlens, *statistics, num_spans)
+        launch(span_softmax_kernel, grid, operands, constants, num_warps=8)
     operands = (scores, cu_seqlens, *statistics, out, num_spans)
-    launch(
-        sequence_softmax_kernel,
-        grid,
-        *operands,
-        BLOCK_S=min(next_power_of_2(num_spans), 32),
-        **constants,
-    )
+    constants = {**constants, "BLOCK_S": min(next_power_of_2(num_spans), 32)}
+    launch(sequence_softmax_kernel, grid, operands, constants, num_warps=8)
     return out
