@@ -1,8 +1,10 @@
 """Operators: the fast path against the reference formulas, values and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,16 +20,17 @@ from ponet_kernels import (
 )
 from ponet_kernels.layout import SEES_LEFT, SEES_RIGHT, SPECIAL
 from ponet_kernels.testing import assert_close
-from tests.streams import DEVICE, offsets, owners
+from tests.streams import DEVICE, offsets, owners, random, segmented, ties
 
 pytestmark = pytest.mark.gpu
 
 EXACT = 1e-12
-lengths_strategy = st.lists(st.integers(0, 9), min_size=1, max_size=8)
-widths = st.sampled_from([1, 3, 8, 48])
 # without a GPU Triton's interpreter runs the kernels, far slower than PyTorch
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 examples = settings(deadline=None, max_examples=5)
+OPERATORS = ("segment_max", "local_max", "global_mean", "global_aggregation", "fused_pooling")
+every_operator = pytest.mark.parametrize("name", OPERATORS)
+double = partial(random, dtype=torch.float64)
 
 
 def whole(lengths: list[int]) -> PackedLayout:
@@ -35,37 +38,10 @@ def whole(lengths: list[int]) -> PackedLayout:
     return PackedLayout.of_sequences(offsets(lengths), sum(lengths), max(lengths))
 
 
-def layout_of(sequences: list[list[int]], seed: int | None = None) -> PackedLayout:
-    """Segments of some lengths in each sequence.
-
-    Args:
-        seed: marks some of the one-token segments as special, and ends runs at a few places as if
-            padding were taken out there; None: neither.
-    """
-    segments = [length for sequence in sequences for length in sequence]
-    lengths = [sum(sequence) for sequence in sequences]
-    token_segments, total = owners(segments), sum(segments)
-    starts = torch.zeros(total + 1, dtype=torch.bool, device=DEVICE)
-    special = torch.zeros(total, dtype=torch.bool, device=DEVICE)
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-        alone = torch.tensor([n == 1 for n in segments], dtype=torch.bool)
-        alone &= torch.rand(len(segments), generator=generator) < 0.5
-        special = alone.to(DEVICE)[token_segments]
-        starts |= (torch.rand(total + 1, generator=generator) < 0.2).to(DEVICE)
-        starts[:-1] |= special
-        starts[1:] |= special
-    starts[offsets(lengths).long()] = True
-    return PackedLayout(
-        cu_seqlens=offsets(lengths),
-        cu_segments=offsets(segments),
-        token_segments=token_segments,
-        segment_sequences=owners([len(sequence) for sequence in sequences]),
-        token_marks=token_marks(starts[:-1], special),
-        max_seqlen=max(lengths),
-        max_segment_len=max(segments, default=0),
-        has_empty_segments=0 in segments,
-    )
+def parameters(out: int, width: int, seed: int = 1) -> list[Tensor]:
+    """Weights and biases of queries and keys."""
+    shapes = ((out, width), (out,), (out, width), (out,))
+    return [double(*shape, seed=seed + n) / width**0.5 for n, shape in enumerate(shapes)]
 
 
 def windows(x: Tensor, layout: PackedLayout) -> Tensor:
@@ -74,23 +50,36 @@ def windows(x: Tensor, layout: PackedLayout) -> Tensor:
     return fused_pooling(None, values, layout, use_segment=False)
 
 
+def operator(name, layout, width=5, heads=2, absent=(), seed=0, draw=random):
+    """It as a function of its tensors, and those, in float64."""
+    flags = {f"use_{term}": term not in absent for term in ("segment", "local")}
+    g = double(layout.num_sequences, width, seed=seed)
+    x = draw(layout.num_tokens, width, dtype=torch.float64, seed=seed)
+    columns = width * (1 + sum(flags.values()))
+    values = draw(layout.num_tokens, columns, dtype=torch.float64, seed=seed + 1)
+    if name == "global_aggregation":
+        inputs = [x, *parameters(2 * heads, width, seed + 1)]
+        return lambda *a: global_aggregation(*a, heads, layout), inputs
+    if name == "fused_pooling":
+        inputs = [values] if "global" in absent else [g, values]
+        return lambda *a: fused_pooling(*[None, *a][-2:], layout, **flags), inputs
+    function = {"segment_max": segment_max, "local_max": windows, "global_mean": global_mean}[name]
+    return lambda x: function(x, layout), [x]
+
+
 def values_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in inputs]
     out = function(*leaves)
     if not out.requires_grad:
         # without tokens the formulas have nothing to differentiate
-        return [out, *(torch.zeros_like(x) for x in leaves)]
-    generator = torch.Generator().manual_seed(7)
-    upstream = torch.randn(out.shape, generator=generator, dtype=out.dtype).to(DEVICE)
+        return [out, *map(torch.zeros_like, leaves)]
+    upstream = double(*out.shape, seed=7)
     finite = torch.where(out.isfinite(), out, torch.zeros_like(out))
-    gradients = torch.autograd.grad(finite, leaves, upstream, allow_unused=True)
-    return [
-        out.detach(),
-        *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)),
-    ]
+    gradients = torch.autograd.grad(finite, leaves, upstream, materialize_grads=True)
+    return [out.detach(), *gradients]
 
 
-def compare(backend: str, function, *inputs: Tensor, tolerance: float = EXACT) -> None:
+def compare(backend: str, function, *inputs: Tensor) -> None:
     results = []
     for name in (backend, "reference"):
         with use_backend(name):
@@ -98,135 +87,60 @@ def compare(backend: str, function, *inputs: Tensor, tolerance: float = EXACT) -
     for place, (fast, slow) in enumerate(zip(*results, strict=True)):
         infinite = slow.isinf()
         assert torch.equal(fast.isinf(), infinite)
-        fast, slow = fast[~infinite], slow[~infinite]
         # inputs are of order one, so what cancels to zero is held to the same absolute error
-        one = slow.new_ones(1)
-        assert_close(torch.cat([fast, one]), torch.cat([slow, one]), tolerance, f"result {place}")
+        fast, slow = (torch.cat([x[~infinite], x.new_ones(1)]) for x in (fast, slow))
+        assert_close(fast, slow, EXACT, f"result {place}")
 
 
-def random(*shape: int, ties: bool = False, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if ties:
-        return torch.randint(0, 3, shape, generator=generator).double().to(DEVICE)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
-
-
-@backends
-@examples
-@given(lengths=lengths_strategy, width=widths, ties=st.booleans(), seed=st.integers(0, 99))
-def test_segment_max_equals_reference(backend, lengths, width, ties, seed):
-    x = random(sum(lengths), width, ties=ties, seed=seed)
-    compare(backend, lambda x: segment_max(x, whole(lengths)), x)
-
-
-@backends
-@examples
-@given(lengths=lengths_strategy, width=widths, ties=st.booleans(), seed=st.integers(0, 99))
-def test_local_max_equals_reference(backend, lengths, width, ties, seed):
-    x = random(sum(lengths), width, ties=ties, seed=seed)
-    compare(backend, lambda x: windows(x, whole(lengths)), x)
-
-
-@backends
-@examples
-@given(lengths=lengths_strategy, width=widths, seed=st.integers(0, 99))
-def test_global_mean_equals_reference(backend, lengths, width, seed):
-    x = random(sum(lengths), width, seed=seed)
-    compare(backend, lambda x: global_mean(x, whole(lengths)), x)
-
-
-@backends
-@examples
-@given(
-    lengths=lengths_strategy,
-    heads=st.sampled_from([1, 2, 4]),
-    width=st.sampled_from([8, 24]),
-    seed=st.integers(0, 99),
-)
-def test_projected_mean_equals_five_projections(backend, lengths, heads, width, seed):
-    """The absorbed form is the published function, gradients of all parameters included."""
-    inputs = [random(sum(lengths), width, seed=seed)]
-    inputs += [random(width, width, seed=seed + 1) / width**0.5, random(width, seed=seed + 2)]
-    inputs += [random(width, width, seed=seed + 3) / width**0.5, random(width, seed=seed + 4)]
-    compare(backend, lambda *a: global_aggregation(*a, heads, whole(lengths)), *inputs)
-
-
+@every_operator
 @backends
 @examples
 @given(
     sequences=st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=4),
-    width=widths,
+    width=st.sampled_from([1, 3, 8, 48]),
+    heads=st.sampled_from([1, 2, 4]),
     absent=st.sets(st.sampled_from(["global", "segment", "local"])),
-    ties=st.booleans(),
+    draw=st.sampled_from([random, ties]),
     seed=st.integers(0, 99),
 )
-def test_fused_pooling_equals_reference(backend, sequences, width, absent, ties, seed):
+@example(sequences=[[1]], width=5, heads=1, absent=(), draw=random, seed=0)
+def test_operators_equal_reference(name, backend, sequences, seed, **choices):
     """Segments and sequences may be empty; terms are left out as ablations do."""
-    layout = layout_of(sequences, seed)
-    tokens = layout.num_tokens
-    terms = {
-        "global": random(len(sequences), width, seed=seed),
-        "output": random(tokens, width, seed=seed + 2),
-        "segment": random(tokens, width, seed=seed + 1, ties=ties),
-        "local": random(tokens, width, seed=seed + 3, ties=ties),
-    }
-    names = [name for name in terms if name not in absent]
-
-    def call(*given: Tensor) -> Tensor:
-        values = dict(zip(names, given, strict=True))
-        g = values.pop("global", None)
-        return fused_pooling(
-            g,
-            torch.cat([*values.values()], dim=1),
-            layout,
-            use_segment="segment" in values,
-            use_local="local" in values,
-        )
-
-    compare(backend, call, *(terms[name] for name in names))
-
-
-@backends
-def test_one_sequence_one_token(backend):
-    compare(backend, lambda *a: fused_pooling(*a, layout_of([[1]])), random(1, 5), random(1, 15))
+    function, inputs = operator(name, segmented(sequences, seed), seed=seed, **choices)
+    compare(backend, function, *inputs)
 
 
 @pytest.mark.parametrize("longest", [256, 257, 40_000])
 def test_places_survive_every_index_type(longest):
     """The winner stands at the last place of a segment that needs one, two or four bytes."""
     lengths = [longest, 3]
-    x = torch.zeros(sum(lengths), 2, device=DEVICE)
+    x = torch.zeros(sum(lengths), 6, device=DEVICE)
     x[longest - 1] = 1.0
-    x.requires_grad_()
-    segment_max(x, whole(lengths)).sum().backward()
-    assert x.grad is not None
-    assert x.grad.nonzero()[:, 0].unique().tolist() == [longest - 1, longest]
-    values = torch.cat([torch.ones_like(x), x, x], dim=1).detach().requires_grad_()
-    fused_pooling(None, values, whole(lengths), use_local=True).sum().backward()
-    assert values.grad is not None
-    assert values.grad[:, 2:4].nonzero()[:, 0].unique().tolist() == [longest - 1, longest]
+    x[:, :2] = 1.0
+    for function in (segment_max, partial(fused_pooling, None)):
+        leaf = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf, whole(lengths)).sum(), leaf)
+        # of the fusion, the columns of the segments
+        assert gradient[:, 2:4].nonzero()[:, 0].unique().tolist() == [longest - 1, longest]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_max_operators_are_exact_in_every_dtype(dtype):
-    layout = layout_of([[1, 17], [40, 3]])
-    x = random(61, 48).to(dtype)
-    with use_backend("reference"):
-        expected = segment_max(x, layout), windows(x, layout)
-    assert torch.equal(segment_max(x, layout), expected[0])
-    assert torch.equal(windows(x, layout), expected[1])
+    layout = segmented([[1, 17], [40, 3]])
+    x = random(61, 48, dtype=dtype)
+    for function in (segment_max, windows):
+        with use_backend("reference"):
+            expected = function(x, layout)
+        assert torch.equal(function(x, layout), expected)
 
 
 def test_low_precision_aggregation_accumulates_in_fp32():
     lengths, width = [300, 211], 64
-    parameters = [random(width, width, seed=1) / 8, random(width, seed=2)]
-    parameters += [random(width, width, seed=3) / 8, random(width, seed=4)]
-    x = random(sum(lengths), width)
-    low = [t.bfloat16() for t in (x, *parameters)]
-    exact = global_aggregation(*(t.double() for t in low), 4, whole(lengths))
+    inputs = [x.bfloat16() for x in (double(sum(lengths), width), *parameters(width, width))]
+    exact = global_aggregation(*(t.double() for t in inputs), 4, whole(lengths))
+    ours = global_aggregation(*inputs, 4, whole(lengths))
     with use_backend("reference"):
-        plain = global_aggregation(*low, 4, whole(lengths))
-    ours = global_aggregation(*low, 4, whole(lengths))
+        plain = global_aggregation(*inputs, 4, whole(lengths))
     error = float((ours.double() - exact).abs().max())
     assert error < 1e-5
     assert error < float((plain.double() - exact).abs().max())
@@ -235,90 +149,56 @@ def test_low_precision_aggregation_accumulates_in_fp32():
 @backends
 def test_tied_maxima_send_the_gradient_to_the_first_token(backend):
     x = torch.tensor([[2.0], [5.0], [5.0], [5.0], [1.0], [1.0]], device=DEVICE, requires_grad=True)
-    with use_backend(backend):
-        segment_max(x, whole([4, 2])).sum().backward()
-        assert x.grad is not None
-        assert x.grad.flatten().tolist() == [0, 1, 0, 0, 1, 0]
-        x.grad = None
-        windows(x, whole([4, 2])).sum().backward()
     # windows (2 5)(2 5 5)(5 5 5)(5 5) and (1 1)(1 1); each gives 1 to its first maximum
-    assert x.grad is not None
-    assert x.grad.flatten().tolist() == [0, 3, 1, 0, 2, 0]
+    for function, expected in ((segment_max, [0, 1, 0, 0, 1, 0]), (windows, [0, 3, 1, 0, 2, 0])):
+        with use_backend(backend):
+            (gradient,) = torch.autograd.grad(function(x, whole([4, 2])).sum(), x)
+        assert gradient.flatten().tolist() == expected
 
 
+VIEWS = {
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "columns": lambda x: torch.cat([x, x], dim=-1)[..., x.shape[-1] :],
+    "sliced": lambda out: out[:, ::2].square().sum().unsqueeze(0),
+    "expanded": lambda out: out.sum().unsqueeze(0),
+}
+
+
+@every_operator
 @backends
-def test_non_contiguous_input(backend):
-    layout, lengths = layout_of([[2, 3], [7]], seed=1), [5, 7]
-    x = random(20, 12).T
-    wide = random(12, 70)[:, 5:65]
-    assert not x.is_contiguous()
-    assert not wide.is_contiguous()
-    for values in (x, wide):
-        compare(backend, lambda x: segment_max(x, whole(lengths)), values)
-        compare(backend, lambda x: windows(x, whole(lengths)), values)
-        compare(backend, lambda x: global_mean(x, whole(lengths)), values)
-    g = random(60, 2).T
-    for values in (random(60, 12).T, wide):
-        compare(backend, lambda *a: fused_pooling(*a, layout), g[:, :20], values)
-    parameters = [random(20, 24, seed=1).T, random(24), random(20, 24, seed=2).T, random(24)]
-    for values in (x, wide[:, 40:]):
-        compare(backend, lambda *a: global_aggregation(*a, 3, whole(lengths)), values, *parameters)
-
-
-@backends
-def test_gradients_are_those_of_a_sliced_or_expanded_output(backend):
+@pytest.mark.parametrize("view", VIEWS)
+def test_inputs_and_gradients_of_any_strides(name, backend, view):
     """What comes from above may be a view of anything, of one value even."""
-    layout, x = layout_of([[2, 3], [7]], seed=1), random(12, 9)
-    w, b = random(3, 9, seed=4), random(3, seed=5)
-    for use in (lambda t: t.sum(), lambda t: t[:, ::2].square().sum()):
-        compare(backend, lambda x, use=use: use(segment_max(x, layout)).unsqueeze(0), x)
-        compare(backend, lambda x, use=use: use(global_mean(x, layout)).unsqueeze(0), x)
-        compare(
-            backend,
-            lambda g, x, use=use: use(fused_pooling(g, x, layout)).unsqueeze(0),
-            random(2, 3),
-            x,
-        )
-        compare(
-            backend,
-            lambda x, *p, use=use: use(global_aggregation(x, *p, 1, layout)).unsqueeze(0),
-            x,
-            *(w, b, w.flip(0), b),
-        )
+    function, inputs = operator(name, segmented([[2, 3], [7]], seed=1))
+    if view in ("transposed", "columns"):
+        compare(backend, function, *(VIEWS[view](x) if x.ndim == 2 else x for x in inputs))
+    else:
+        compare(backend, lambda *a: VIEWS[view](function(*a)), *inputs)
 
 
-def test_gradcheck_of_the_hand_written_backward_passes():
+@every_operator
+def test_gradcheck_of_the_hand_written_backward_passes(name):
     """Those of the kernels are compared with the formulas' above."""
-    lengths, layout = [3, 1, 4], layout_of([[2, 1], [1], [4]], seed=3)
+    layout = segmented([[2, 1], [1], [4]], seed=3)
     assert layout.special.any()
-    x = random(8, 5).requires_grad_()
-    weights = [random(4, 5, seed=1), random(4, seed=2), random(4, 5, seed=3), random(4, seed=4)]
-    weights = [w.requires_grad_() for w in weights]
-    g, values = random(3, 5, seed=5).requires_grad_(), random(8, 15, seed=6).requires_grad_()
+    function, inputs = operator(name, layout)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
     with use_backend("torch"):
-        for function, inputs in (
-            (lambda x: segment_max(x, whole(lengths)), (x,)),
-            (lambda x: global_mean(x, whole(lengths)), (x,)),
-            (lambda *a: global_aggregation(*a, 2, whole(lengths)), (x, *weights)),
-            (lambda *a: fused_pooling(*a, layout), (g, values)),
-        ):
-            # PyTorch's scatter adds in any order on a GPU
-            assert torch.autograd.gradcheck(function, inputs, nondet_tol=1e-12)
+        # PyTorch's scatter adds in any order on a GPU
+        assert torch.autograd.gradcheck(function, leaves, nondet_tol=1e-12)
 
 
 @backends
 def test_only_what_is_asked_for_is_differentiated(backend):
     """A parameter without gradient, an input without gradient."""
-    layout, frozen = layout_of([[2, 3], [7]]), random(2, 5)
-    values = random(12, 15)
+    layout, g, values = segmented([[2, 3], [7]]), double(2, 5), double(12, 15)
     with use_backend(backend):
-        fused_pooling(frozen, values.requires_grad_(), layout).sum().backward()
-        assert frozen.grad is None
+        fused_pooling(g, values.requires_grad_(), layout).sum().backward()
+        assert g.grad is None
         assert values.grad is not None
-        g = random(2, 5).requires_grad_()
-        fused_pooling(g, values.detach(), layout).sum().backward()
-    expected = torch.stack([part.sum(0) for part in values.detach()[:, :5].split([5, 7])])
-    assert g.grad is not None
+        values = values.detach()
+        fused_pooling(g.requires_grad_(), values, layout).sum().backward()
+    expected = torch.stack([part.sum(0) for part in values[:, :5].split([5, 7])])
     assert_close(g.grad, expected, EXACT)
 
 
@@ -333,35 +213,28 @@ def test_backend_choice(monkeypatch):
 
 
 def test_wrong_shapes_are_refused():
-    layout = whole([3])
-    for x in (torch.zeros(2, 2), torch.zeros(3), torch.zeros(3, 1, 1)):
+    layout, zeros = whole([3]), torch.zeros
+    for shape in ((2, 2), (3,), (3, 1, 1)):
         with pytest.raises(ValueError, match=r"segment_max: expected x \[3, C\], found"):
-            segment_max(x, layout)
-    with pytest.raises(ValueError, match=r"fused_pooling: expected values \[3, 3 C\].*\(3, 7\)"):
-        fused_pooling(None, torch.zeros(3, 7), layout)
-    with pytest.raises(ValueError, match=r"expected values \[3, 2 C\].*\(3, 9\)"):
-        fused_pooling(None, torch.zeros(3, 9), layout, use_local=False)
-    with pytest.raises(ValueError, match=r"expected values \[3, 3 C\].*\(4, 9\)"):
-        fused_pooling(None, torch.zeros(4, 9), layout)
-    for g in (torch.zeros(1, 9), torch.zeros(2, 3), torch.zeros(3)):
+            segment_max(zeros(shape), layout)
+    for shape, found in (((3, 7), r"\(3, 7\)"), ((4, 9), r"\(4, 9\)")):
+        with pytest.raises(ValueError, match=r"expected values \[3, 3 C\].*" + found):
+            fused_pooling(None, zeros(shape), layout)
+    with pytest.raises(ValueError, match=r"fused_pooling: expected values \[3, 2 C\].*\(3, 9\)"):
+        fused_pooling(None, zeros(3, 9), layout, use_local=False)
+    for shape in ((1, 9), (2, 3), (3,)):
         with pytest.raises(ValueError, match=r"expected global_vectors \(1, 3\)"):
-            fused_pooling(g, torch.zeros(3, 9), layout)
-    eye, zero = torch.eye(6), torch.zeros(6)
+            fused_pooling(zeros(shape), zeros(3, 9), layout)
     with pytest.raises(ValueError, match="width 6 is not a multiple of 4 heads"):
-        global_aggregation(torch.zeros(3, 6), eye, zero, eye, zero, 4, layout)
+        global_aggregation(zeros(3, 6), *parameters(6, 6), 4, layout)
 
 
 def test_marks_of_a_stream():
     """Two sequences, the second with a special token in front: s a b | S c."""
     starts = torch.tensor([True, False, False, True, True])
     special = torch.tensor([False, False, False, True, False])
-    assert token_marks(starts, special).tolist() == [
-        SEES_RIGHT,
-        SEES_LEFT | SEES_RIGHT,
-        SEES_LEFT,
-        SPECIAL,
-        0,
-    ]
+    expected = [SEES_RIGHT, SEES_LEFT | SEES_RIGHT, SEES_LEFT, SPECIAL, 0]
+    assert token_marks(starts, special).tolist() == expected
     assert token_marks(starts).tolist() == [2, 3, 1, 0, 0]
     assert token_marks(starts[:0], special[:0]).tolist() == []
 
@@ -377,11 +250,7 @@ def test_layout_of_sequences(lengths):
     assert layout.segment_sequences.tolist() == list(range(len(lengths)))
     assert not layout.special.any()
     # a token sees its neighbours in its sequence
-    marks = [
-        (SEES_LEFT if t else 0) | (SEES_RIGHT if t < n - 1 else 0)
-        for n in lengths
-        for t in range(n)
-    ]
+    marks = [SEES_LEFT * (t > 0) + SEES_RIGHT * (t < n - 1) for n in lengths for t in range(n)]
     assert layout.token_marks.tolist() == marks
     assert layout.has_empty_segments
     assert PackedLayout.of_sequences(offsets(lengths), sum(lengths), 9).max_segment_len == 9

@@ -139,14 +139,20 @@ def test_adapter_under_autocast_and_in_training():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_one_operator_or_its_parts(dtype):
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.float64), ("torch", torch.bfloat16), ("triton", torch.float32)],
+)
+def test_one_function_or_its_parts(backend, dtype):
     """Equal bits; parameters that are frozen change no other's gradient."""
+    if backend == "triton":
+        pytest.importorskip("triton")
     mixer, place = build(PoNetMixer).to(dtype), layout(RAGGED)
     hidden = states(23).detach().to(dtype).requires_grad_()
-    whole = results(mixer, hidden, place)
-    mixer.plain_projections = lambda: None
-    parts = results(mixer, hidden, place)
+    with use_backend(backend):
+        whole = results(mixer, hidden, place)
+        mixer.plain_projections = lambda: None
+        parts = results(mixer, hidden, place)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
     del mixer.plain_projections
@@ -155,5 +161,6 @@ def test_one_operator_or_its_parts(dtype):
     for name in ("query.weight", "key.bias", "dense.weight", "hidden"):
         leaf = hidden if name == "hidden" else mixer.get_parameter(name)
         upstream = states(*whole["out"].shape, seed=2).detach().to(dtype)
-        (found,) = torch.autograd.grad(mixer(hidden, place), leaf, upstream)
+        with use_backend(backend):
+            (found,) = torch.autograd.grad(mixer(hidden, place), leaf, upstream)
         assert torch.equal(found, whole[name])

@@ -23,11 +23,10 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,12 +40,10 @@ ARGMAX_DTYPES = (torch.uint8, torch.int16, torch.int32)
 """Types that the argmax of a segment is kept in."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LINE = "{kernel:25} {target:7} {dtype:9} {binaries:>8} {registers:>9} {spilled:>9} {shared:>8}"
-HEAD = {name: name for name in ("kernel", "target", "dtype", "binaries", "registers")}
-HEAD |= {"spilled": "spilled B", "shared": "shared B"}
+HEAD = "kernel                    target  dtype     binaries registers spilled B shared B"
 
 
-@dataclass(frozen=True)
-class StreamShape:
+class StreamShape(NamedTuple):
     """A batch whose sequences and segments are equally long."""
 
     num_channels: int
@@ -64,8 +61,7 @@ SMALL_SHAPE = "lra"
 """The only one for float64, in which tests compute and models do not."""
 
 
-@dataclass(frozen=True)
-class Compilation:
+class Compilation(NamedTuple):
     """What one binary is made from, in plain data that can be sent to another process."""
 
     module: str
@@ -74,19 +70,16 @@ class Compilation:
     source: dict[str, dict]
     """Signature, constants and attributes as Triton's `ASTSource` takes them."""
     options: dict[str, Any]
-    dtypes: list[str] = field(default_factory=list)
+    dtypes: list[str]
     """Input types of the calls that launch it."""
 
 
-@dataclass(frozen=True)
-class Binary:
-    """What became of a compilation."""
+class Binary(NamedTuple):
+    """What became of a compilation; sizes in bytes."""
 
     registers: int = 0
     spilled: int = 0
-    """Bytes."""
     shared: int = 0
-    """Bytes."""
     error: str | None = None
 
 
@@ -96,9 +89,9 @@ def call_every_function(functions: Backend, shape: StreamShape, dtype: torch.dty
     Args:
         dtype: of the tokens; gradients and global vectors come in it and in that of sums.
     """
-    C, B = shape.num_channels, shape.num_sequences
-    T, acc = B * shape.seq_len, accumulation_dtype(dtype)
-    S = T // shape.segment_len
+    C, H, B, seq_len, segment_len = shape
+    T, acc = B * seq_len, accumulation_dtype(dtype)
+    S = T // segment_len
 
     def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -108,7 +101,6 @@ def call_every_function(functions: Backend, shape: StreamShape, dtype: torch.dty
     maxima, grad, marks = empty(S, C), empty(T, C), empty(T, dtype=torch.uint8)
     cu_segments, token_segments = empty(S + 1, dtype=torch.int32), empty(T, dtype=torch.int64)
     tables = (token_segments, empty(S, dtype=torch.int64), marks)
-
     for kind, has_empty in itertools.product((None, *ARGMAX_DTYPES), (True, False)):
         functions.segment_max_fwd(segment, cu_segments, token_segments, kind, has_empty)
     for kind, argmax_kind in itertools.product((dtype, acc), ARGMAX_DTYPES):
@@ -123,31 +115,22 @@ def call_every_function(functions: Backend, shape: StreamShape, dtype: torch.dty
         for has_empty in (True, False):
             written = (output, l_term, has_empty)
             functions.fusion_bwd(grad, *values, cu_segments, *tables, *written)
-    call_sequence_functions(functions, shape, grad)
 
-
-def call_sequence_functions(functions: Backend, shape: StreamShape, x: Tensor) -> None:
-    """Attention over H rows and its backward pass, the backward pass of the mean."""
-    C, H, B = shape.num_channels, shape.num_heads, shape.num_sequences
-    T, acc = B * shape.seq_len, accumulation_dtype(x.dtype)
-    span = (x.new_empty(B + 1, dtype=torch.int32), shape.seq_len)
-    scores, rows = x.new_empty(T, H, dtype=acc), x.new_empty(B, H, C, dtype=acc)
-    functions.sequence_means(x, *span)
+    # attention over H rows and its backward pass, the backward pass of the mean
+    x, span = grad, (empty(B + 1, dtype=torch.int32), seq_len)
+    scores, rows = empty(T, H, dtype=acc), empty(B, H, C, dtype=acc)
+    functions.sequence_totals(x, *span, mean=True)
     functions.sequence_totals(scores, *span)
     functions.token_scores(x, rows, *span)
-    functions.score_gradients(x, rows, scores, x.new_empty(B, H, dtype=acc), *span)
+    functions.token_scores(x, rows, *span, scores, empty(B, H, dtype=acc))
     functions.sequence_softmax(scores, *span)
     functions.sequence_sums(scores, x, *span)
     for pairs in (((scores, rows), (scores, rows)), ()):
-        functions.spread_rows(pairs, x.new_empty(B, C, dtype=acc), *span, x)
+        functions.spread_rows(pairs, g, *span, x)
 
 
 def compilation_of(launch: Any, target: str) -> Compilation:
-    """The binary that Triton's launcher would pick for a launch on a target.
-
-    Args:
-        launch: a `ponet_kernels.triton_kernels.launch.Launch`.
-    """
+    """The binary that Triton's launcher would pick for a recorded `Launch` on a target."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -159,14 +142,13 @@ def compilation_of(launch: Any, target: str) -> Compilation:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     keywords = {**launch.constants, "num_warps": launch.num_warps}
     if launch.max_registers is not None:
-        backend_name, arch, _ = TARGETS[target]
-        capability = arch if isinstance(arch, int) else 0
-        limit = register_limit(launch.max_registers, backend_name, capability)
+        arch = TARGETS[target][1]
+        limit = register_limit(launch.max_registers, arch if isinstance(arch, int) else None)
         keywords |= {} if limit is None else {"maxnreg": limit}
     bound, specialization, _ = bind(*launch.args, **keywords)
     options, *source = kernel._pack_args(backend, keywords, bound, specialization, None)
     named: dict[str, Any] = dict(zip(("signature", "constexprs", "attrs"), source, strict=True))
-    return Compilation(kernel.__module__, kernel.__name__, target, named, options.__dict__)
+    return Compilation(kernel.__module__, kernel.__name__, target, named, options.__dict__, [])
 
 
 def list_compilations(
@@ -187,11 +169,7 @@ def list_compilations(
             compilation = found.setdefault(repr(compilation), compilation)
             if dtype not in compilation.dtypes:
                 compilation.dtypes.append(dtype)
-    return sorted(found.values(), key=_kernel_and_target)
-
-
-def _kernel_and_target(compilation: Compilation) -> tuple[str, str]:
-    return compilation.kernel, compilation.target
+    return list(found.values())
 
 
 def build(compilation: Compilation) -> Binary:
@@ -243,50 +221,30 @@ def outcome_of(result: Future[Binary]) -> Binary:
     return Binary(error=f"{type(error).__name__}: {message.partition(chr(10))[0]}")
 
 
-def compile_all(compilations: list[Compilation]) -> Iterator[Binary]:
+def compile_all(compilations: list[Compilation]) -> list[Binary]:
     """Outcomes in the order of the compilations, in one process per core."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
-        yield from map(outcome_of, [pool.submit(build, each) for each in compilations])
+        return [outcome_of(each) for each in [pool.submit(build, c) for c in compilations]]
 
 
-def report_rows(built: list[tuple[Compilation, Binary]]) -> Iterator[dict[str, Any]]:
-    """Rows of one kernel and target, per type of input."""
-    kernel, target = _kernel_and_target(built[0][0])
-    for dtype in DTYPES:
-        found = [binary for compilation, binary in built if dtype in compilation.dtypes]
-        if found:
-            yield {
-                "kernel": kernel,
-                "target": target,
-                "dtype": dtype,
-                "binaries": len(found),
-                "registers": max(binary.registers for binary in found),
-                "spilled": max(binary.spilled for binary in found),
-                "shared": max(binary.shared for binary in found),
-                "errors": sorted({binary.error for binary in found if binary.error}),
-            }
-
-
-def print_report(compilations: list[Compilation]) -> tuple[list[dict[str, Any]], bool]:
-    """Compile, print the table as it grows and a summary; the rows, and whether all is well."""
-    start, rows, binaries = time.perf_counter(), [], []
-    print(f"\n{LINE.format(**HEAD)}", flush=True)
-    built = zip(compilations, compile_all(compilations), strict=True)
-    for _, group in itertools.groupby(built, lambda pair: _kernel_and_target(pair[0])):
-        pairs = list(group)
-        binaries += [binary for _, binary in pairs]
-        for row in report_rows(pairs):
-            rows.append(row)
-            print("  ".join([LINE.format(**row), *row["errors"]]), flush=True)
-    num_failed = sum(binary.error is not None for binary in binaries)
-    num_spilled = sum(binary.spilled > 0 for binary in binaries)
-    print(
-        f"\n{len({row['kernel'] for row in rows})} kernels, {len(binaries)} compilations in "
-        f"{time.perf_counter() - start:.0f} s: {num_failed} failed, {num_spilled} spilled, at most "
-        f"{max((binary.registers for binary in binaries), default=0)} registers"
-    )
-    return rows, not num_failed and not num_spilled
+def report_rows(built: Iterable[tuple[Compilation, Binary]]) -> Iterator[dict[str, Any]]:
+    """A row per kernel, target and type of input."""
+    groups = defaultdict(list)
+    for compilation, binary in built:
+        for dtype in compilation.dtypes:
+            groups[compilation.kernel, compilation.target, dtype].append(binary)
+    for (kernel, target, dtype), found in sorted(groups.items()):
+        yield {
+            "kernel": kernel,
+            "target": target,
+            "dtype": dtype,
+            "binaries": len(found),
+            "registers": max(binary.registers for binary in found),
+            "spilled": max(binary.spilled for binary in found),
+            "shared": max(binary.shared for binary in found),
+            "errors": sorted({binary.error for binary in found if binary.error}),
+        }
 
 
 def main() -> None:
@@ -303,11 +261,18 @@ def main() -> None:
     if triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
         sys.exit("compile_report: unset TRITON_INTERPRET, interpreted kernels have no binary")
     card = {"triton": triton.__version__, "torch": torch.__version__}
-    for name, value in card.items():
-        print(f"{name:>6}: {value}")
-    rows, is_well = print_report(list_compilations(chosen.target, chosen.dtype, chosen.shape))
+    compilations = list_compilations(chosen.target, chosen.dtype, chosen.shape)
+    print(f"triton {card['triton']}, torch {card['torch']}: {len(compilations)} compilations")
+    print(f"\n{HEAD}", flush=True)
+    binaries = compile_all(compilations)
+    rows = list(report_rows(zip(compilations, binaries, strict=True)))
+    for row in rows:
+        print("  ".join([LINE.format(**row), *row["errors"]]))
+    num_failed = sum(binary.error is not None for binary in binaries)
+    num_spilled = sum(binary.spilled > 0 for binary in binaries)
+    print(f"\n{len(binaries)} compilations: {num_failed} failed, {num_spilled} spilled")
     print(json.dumps({"card": card, "rows": rows}))
-    if not is_well:
+    if num_failed or num_spilled:
         sys.exit(1)
 
 

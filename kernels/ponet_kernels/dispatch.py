@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -34,126 +34,48 @@ _log = logging.getLogger(__name__)
 class Backend(Protocol):
     """Arithmetic of the operators on plain tensors: no autograd, no validation, no autocast.
 
-    T tokens, C channels, S segments, B sequences, H rows per sequence. "acc" is float32 for
-    half-precision input and the dtype of the input otherwise. Tensors may be non-contiguous.
-    Offsets and ids partition the tokens; segments and sequences may be empty, T, S or B zero.
+    T tokens, C channels, S segments, B sequences, H rows per sequence. Sums, scores, weights and
+    rows come in "acc": float32 for half-precision input and the dtype of the input otherwise.
+    Tensors may be non-contiguous. Offsets and ids partition the tokens; segments and sequences may
+    be empty, T, S or B zero. Arguments are those of the implementations.
     """
 
-    def segment_max_fwd(
-        self,
-        x: Tensor,
-        cu_segments: Tensor,
-        token_segments: Tensor,
-        argmax_dtype: torch.dtype | None,
-        has_empty: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Maxima `[S, C]` (-inf where empty), argmax: the first maximal tokens `[S, C]`.
+    segment_max_fwd: Callable[..., tuple[Tensor, Tensor | None]]
+    """Maxima `[S, C]`, -inf where empty, and argmax `[S, C]`, the first maximal tokens.
 
-        It counts from the first token of the segment; None when `argmax_dtype` is None. Without
-        `has_empty` no segment is empty.
-        """
-        ...
+    It counts from the first token of the segment; None when `argmax_dtype` is None. Without
+    `has_empty` no segment is empty.
+    """
+    segment_max_bwd: Callable[..., None]
+    """Write `out` `[T, C]`: `grad` `[S, C]` at the argmax, zero elsewhere."""
+    fusion_fwd: Callable[..., Tensor]
+    """`[T, C]`, dtype of `output`: (g'_{b(t)} + S_{j(t)}) * O_t + L_t, None terms left out.
 
-    def segment_max_bwd(
-        self,
-        grad: Tensor,
-        argmax: Tensor,
-        cu_segments: Tensor,
-        token_segments: Tensor,
-        out: Tensor,
-    ) -> None:
-        """Write `out` `[T, C]`: `grad` `[S, C]` at the argmax, zero elsewhere."""
-        ...
+    L pools `local` over the local windows; S and L count as zero at `SPECIAL` tokens.
+    """
+    fusion_bwd: Callable[..., tuple[Tensor | None, Tensor | None]]
+    """Gradients of global vectors `[B, C]` and maxima `[S, C]` in acc, None where those are.
 
-    def fusion_fwd(
-        self,
-        global_vectors: Tensor | None,
-        maxima: Tensor | None,
-        output: Tensor,
-        local: Tensor | None,
-        token_segments: Tensor,
-        segment_sequences: Tensor,
-        token_marks: Tensor,
-    ) -> Tensor:
-        """`[T, C]`, dtype of `output`: (g'_{b(t)} + S_{j(t)}) * O_t + L_t, None terms left out.
+    Writes the gradients of `output` and `local` `[T, C]`. The gradient of S is zero for the
+    segments of `SPECIAL` tokens.
+    """
+    sequence_totals: Callable[..., Tensor]
+    """`[B, C]`: sum over the tokens of each sequence, or their mean, zero where empty."""
+    token_scores: Callable[..., Tensor]
+    """`[T, H]`: rows_{b(t), h} . x_t; with weights, weights_{t, h} (rows . x_t - centre_{b(t), h}).
 
-        L pools `local` over the local windows; S and L count as zero at `SPECIAL` tokens.
-        """
-        ...
+    `rows` `[B, H, C]`, `weights` `[T, H]`, `centre` `[B, H]`.
+    """
+    sequence_softmax: Callable[..., Tensor]
+    """`[T, H]`: softmax of `scores` `[T, H]` over the tokens of each sequence."""
+    sequence_sums: Callable[..., Tensor]
+    """`[B, H, C]`: sum over the tokens of weights_{t, h} x_t."""
+    spread_rows: Callable[..., None]
+    """Write `out` `[T, C]`: shared_{b(t)} / n_{b(t)} + sum of weights_{t, h} rows_{b(t), h}.
 
-    def fusion_bwd(
-        self,
-        grad: Tensor,
-        global_vectors: Tensor | None,
-        maxima: Tensor | None,
-        output: Tensor,
-        local: Tensor | None,
-        cu_segments: Tensor,
-        token_segments: Tensor,
-        segment_sequences: Tensor,
-        token_marks: Tensor,
-        grad_output: Tensor,
-        grad_local: Tensor | None,
-        has_empty: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of global vectors `[B, C]` and maxima `[S, C]` in acc, None where those are.
-
-        Writes the gradients of `output` and `local` `[T, C]`. The gradient of S is zero for the
-        segments of `SPECIAL` tokens.
-        """
-        ...
-
-    def sequence_means(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """`[B, C]` acc: mean over the tokens of each sequence, zero where empty."""
-        ...
-
-    def sequence_totals(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """`[B, C]` acc: sum over the tokens of each sequence."""
-        ...
-
-    def token_scores(self, x: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """`[T, H]` acc: rows_{b(t), h} . x_t; `rows` `[B, H, C]` acc."""
-        ...
-
-    def score_gradients(
-        self,
-        x: Tensor,
-        rows: Tensor,
-        weights: Tensor,
-        centre: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-    ) -> Tensor:
-        """`[T, H]` acc: weights_{t, h} (rows_{b(t), h} . x_t - centre_{b(t), h}).
-
-        `weights` `[T, H]`, `rows` `[B, H, C]`, `centre` `[B, H]`, all acc.
-        """
-        ...
-
-    def sequence_softmax(self, scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """`[T, H]`: softmax of `scores` `[T, H]` over the tokens of each sequence."""
-        ...
-
-    def sequence_sums(
-        self, weights: Tensor, x: Tensor, cu_seqlens: Tensor, max_seqlen: int
-    ) -> Tensor:
-        """`[B, H, C]` acc: sum over tokens of weights_{t, h} x_t; `weights` `[T, H]` acc."""
-        ...
-
-    def spread_rows(
-        self,
-        pairs: Sequence[tuple[Tensor, Tensor]],
-        shared: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        out: Tensor,
-    ) -> None:
-        """Write `out` `[T, C]`: shared_{b(t)} / n_{b(t)} + sum of weights_{t, h} rows_{b(t), h}.
-
-        The sum is over h and up to two pairs of weights `[T, H]` and rows `[B, H, C]`; `shared` is
-        `[B, C]`, n the number of tokens of a sequence. All acc.
-        """
-        ...
+    The sum is over h and up to two pairs of weights `[T, H]` and rows `[B, H, C]`; `shared` is
+    `[B, C]`, n the number of tokens of a sequence.
+    """
 
 
 def _check(name: str, origin: str) -> str:
@@ -171,11 +93,7 @@ def _triton_is_installed() -> bool:
 
 
 def active_backend(device: torch.device | str = "cpu") -> str:
-    """Name of the backend that operators called now on tensors of `device` will use.
-
-    Raises:
-        ValueError: `PONET_KERNELS` names no backend.
-    """
+    """Name of the backend that operators called now on tensors of `device` will use."""
     chosen = _override.get() or os.environ.get("PONET_KERNELS")
     if chosen:
         return _check(chosen, "PONET_KERNELS")
@@ -189,22 +107,14 @@ active_backend._dynamo_marked_constant = True  # pyright: ignore[reportFunctionM
 
 @cache
 def backend_named(name: str) -> Backend:
-    """The functions of the backend "triton" or "torch", imported when first asked for.
-
-    Raises:
-        ModuleNotFoundError: "triton" is asked for and not installed.
-    """
+    """The functions of the backend "triton" or "torch", imported when first asked for."""
     module = "triton_kernels" if name == "triton" else "vectorised"
     return cast(Backend, importlib.import_module(f"ponet_kernels.{module}"))
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run a block of code with the backend `name`.
-
-    Raises:
-        ValueError: `name` is no backend.
-    """
+    """Run a block of code with the backend `name`."""
     token = _override.set(_check(name, "use_backend"))
     try:
         yield

@@ -60,17 +60,13 @@ def pool(
         )
     layout = (token_segments, segment_sequences, token_marks)
     out = functions.fusion_fwd(global_vectors, maxima, output, local, *layout)
-    return (
-        out,
-        _nothing(values) if maxima is None else maxima,
-        _nothing(values, torch.uint8) if argmax is None else argmax,
-    )
+    maxima = _nothing(values) if maxima is None else maxima
+    return out, maxima, _nothing(values, torch.uint8) if argmax is None else argmax
 
 
-def pool_shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, values, _, _, segment_sequences, _, has_segment, has_local, longest, _, with_argmax, _ = (
-        inputs
-    )
+def _shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, values, _, _, segment_sequences, _, has_segment, has_local, longest = inputs[:9]
+    with_argmax = inputs[10]
     num_channels = values.shape[1] // (1 + has_segment + has_local)
     out = values.new_empty(values.shape[0], num_channels)
     if not has_segment:
@@ -125,9 +121,8 @@ def pool_backward(
 def _backward_shapes(
     grad: Tensor, global_vectors: Tensor | None, values: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    if global_vectors is None:
-        return _nothing(values), values.new_empty(values.shape)
-    return global_vectors.new_empty(global_vectors.shape), values.new_empty(values.shape)
+    g = _nothing(values) if global_vectors is None else global_vectors
+    return g.new_empty(g.shape), values.new_empty(values.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -143,7 +138,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _backward = register("fused_pooling_backward", pool_backward, _backward_shapes)
-_fused_pooling = register("fused_pooling", pool, pool_shapes, _save, _differentiate)
+_fused_pooling = register("fused_pooling", pool, _shapes, _save, _differentiate)
 
 
 def fused_pooling(
@@ -154,21 +149,13 @@ def fused_pooling(
     use_segment: bool = True,
     use_local: bool = True,
 ) -> Tensor:
-    """Pool segments and windows and fuse them with the global vectors.
+    """Pool segments and windows and fuse them with the global vectors: `[T, C]`.
 
     Args:
         global_vectors: `[B, C]`, g' of each sequence; None leaves the term out.
         values: `[T, 3 C]`, O, s and l side by side; `[T, 2 C]` or `[T, C]` where the flags leave
             s or l out.
-        layout: of the stream.
-        use_segment: pool s; without it the term S is left out.
-        use_local: pool l; without it the term L is left out.
-
-    Returns:
-        `[T, C]`, dtype of `values`.
-
-    Raises:
-        ValueError: shapes do not fit each other.
+        use_segment, use_local: without them the terms S and L are left out.
     """
     count = 1 + use_segment + use_local
     if values.ndim != 2 or values.shape[0] != layout.num_tokens or values.shape[1] % count:

@@ -36,7 +36,7 @@ from ponet_kernels.registration import register
 
 
 def _compute_mean(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> Tensor:
-    return backend_named(backend).sequence_means(x, cu_seqlens, max_seqlen)
+    return backend_named(backend).sequence_totals(x, cu_seqlens, max_seqlen, mean=True)
 
 
 def _mean_shapes(x: Tensor, cu_seqlens: Tensor, *_: Any) -> Tensor:
@@ -98,7 +98,7 @@ def aggregate(
     wq, bq, wk, bk = _cast(dtype, query_weight, query_bias, key_weight, key_bias)
     wk, bk = wk.view(num_heads, -1, wk.shape[1]), bk.view(num_heads, 1, -1)
     scale = wk.shape[1] ** -0.5
-    (means,) = _cast(dtype, functions.sequence_means(x, *span))
+    (means,) = _cast(dtype, functions.sequence_totals(x, *span, mean=True))
     g = F.linear(means, wq, bq)
     rows = means.new_empty((batch_size, num_heads, x.shape[1]))
     out = rows.transpose(0, 1)
@@ -112,18 +112,14 @@ def aggregate(
     return pooled, means, g, rows, weights, sums
 
 
-def aggregate_shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _shapes(*inputs: Any) -> tuple[Tensor, ...]:
     x, query_weight, _, _, _, num_heads, cu_seqlens, _, _ = inputs
     batch_size, num_channels = cu_seqlens.shape[0] - 1, x.shape[1]
     dtype, width = accumulation_dtype(query_weight.dtype), query_weight.shape[0]
-    return (
-        x.new_empty((batch_size, width), dtype=dtype),
-        x.new_empty((batch_size, num_channels), dtype=dtype),
-        x.new_empty((batch_size, width), dtype=dtype),
-        x.new_empty((batch_size, num_heads, num_channels), dtype=dtype),
-        x.new_empty((x.shape[0], num_heads), dtype=dtype),
-        x.new_empty((batch_size, num_heads, num_channels), dtype=dtype),
-    )
+    g, means = (batch_size, width), (batch_size, num_channels)
+    rows, weights = (batch_size, num_heads, num_channels), (x.shape[0], num_heads)
+    shapes = (g, means, g, rows, weights, rows)
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 def aggregate_backward(
@@ -149,7 +145,7 @@ def aggregate_backward(
     grad_sums = torch.empty_like(rows)
     torch.bmm(per_head, wk, out=grad_sums.transpose(0, 1))
     centre = torch.linalg.vecdot(grad_sums, sums)
-    grad_scores = functions.score_gradients(x, grad_sums, weights, centre, *span)
+    grad_scores = functions.token_scores(x, grad_sums, *span, weights, centre)
     grad_rows = functions.sequence_sums(grad_scores, x, *span)
     # the da of a sequence sum to zero but for rounding, which what all its tokens share would
     # magnify: seven times the error in dWq on tokens whose mean is as large as their spread
@@ -171,17 +167,12 @@ def aggregate_backward(
     return grad_x, grad_wq, grad_bq, grad_wk, grad_bk
 
 
-def aggregate_backward_shapes(
+def _backward_shapes(
     grad: Tensor, x: Tensor, query_weight: Tensor, key_weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     bias = query_weight.shape[:1]
-    return (
-        x.new_empty(x.shape),
-        query_weight.new_empty(query_weight.shape),
-        query_weight.new_empty(bias),
-        key_weight.new_empty(key_weight.shape),
-        key_weight.new_empty(bias),
-    )
+    shapes = (query_weight.shape, bias, key_weight.shape, bias)
+    return x.new_empty(x.shape), *(query_weight.new_empty(shape) for shape in shapes)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
@@ -194,22 +185,15 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*gradients, None, None, None, None)
 
 
-_backward = register("global_aggregation_backward", aggregate_backward, aggregate_backward_shapes)
-_global_aggregation = register(
-    "global_aggregation", aggregate, aggregate_shapes, _save, _differentiate
-)
+_backward = register("global_aggregation_backward", aggregate_backward, _backward_shapes)
+_global_aggregation = register("global_aggregation", aggregate, _shapes, _save, _differentiate)
 
 
 def global_mean(x: Tensor, layout: PackedLayout) -> Tensor:
-    """Mean over the tokens of each sequence.
+    """Mean over the tokens of each sequence, `[B, C]`; zero for an empty one.
 
     Args:
-        x: `[T, C]`, floating.
-        layout: of the stream.
-
-    Returns:
-        `[B, C]`, float32 for half-precision `x` and the dtype of `x` otherwise; zero for an empty
-        sequence.
+        x: `[T, C]`, floating; its mean comes in float32 for half precision.
     """
     backend = active_backend(x.device)
     if backend == "reference":
@@ -233,14 +217,10 @@ def global_aggregation(
         query_weight, key_weight: `[E, C]`.
         query_bias, key_bias: `[E]`, all four of one dtype.
         num_heads: H, a divisor of E.
-        layout: of the stream.
 
     Returns:
         `[B, E]`, float32 for half-precision parameters and their dtype otherwise; the key bias for
         an empty sequence.
-
-    Raises:
-        ValueError: E is not a multiple of `num_heads`.
     """
     width = query_bias.shape[0]
     if width % num_heads:

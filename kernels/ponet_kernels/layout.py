@@ -48,8 +48,7 @@ class PackedLayout:
         """Each sequence is one segment; sequences may be empty.
 
         Args:
-            cu_seqlens: `[B + 1]` int32, from 0 to T.
-            num_tokens: T.
+            cu_seqlens: `[B + 1]` int32, from 0 to T, which is `num_tokens`.
             max_seqlen: no sequence has more tokens; None: T.
         """
         numbers = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
@@ -99,14 +98,11 @@ class PackedLayout:
 
 
 def token_marks(starts: Tensor, special: Tensor | None = None) -> Tensor:
-    """Marks of a stream.
+    """Marks of a stream, as `PackedLayout` takes them.
 
     Args:
         starts: `[T]` bool, local windows do not reach from this token to the one before.
         special: `[T]` bool, special tokens; `starts` is true there and right after.
-
-    Returns:
-        `[T]`, uint8, sums of `SEES_LEFT`, `SEES_RIGHT` and `SPECIAL`.
     """
     reach = (~starts).to(torch.uint8)
     marks = reach * SEES_LEFT

@@ -15,8 +15,7 @@ from ponet_kernels.layout import SEES_LEFT, PackedLayout
 
 
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:
-    bounds = offsets.tolist()
-    return list(pairwise(bounds))
+    return list(pairwise(offsets.tolist()))
 
 
 def _max_over_tokens(x: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ def register(
     """Define `torch.ops.ponet.<name>`.
 
     Args:
-        name: of the operator.
         compute: annotated function of tensors and plain values; changes none of its arguments. It
             runs without autograd and autocast.
         shapes: as `compute`, for tensors without numbers.

@@ -67,17 +67,10 @@ _segment_max = register("segment_max", _compute, _shapes, _save, _differentiate)
 
 
 def segment_max(x: Tensor, layout: PackedLayout) -> Tensor:
-    """Element-wise maximum over the tokens of each segment.
+    """Element-wise maximum over the tokens of each segment, `[S, C]`; -inf where one is empty.
 
     Args:
         x: `[T, C]`, floating.
-        layout: of the stream.
-
-    Returns:
-        `[S, C]`, dtype of `x`; -inf where a segment is empty.
-
-    Raises:
-        ValueError: `x` is not `[T, C]`.
     """
     if x.ndim != 2 or x.shape[0] != layout.num_tokens:
         raise ValueError(

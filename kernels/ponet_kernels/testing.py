@@ -16,11 +16,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "tensor") -> None:
-    """Fail when `relative_error` exceeds `tolerance` or anything is not finite.
-
-    Raises:
-        AssertionError: with the error found and the tolerance.
-    """
+    """Fail when `relative_error` exceeds `tolerance` or anything is not finite."""
     error = relative_error(actual, expected)
     # a NaN error compares false, so it fails too
     assert error <= tolerance, f"{what}: relative error {error:.3g} exceeds {tolerance:.3g}"

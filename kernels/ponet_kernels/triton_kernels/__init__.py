@@ -7,23 +7,19 @@ kernel without a GPU.
 
 from ponet_kernels.triton_kernels.fusion import fusion_bwd, fusion_fwd
 from ponet_kernels.triton_kernels.global_aggregation import (
-    score_gradients,
-    sequence_means,
-    sequence_softmax,
     sequence_sums,
     sequence_totals,
     spread_rows,
     token_scores,
 )
 from ponet_kernels.triton_kernels.segment_max import segment_max_bwd, segment_max_fwd
+from ponet_kernels.triton_kernels.sequence_softmax import sequence_softmax
 
 __all__ = [
     "fusion_bwd",
     "fusion_fwd",
-    "score_gradients",
     "segment_max_bwd",
     "segment_max_fwd",
-    "sequence_means",
     "sequence_softmax",
     "sequence_sums",
     "sequence_totals",

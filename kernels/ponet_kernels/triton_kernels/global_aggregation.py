@@ -3,13 +3,11 @@
 PoNet (arXiv 2110.02442) section 3, in the form that `ponet_kernels.global_aggregation` derives.
 Tokens x `[T, C]`, per sequence b a few rows `[H, C]`, per token a few weights `[H]`:
 
-    sequence_means    mean_t x_t                                  `[B, C]`
-    sequence_totals   sum_t x_t                                   `[B, C]`
-    token_scores      rows_bh . x_t                               `[T, H]`
-    score_gradients   weights_th (rows_bh . x_t - centre_bh)      `[T, H]`
-    sequence_softmax  softmax_t scores_th                         `[T, H]`
-    sequence_sums     sum_t weights_th x_t                        `[B, H, C]`
-    spread_rows       shared_b / n_b + sum_h weights_th rows_bh   `[T, C]`
+    sequence_totals   sum_t x_t, or mean_t x_t                   `[B, C]`
+    token_scores      rows_bh . x_t, or                          `[T, H]`
+                      weights_th (rows_bh . x_t - centre_bh)
+    sequence_sums     sum_t weights_th x_t                       `[B, H, C]`
+    spread_rows       shared_b / n_b + sum_h weights_th rows_bh  `[T, C]`
 
 A program owns a span of tokens of one sequence; programs past its end leave at once. Sums over
 longer sequences are written span by span and added by a second kernel in a fixed order: no
@@ -23,7 +21,6 @@ about 2^-22.
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
@@ -32,17 +29,7 @@ from torch import Tensor
 
 from ponet_kernels.dtypes import accumulation_dtype
 from ponet_kernels.triton_kernels.launch import ceil_div, launch, next_power_of_2
-from ponet_kernels.triton_kernels.sequence_softmax import sequence_softmax
-
-__all__ = [
-    "score_gradients",
-    "sequence_means",
-    "sequence_softmax",
-    "sequence_sums",
-    "sequence_totals",
-    "spread_rows",
-    "token_scores",
-]
+from ponet_kernels.triton_kernels.rows import load_block, span_of_program, with_channels_adjacent
 
 PROGRAMS = 1024
 """Programs that a launch aims at: several for each of the 132 multiprocessors of an H200."""
@@ -100,33 +87,23 @@ def sequence_totals_kernel(
     IS_MEAN: tl.constexpr,
 ):
     """Sum over each span, or its share in the mean of its sequence, `[slots, C]`."""
-    pid = tl.program_id(0)
     num_blocks = tl.cdiv(C, BLOCK_C)
-    pid_s = (pid // num_blocks) % num_spans
-    pid_b = (pid // num_blocks // num_spans).to(tl.int64)
-    start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
+    pid_c, pid_s, pid_b, start, length = span_of_program(cu_seqlens_ptr, num_spans, num_blocks)
     # the first span of an empty sequence writes zeros
     if pid_s * SPAN >= max(length, 1):
         return
     offs_t = tl.arange(0, BLOCK_T)
-    offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    x_offsets = offs_t.to(tl.int64)[:, None] * stride_xt + offs_c[None, :]
+    c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    x_offsets = offs_t.to(tl.int64)[:, None] * stride_xt + c[None, :]
     acc = tl.zeros([BLOCK_T, BLOCK_C], sums_ptr.dtype.element_ty)
     for first in range(pid_s * SPAN, min(pid_s * SPAN + SPAN, length), BLOCK_T):
-        mask_t = offs_t < length - first
-        x = tl.load(
-            x_ptr + (start + first) * stride_xt + x_offsets,
-            mask=mask_t[:, None] & mask_c[None, :],
-            other=0.0,
-        )  # [BLOCK_T, BLOCK_C]
-        acc += x.to(acc.dtype)
+        x_ptrs = x_ptr + (start + first) * stride_xt + x_offsets
+        acc += load_block(x_ptrs, offs_t < length - first, c < C).to(acc.dtype)
     total = tl.sum(acc, axis=0)
     if IS_MEAN:
         total /= max(length, 1)  # pyright: ignore
     slot = tl.where(num_spans == 1, pid_b, start // SPAN + pid_b + pid_s)
-    tl.store(sums_ptr + slot * C + offs_c, total, mask=mask_c)
+    tl.store(sums_ptr + slot * C + c, total, mask=c < C)
 
 
 @triton.jit
@@ -146,42 +123,26 @@ def sequence_sums_kernel(
     PRECISION: tl.constexpr,
 ):
     """Weighted sums over each span of tokens, `[slots, H, C]`."""
-    pid = tl.program_id(0)
     num_blocks = tl.cdiv(C, BLOCK_C)
-    pid_s = (pid // num_blocks) % num_spans
-    pid_b = (pid // num_blocks // num_spans).to(tl.int64)
-    start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
+    pid_c, pid_s, pid_b, start, length = span_of_program(cu_seqlens_ptr, num_spans, num_blocks)
     # the first span of an empty sequence writes zeros
     if pid_s * SPAN >= max(length, 1):
         return
     offs_t = tl.arange(0, BLOCK_T)
-    offs_h = tl.arange(0, BLOCK_H)
-    offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_h = offs_h < H
-    mask_c = offs_c < C
-    w_offsets = offs_t[None, :] * H + offs_h[:, None]
-    x_offsets = offs_t.to(tl.int64)[:, None] * stride_xt + offs_c[None, :]
+    h = tl.arange(0, BLOCK_H)
+    c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    w_offsets = offs_t[None, :] * H + h[:, None]
+    x_offsets = offs_t.to(tl.int64)[:, None] * stride_xt + c[None, :]
     acc = tl.zeros([BLOCK_H, BLOCK_C], sums_ptr.dtype.element_ty)
     for first in range(pid_s * SPAN, min(pid_s * SPAN + SPAN, length), BLOCK_T):
         mask_t = offs_t < length - first
-        w = tl.load(
-            weights_ptr + (start + first) * H + w_offsets,
-            mask=mask_t[None, :] & mask_h[:, None],
-            other=0.0,
-        )  # [BLOCK_H, BLOCK_T]
-        x = tl.load(
-            x_ptr + (start + first) * stride_xt + x_offsets,
-            mask=mask_t[:, None] & mask_c[None, :],
-            other=0.0,
-        )  # [BLOCK_T, BLOCK_C]
+        # [BLOCK_H, BLOCK_T], [BLOCK_T, BLOCK_C]
+        w = load_block(weights_ptr + (start + first) * H + w_offsets, h < H, mask_t)
+        x = load_block(x_ptr + (start + first) * stride_xt + x_offsets, mask_t, c < C)
         acc = _add_product(acc, w, x, PRECISION)
     slot = tl.where(num_spans == 1, pid_b, start // SPAN + pid_b + pid_s)
-    tl.store(
-        sums_ptr + (slot * H + offs_h[:, None]) * C + offs_c[None, :],
-        acc,
-        mask=mask_h[:, None] & mask_c[None, :],
-    )
+    sums_ptrs = sums_ptr + (slot * H + h[:, None]) * C + c[None, :]
+    tl.store(sums_ptrs, acc, mask=(h < H)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
@@ -195,25 +156,15 @@ def combine_spans_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Sum over the spans of each sequence, `[slots, N]` to `[B, N]`."""
-    pid = tl.program_id(0)
-    num_blocks = tl.cdiv(N, BLOCK_N)
-    pid_b = (pid // num_blocks).to(tl.int64)
-    start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
+    pid_n, _, pid_b, start, length = span_of_program(cu_seqlens_ptr, 1, tl.cdiv(N, BLOCK_N))
     slot = start // SPAN + pid_b
     used = tl.cdiv(length, SPAN)
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_n = (pid % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_S, BLOCK_N], out_ptr.dtype.element_ty)
     for first in range(0, used, BLOCK_S):
-        s = first + offs_s
-        acc += tl.load(
-            spans_ptr + (slot + s[:, None]) * N + offs_n[None, :],
-            mask=(s < used)[:, None] & mask_n[None, :],
-            other=0.0,
-        )
-    tl.store(out_ptr + pid_b * N + offs_n, tl.sum(acc, axis=0), mask=mask_n)
+        s = first + tl.arange(0, BLOCK_S)
+        acc += load_block(spans_ptr + (slot + s[:, None]) * N + n[None, :], s < used, n < N)
+    tl.store(out_ptr + pid_b * N + n, tl.sum(acc, axis=0), mask=n < N)
 
 
 @triton.jit
@@ -237,61 +188,36 @@ def token_scores_kernel(
 
     With weights, from each product the centre is taken and the rest weighted.
     """
-    pid = tl.program_id(0)
-    pid_b = (pid // num_tiles).to(tl.int64)
-    start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
-    first = (pid % num_tiles) * BLOCK_T
+    _, pid_t, pid_b, start, length = span_of_program(cu_seqlens_ptr, num_tiles, 1)
+    first = pid_t * BLOCK_T
     if first >= length:
         return
     t = first + tl.arange(0, BLOCK_T)
-    offs_h = tl.arange(0, BLOCK_H)
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_t = t < length
-    mask_h = offs_h < H
+    h = tl.arange(0, BLOCK_H)
     # the rows as first operand: 16 of them fill the tensor cores' narrow side, and blocks of x
     # stay as they lie in memory
-    rows_ptrs = rows_ptr + (pid_b * H + offs_h)[:, None] * C
+    rows_ptrs = rows_ptr + (pid_b * H + h)[:, None] * C
     x_ptrs = x_ptr + (start + t)[None, :] * stride_xt
     acc = tl.zeros([BLOCK_H, BLOCK_T], scores_ptr.dtype.element_ty)
     for block in range(0, tl.cdiv(C, BLOCK_C), 2):
         # two blocks fill a cache line of 128 bytes; one of twice the size takes more registers
         for half in tl.static_range(2):  # pyright: ignore
-            c = (block + half) * BLOCK_C + offs_c
-            mask_c = c < C
-            rows = tl.load(
-                rows_ptrs + c[None, :], mask=mask_h[:, None] & mask_c[None, :], other=0.0
-            )  # [BLOCK_H, BLOCK_C]
-            x = tl.load(
-                x_ptrs + c[:, None], mask=mask_c[:, None] & mask_t[None, :], other=0.0
-            )  # [BLOCK_C, BLOCK_T]
+            c = (block + half) * BLOCK_C + tl.arange(0, BLOCK_C)
+            # [BLOCK_H, BLOCK_C], [BLOCK_C, BLOCK_T]
+            rows = load_block(rows_ptrs + c[None, :], h < H, c < C)
+            x = load_block(x_ptrs + c[:, None], c < C, t < length)
             acc = _add_product(acc, rows, x, PRECISION)
-    offsets = (start + t)[None, :] * H + offs_h[:, None]
-    mask = mask_h[:, None] & mask_t[None, :]
+    offsets = (start + t)[None, :] * H + h[:, None]
     if weights_ptr is not None:
-        centre = tl.load(centre_ptr + pid_b * H + offs_h, mask=mask_h, other=0.0)
-        acc = (acc - centre[:, None]) * tl.load(weights_ptr + offsets, mask=mask, other=0.0)
-    tl.store(scores_ptr + offsets, acc, mask=mask)
+        centre = tl.load(centre_ptr + pid_b * H + h, mask=h < H, other=0.0)
+        acc = (acc - centre[:, None]) * load_block(weights_ptr + offsets, h < H, t < length)
+    tl.store(scores_ptr + offsets, acc, mask=(h < H)[:, None] & (t < length)[None, :])
 
 
 @triton.jit
-def _load_table(rows_ptr, pid_b, offs_h, offs_c, H: tl.constexpr, C):
-    """Rows of a sequence, `[BLOCK_H, BLOCK_C]`."""
-    return tl.load(
-        rows_ptr + (pid_b * H + offs_h[:, None]) * C + offs_c[None, :],
-        mask=(offs_h < H)[:, None] & (offs_c < C)[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit
-def _add_weighted(acc, weights_ptr, rows, t, mask_t, offs_h, H: tl.constexpr, P: tl.constexpr):
+def _add_weighted(acc, weights_ptr, rows, t, mask_t, h, H: tl.constexpr, P: tl.constexpr):
     """acc + the rows weighted for tokens t, `[BLOCK_T, BLOCK_C]`."""
-    weights = tl.load(
-        weights_ptr + t[:, None] * H + offs_h[None, :],
-        mask=mask_t[:, None] & (offs_h < H)[None, :],
-        other=0.0,
-    )  # [BLOCK_T, BLOCK_H]
+    weights = load_block(weights_ptr + t[:, None] * H + h[None, :], mask_t, h < H)
     return _add_product(acc, weights, rows, P)
 
 
@@ -315,23 +241,19 @@ def spread_rows_kernel(
     PRECISION: tl.constexpr,
 ):
     """Rows of the sequence, weighted, and an equal share of one more, for a span of tokens."""
-    pid = tl.program_id(0)
     num_blocks = tl.cdiv(C, BLOCK_C)
-    pid_s = (pid // num_blocks) % num_spans
-    pid_b = (pid // num_blocks // num_spans).to(tl.int64)
-    start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
+    pid_c, pid_s, pid_b, start, length = span_of_program(cu_seqlens_ptr, num_spans, num_blocks)
     if pid_s * SPAN >= length:
         return
     offs_t = tl.arange(0, BLOCK_T)
-    offs_h = tl.arange(0, BLOCK_H)
-    offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    shared = tl.load(shared_ptr + pid_b * C + offs_c, mask=mask_c, other=0.0) / length
+    h = tl.arange(0, BLOCK_H)
+    c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    shared = tl.load(shared_ptr + pid_b * C + c, mask=c < C, other=0.0) / length
+    table = (pid_b * H + h[:, None]) * C + c[None, :]  # [BLOCK_H, BLOCK_C]
     if rows_ptr is not None:
-        rows = _load_table(rows_ptr, pid_b, offs_h, offs_c, H, C)
+        rows = load_block(rows_ptr + table, h < H, c < C)
     if rows2_ptr is not None:
-        rows2 = _load_table(rows2_ptr, pid_b, offs_h, offs_c, H, C)
+        rows2 = load_block(rows2_ptr + table, h < H, c < C)
     end = min(pid_s * SPAN + SPAN, length)
     # one stage: weights that stop over in shared memory would be split or rounded by every warp
     for first in tl.range(pid_s * SPAN, end, BLOCK_T, num_stages=1):  # pyright: ignore
@@ -339,21 +261,14 @@ def spread_rows_kernel(
         t = start + first + offs_t
         acc = tl.zeros([BLOCK_T, BLOCK_C], shared_ptr.dtype.element_ty) + shared[None, :]
         if rows_ptr is not None:
-            acc = _add_weighted(acc, weights_ptr, rows, t, mask_t, offs_h, H, PRECISION)
+            acc = _add_weighted(acc, weights_ptr, rows, t, mask_t, h, H, PRECISION)
         if rows2_ptr is not None:
-            acc = _add_weighted(acc, weights2_ptr, rows2, t, mask_t, offs_h, H, PRECISION)
-        tl.store(
-            out_ptr + t[:, None] * stride_ot + offs_c[None, :],
-            acc.to(out_ptr.dtype.element_ty),
-            mask=mask_t[:, None] & mask_c[None, :],
-        )
+            acc = _add_weighted(acc, weights2_ptr, rows2, t, mask_t, h, H, PRECISION)
+        out_ptrs = out_ptr + t[:, None] * stride_ot + c[None, :]
+        mask = mask_t[:, None] & (c < C)[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@cache
 def _precision(operand: torch.dtype, result: torch.dtype = torch.float32) -> str:
     """How to multiply on the device at hand.
 
@@ -367,27 +282,24 @@ def _precision(operand: torch.dtype, result: torch.dtype = torch.float32) -> str
     return "rounded" if result == torch.bfloat16 else "split"
 
 
-def _max_registers(operand: torch.dtype, others: int | None = None) -> int | None:
-    # left alone, the compiler spills some to make room for more warps, in float64 most of all
-    return 168 if operand == torch.float64 else others
-
-
-@cache
 def _row_block(num_rows: int) -> int:
     # tl.dot takes blocks of at least 16
     return max(16, next_power_of_2(num_rows))
 
 
-@cache
 def _channel_block(num_channels: int, itemsize: int, num_bytes: int) -> int:
     """Channels a block: `num_bytes` of a token, or as many as there are."""
     return max(16, min(num_bytes // itemsize, next_power_of_2(num_channels)))
 
 
-def _span(num_tokens: int, num_blocks: int) -> int:
-    """Tokens a program: long spans make few partial sums, short ones enough programs."""
+def _cut(x: Tensor, max_seqlen: int, num_bytes: int = 256) -> tuple[int, int, int, int]:
+    """`BLOCK_C` and blocks, `SPAN` and spans: few partial sums, but enough programs."""
+    num_tokens, num_channels = x.shape
+    block_c = _channel_block(num_channels, x.element_size(), num_bytes)
+    num_blocks = ceil_div(num_channels, block_c)
     share = ceil_div(num_tokens * num_blocks, PROGRAMS)
-    return min(max(next_power_of_2(share), 64), 1024)
+    span = min(max(next_power_of_2(share), 64), 1024)
+    return block_c, num_blocks, span, max(ceil_div(max_seqlen, span), 1)
 
 
 def _combined(spans: Tensor, cu_seqlens: Tensor, span: int, num_spans: int) -> Tensor:
@@ -395,109 +307,61 @@ def _combined(spans: Tensor, cu_seqlens: Tensor, span: int, num_spans: int) -> T
     num_sequences = cu_seqlens.shape[0] - 1
     out = spans.new_empty(num_sequences, *spans.shape[1:])
     width = math.prod(spans.shape[1:])
+    grid = (num_sequences * ceil_div(width, 128),)
     launch(
         combine_spans_kernel,
-        (num_sequences * ceil_div(width, 128),),
-        spans,
-        cu_seqlens,
-        out,
-        width,
-        SPAN=span,
-        BLOCK_S=min(next_power_of_2(num_spans), 32),
-        BLOCK_N=128,
+        grid,
+        (spans, cu_seqlens, out, width),
+        {"SPAN": span, "BLOCK_S": min(next_power_of_2(num_spans), 32), "BLOCK_N": 128},
         num_warps=4,
     )
     return out
 
 
-def _slots(num_tokens: int, num_sequences: int, span: int, num_spans: int) -> int:
-    return num_sequences if num_spans == 1 else num_tokens // span + num_sequences
-
-
-def sequence_means(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """As `Backend.sequence_means`."""
-    return _totals(x, cu_seqlens, max_seqlen, is_mean=True)
-
-
-def sequence_totals(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def sequence_totals(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, mean: bool = False) -> Tensor:
     """As `Backend.sequence_totals`."""
-    return _totals(x, cu_seqlens, max_seqlen, is_mean=False)
-
-
-def _totals(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, is_mean: bool) -> Tensor:
-    x = _with_unit_stride(x)
+    x = with_channels_adjacent(x)
     (T, C), B = x.shape, cu_seqlens.shape[0] - 1
-    block_c = _channel_block(C, x.element_size(), 256)
-    num_blocks = ceil_div(C, block_c)
-    span = _span(T, num_blocks)
-    num_spans = max(ceil_div(max_seqlen, span), 1)
-    dtype = accumulation_dtype(x.dtype)
-    sums = x.new_empty(_slots(T, B, span, num_spans), C, dtype=dtype)
+    block_c, num_blocks, span, num_spans = _cut(x, max_seqlen)
+    num_slots = B if num_spans == 1 else T // span + B
+    sums = x.new_empty(num_slots, C, dtype=accumulation_dtype(x.dtype))
     launch(
         sequence_totals_kernel,
         (B * num_spans * num_blocks,),
-        x,
-        cu_seqlens,
-        sums,
-        x.stride(0),
-        C,
-        num_spans,
-        SPAN=span,
-        BLOCK_T=32,
-        BLOCK_C=block_c,
-        IS_MEAN=is_mean,
+        (x, cu_seqlens, sums, x.stride(0), C, num_spans),
+        {"SPAN": span, "BLOCK_T": 32, "BLOCK_C": block_c, "IS_MEAN": mean},
         num_warps=4,
     )
     return sums if num_spans == 1 else _combined(sums, cu_seqlens, span, num_spans)
 
 
-def token_scores(x: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def token_scores(
+    x: Tensor,
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    weights: Tensor | None = None,
+    centre: Tensor | None = None,
+) -> Tensor:
     """As `Backend.token_scores`."""
-    return _scores(x, rows, None, None, cu_seqlens, max_seqlen)
-
-
-def score_gradients(
-    x: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    centre: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-) -> Tensor:
-    """As `Backend.score_gradients`."""
-    return _scores(x, rows, weights.contiguous(), centre.contiguous(), cu_seqlens, max_seqlen)
-
-
-def _scores(
-    x: Tensor,
-    rows: Tensor,
-    weights: Tensor | None,
-    centre: Tensor | None,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-) -> Tensor:
-    x, rows = _with_unit_stride(x), rows.contiguous()
+    x, rows = with_channels_adjacent(x), rows.contiguous()
     (T, C), (B, H, _) = x.shape, rows.shape
     block_t = min(max(next_power_of_2(max_seqlen), 16), 128)
     num_tiles = ceil_div(max_seqlen, block_t)
     scores = rows.new_empty(T, H)
+    weights = None if weights is None else weights.contiguous()
+    centre = None if centre is None else centre.contiguous()
     launch(
         token_scores_kernel,
         (B * num_tiles,),
-        x,
-        rows,
-        cu_seqlens,
-        weights,
-        centre,
-        scores,
-        x.stride(0),
-        C,
-        num_tiles,
-        H=H,
-        BLOCK_H=_row_block(H),
-        BLOCK_T=block_t,
-        BLOCK_C=_channel_block(C, x.element_size(), 64),
-        PRECISION=_precision(x.dtype),
+        (x, rows, cu_seqlens, weights, centre, scores, x.stride(0), C, num_tiles),
+        {
+            "H": H,
+            "BLOCK_H": _row_block(H),
+            "BLOCK_T": block_t,
+            "BLOCK_C": _channel_block(C, x.element_size(), 64),
+            "PRECISION": _precision(x.dtype),
+        },
         num_warps=4,
         # four programs on a multiprocessor; told so, the compiler spills nothing
         max_registers=None if x.dtype == torch.float64 else 128,
@@ -507,31 +371,25 @@ def _scores(
 
 def sequence_sums(weights: Tensor, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """As `Backend.sequence_sums`."""
-    weights, x = weights.contiguous(), _with_unit_stride(x)
+    weights, x = weights.contiguous(), with_channels_adjacent(x)
     (T, C), H, B = x.shape, weights.shape[1], cu_seqlens.shape[0] - 1
-    block_c = _channel_block(C, x.element_size(), 256)
-    num_blocks = ceil_div(C, block_c)
-    span = _span(T, num_blocks)
-    num_spans = max(ceil_div(max_seqlen, span), 1)
-    sums = weights.new_empty(_slots(T, B, span, num_spans), H, C)
+    block_c, num_blocks, span, num_spans = _cut(x, max_seqlen)
+    sums = weights.new_empty(B if num_spans == 1 else T // span + B, H, C)
     launch(
         sequence_sums_kernel,
         (B * num_spans * num_blocks,),
-        weights,
-        x,
-        cu_seqlens,
-        sums,
-        x.stride(0),
-        C,
-        num_spans,
-        H=H,
-        SPAN=span,
-        BLOCK_H=_row_block(H),
-        BLOCK_T=32,
-        BLOCK_C=block_c,
-        PRECISION=_precision(x.dtype),
+        (weights, x, cu_seqlens, sums, x.stride(0), C, num_spans),
+        {
+            "H": H,
+            "SPAN": span,
+            "BLOCK_H": _row_block(H),
+            "BLOCK_T": 32,
+            "BLOCK_C": block_c,
+            "PRECISION": _precision(x.dtype),
+        },
         num_warps=4,
-        max_registers=_max_registers(x.dtype),
+        # left alone, the compiler spills some to make room for more warps
+        max_registers=168 if x.dtype == torch.float64 else None,
     )
     return sums if num_spans == 1 else _combined(sums, cu_seqlens, span, num_spans)
 
@@ -544,32 +402,25 @@ def spread_rows(
     out: Tensor,
 ) -> None:
     """As `Backend.spread_rows`."""
-    tables: list[Tensor | None] = [table.contiguous() for pair in pairs for table in pair]
+    tables = [table.contiguous() for pair in pairs for table in pair]
+    tables += [None] * (4 - len(tables))
     shared = shared.contiguous()
-    (T, C), B = out.shape, cu_seqlens.shape[0] - 1
     H = pairs[0][1].shape[1] if pairs else 1
     # 64 channels in half precision: with 128 one program fills a multiprocessor's registers
-    block_c = _channel_block(C, out.element_size(), 128 if out.element_size() == 2 else 256)
-    num_blocks = ceil_div(C, block_c)
-    span = _span(T, num_blocks)
-    num_spans = ceil_div(max_seqlen, span)
+    num_bytes = 128 if out.element_size() == 2 else 256
+    block_c, num_blocks, span, num_spans = _cut(out, max_seqlen, num_bytes)
     launch(
         spread_rows_kernel,
-        (B * num_spans * num_blocks,),
-        shared,
-        *tables,
-        *(None,) * (4 - len(tables)),
-        cu_seqlens,
-        out,
-        out.stride(0),
-        C,
-        num_spans,
-        H=H,
-        SPAN=span,
-        BLOCK_H=_row_block(H),
-        BLOCK_T=64,
-        BLOCK_C=block_c,
-        PRECISION=_precision(shared.dtype, out.dtype),
+        ((cu_seqlens.shape[0] - 1) * num_spans * num_blocks,),
+        (shared, *tables, cu_seqlens, out, out.stride(0), out.shape[1], num_spans),
+        {
+            "H": H,
+            "SPAN": span,
+            "BLOCK_H": _row_block(H),
+            "BLOCK_T": 64,
+            "BLOCK_C": block_c,
+            "PRECISION": _precision(shared.dtype, out.dtype),
+        },
         num_warps=8,
-        max_registers=_max_registers(shared.dtype, 128),
+        max_registers=168 if shared.dtype == torch.float64 else 128,
     )

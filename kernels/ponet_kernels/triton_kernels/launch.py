@@ -5,24 +5,22 @@ Host functions called inside it with tensors of PyTorch's "meta" device yield ex
 that real tensors of that shape and dtype would get: `ponet_kernels.compile_report` compiles them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """A kernel, its grid and what it is called with."""
 
     kernel: Any
     grid: tuple[int, ...]
-    args: tuple[Any, ...]
+    args: Sequence[Any]
     constants: dict[str, Any]
     """`tl.constexpr` arguments by name."""
     num_warps: int
@@ -47,19 +45,18 @@ def record_launches() -> Iterator[list[Launch]]:
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    *args: Any,
+    args: Sequence[Any],
+    constants: dict[str, Any],
     num_warps: int,
     max_registers: int | None = None,
-    **constants: Any,
 ) -> None:
     """Run `kernel` on `grid` on the device of its tensors; no programs are no launch.
 
     Args:
         args: tensors, sizes and strides in the kernel's order.
-        num_warps: warps (of 32 or 64 threads) a program.
+        constants: its `tl.constexpr` arguments.
         max_registers: of a thread on Hopper, where the compiler would take so many that few warps
             fit, or so few that it spills.
-        constants: its `tl.constexpr` arguments.
     """
     if 0 in grid:
         return
@@ -67,7 +64,7 @@ def launch(
     if recorder is not None:
         recorder.append(Launch(kernel, grid, args, constants, num_warps, max_registers))
         return
-    options: dict[str, int] = {"num_warps": num_warps}
+    options = {"num_warps": num_warps}
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     if device.type != "cuda":
         kernel[grid](*args, **constants, **options)
@@ -83,25 +80,18 @@ def launch(
             kernel[grid](*args, **constants, **options)
 
 
-def register_limit(max_registers: int, backend: str, capability: int) -> int | None:
-    """The limit that a compiler is told; None for AMD's, which knows no such option.
-
-    Args:
-        max_registers: of a thread on Hopper. Before, the same code needs some more.
-        backend: "cuda" or "hip".
-        capability: of an NVIDIA GPU, such as 90.
-    """
-    if backend == "hip":
+def register_limit(max_registers: int, capability: int | None) -> int | None:
+    """The limit told to the compiler for a GPU of this capability, such as 90; None for AMD's."""
+    if capability is None:
         return None
+    # before Hopper the same code needs some more
     return max_registers if capability >= 90 else max_registers + 16
 
 
 @cache
 def _limit_on(device: torch.device, max_registers: int) -> int | None:
-    if torch.version.hip:
-        return None
     major, minor = torch.cuda.get_device_capability(device)
-    return register_limit(max_registers, "cuda", 10 * major + minor)
+    return register_limit(max_registers, None if torch.version.hip else 10 * major + minor)
 
 
 def ceil_div(number: int, divisor: int) -> int:

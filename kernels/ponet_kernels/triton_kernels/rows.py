@@ -5,8 +5,6 @@ belongs to a whole row (ids, marks, flags) stays one-dimensional until it meets 
 loads a block `[BLOCK_T, 1]` once for every channel that a lane holds.
 """
 
-from functools import cache
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,17 +35,43 @@ def replaces(later, earlier):
 
 
 @triton.jit
-def load_rows(x_ptr, rows, stride, offs_c, T, C):
-    """Rows `[BLOCK_T]` and channels `[BLOCK_C]` of x `[T, C]`, zero outside."""
-    mask = ((rows >= 0) & (rows < T))[:, None] & (offs_c < C)[None, :]
-    return tl.load(x_ptr + rows[:, None] * stride + offs_c[None, :], mask=mask, other=0.0)
+def tile_of_program(C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows `[BLOCK_T]` and channels `[BLOCK_C]`; tiles of the same rows are neighbours."""
+    pid = tl.program_id(0)
+    num_blocks = tl.cdiv(C, BLOCK_C)
+    rows = (pid // num_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    return rows, (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
 
 
 @triton.jit
-def store_rows(out_ptr, rows, stride, offs_c, values, mask, C):
+def span_of_program(cu_seqlens_ptr, num_spans, num_blocks):
+    """Block of channels, span and sequence of a program; first token and length of the sequence."""
+    pid = tl.program_id(0)
+    pid_s = (pid // num_blocks) % num_spans
+    pid_b = (pid // num_blocks // num_spans).to(tl.int64)
+    start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
+    return pid % num_blocks, pid_s, pid_b, start, length
+
+
+@triton.jit
+def load_block(ptrs, mask_rows, mask_columns):
+    """A block, zero where its row or its column lies outside."""
+    return tl.load(ptrs, mask=mask_rows[:, None] & mask_columns[None, :], other=0.0)
+
+
+@triton.jit
+def load_rows(x_ptr, rows, stride, c, T, C):
+    """Rows `[BLOCK_T]` and channels `[BLOCK_C]` of x `[T, C]`, zero outside."""
+    ptrs = x_ptr + rows[:, None] * stride + c[None, :]
+    return load_block(ptrs, (rows >= 0) & (rows < T), c < C)
+
+
+@triton.jit
+def store_rows(out_ptr, rows, stride, c, values, mask, C):
     """Store `[BLOCK_T, BLOCK_C]` to the rows of a `[T, C]` where `mask` `[BLOCK_T]`."""
-    mask = mask[:, None] & (offs_c < C)[None, :]
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * stride + offs_c[None, :], values, mask=mask)
+    mask = mask[:, None] & (c < C)[None, :]
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * stride + c[None, :], values, mask=mask)
 
 
 @triton.jit
@@ -61,22 +85,20 @@ def with_channels_adjacent(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-@cache
 def channel_block(num_channels: int, itemsize: int) -> int:
     """Channels of a block: a line or the row, whichever is shorter."""
     return min(LINE_BYTES // itemsize, next_power_of_2(max(num_channels, 1)))
 
 
-def tile_blocks(num_rows: int, num_channels: int, itemsize: int) -> tuple[int, int, int]:
-    """`BLOCK_T`, `BLOCK_C` and warps of an element-wise kernel."""
+def tiles(
+    num_rows: int, num_channels: int, itemsize: int
+) -> tuple[tuple[int], dict[str, int], int]:
+    """Grid, constants and warps of an element-wise kernel: one program per tile."""
     block_c = channel_block(num_channels, itemsize)
     block_t = min(TILE_BYTES // (block_c * itemsize), 256)
     columns = ceil_div(num_channels, block_c)
     while block_t > 4 and ceil_div(num_rows, block_t) * columns < TILE_PROGRAMS:
         block_t //= 2
-    return block_t, block_c, max(block_t * block_c * itemsize // LINE_BYTES, 1)
-
-
-def tile_grid(num_rows: int, num_channels: int, block_t: int, block_c: int) -> tuple[int]:
-    """One program a tile; tiles of the same rows are neighbours."""
-    return (ceil_div(num_rows, block_t) * ceil_div(num_channels, block_c),)
+    num_warps = max(block_t * block_c * itemsize // LINE_BYTES, 1)
+    grid = (ceil_div(num_rows, block_t) * columns,)
+    return grid, {"BLOCK_T": block_t, "BLOCK_C": block_c}, num_warps

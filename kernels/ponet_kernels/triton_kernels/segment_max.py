@@ -15,8 +15,8 @@ from ponet_kernels.triton_kernels.rows import (
     load_ids,
     replaces,
     store_rows,
-    tile_blocks,
-    tile_grid,
+    tile_of_program,
+    tiles,
     widen,
     with_channels_adjacent,
 )
@@ -45,8 +45,8 @@ def segment_max_fwd_kernel(
     out_ptr,
     argmax_ptr,
     partials_ptr,
-    partial_argmax_ptr,
     partial_ids_ptr,
+    partial_argmax_ptr,
     T,
     C,
     x_stride,
@@ -55,10 +55,7 @@ def segment_max_fwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Maxima and argmax of the segments inside `BLOCK_W` windows, partial ones of the others."""
-    pid = tl.program_id(0)
-    num_blocks = tl.cdiv(C, BLOCK_C)
-    window = (pid // num_blocks).to(tl.int64) * BLOCK_W + tl.arange(0, BLOCK_W)
-    offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    window, c = tile_of_program(C, BLOCK_W, BLOCK_C)
     first = window * ROWS  # [BLOCK_W]
     # rows up to the end of the stream, in 32 bits
     limit = tl.minimum(T - first, 2 * ROWS).to(tl.int32)
@@ -75,7 +72,7 @@ def segment_max_fwd_kernel(
     for start in tl.range(0, ROWS, 4, num_stages=3):  # pyright: ignore
         for offset in tl.static_range(4):  # pyright: ignore
             step = start + offset
-            values = widen(load_step(x_ptr, first, step, x_stride, offs_c, limit, C))
+            values = widen(load_step(x_ptr, first, step, x_stride, c, limit, C))
             segment1 = load_step_ids(token_segments_ptr, first, step + 1, limit)
             moves = replaces(values, best)
             best = tl.where(moves, values, best)
@@ -84,19 +81,11 @@ def segment_max_fwd_kernel(
             place += 1
             ends = (segment >= 0) & (segment1 != segment)
             if is_any(ends):
-                store_group(out_ptr, partials_ptr, best, ends, begun, segment, window, offs_c, C)
+                store_group(out_ptr, partials_ptr, best, ends, begun, segment, window, c, C)
                 best = tl.where(ends[:, None], float("-inf"), best)
                 if argmax_ptr is not None:
                     store_group(
-                        argmax_ptr,
-                        partial_argmax_ptr,
-                        argmax,
-                        ends,
-                        begun,
-                        segment,
-                        window,
-                        offs_c,
-                        C,
+                        argmax_ptr, partial_argmax_ptr, argmax, ends, begun, segment, window, c, C
                     )
                     argmax = tl.where(ends[:, None], 0, argmax)
                 place = tl.where(ends, 0, place)
@@ -111,9 +100,9 @@ def segment_max_fwd_kernel(
         load_step_ids(token_segments_ptr, first, ROWS - 1, limit),
         load_step_ids(token_segments_ptr, first, ROWS, limit),
     )
-    store_rest(partials_ptr, best, goes_on, begun, window, offs_c, C)
+    store_rest(partials_ptr, best, goes_on, begun, window, c, C)
     if argmax_ptr is not None:
-        store_rest(partial_argmax_ptr, argmax, goes_on, begun, window, offs_c, C)
+        store_rest(partial_argmax_ptr, argmax, goes_on, begun, window, c, C)
 
 
 @triton.jit
@@ -132,19 +121,16 @@ def segment_max_bwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One tile of dx: the gradient of the segment where its place is this token."""
-    pid = tl.program_id(0)
-    num_blocks = tl.cdiv(C, BLOCK_C)
-    t = (pid // num_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    t, c = tile_of_program(C, BLOCK_T, BLOCK_C)
     segment = load_ids(token_segments_ptr, t, T).to(tl.int64)
     place = (t - tl.load(cu_segments_ptr + segment, mask=t < T, other=0)).to(tl.int32)
-    mask = (t < T)[:, None] & (offs_c < C)[None, :]  # [BLOCK_T, BLOCK_C]
-    argmax = segment[:, None] * argmax_stride + offs_c[None, :]
+    mask = (t < T)[:, None] & (c < C)[None, :]  # [BLOCK_T, BLOCK_C]
+    argmax = segment[:, None] * argmax_stride + c[None, :]
     argmax = tl.load(argmax_ptr + argmax, mask=mask, other=0).to(tl.int32)
-    grad = segment[:, None] * grad_stride + offs_c[None, :]
+    grad = segment[:, None] * grad_stride + c[None, :]
     grad = widen(tl.load(grad_ptr + grad, mask=mask, other=0.0))
     dx = tl.where(argmax == place[:, None], grad, 0.0)
-    store_rows(dx_ptr, t, dx_stride, offs_c, dx, t < T, C)
+    store_rows(dx_ptr, t, dx_stride, c, dx, t < T, C)
 
 
 def segment_max_fwd(
@@ -155,62 +141,29 @@ def segment_max_fwd(
     has_empty: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As `Backend.segment_max_fwd`."""
-    num_tokens, num_channels = x.shape
     x = with_channels_adjacent(x)
-    out = x.new_empty(cu_segments.shape[0] - 1, num_channels)
-    argmax = None if argmax_dtype is None else torch.empty_like(out, dtype=argmax_dtype)
+    out = x.new_empty(cu_segments.shape[0] - 1, x.shape[1])
+    grid, num_windows, constants = cut_rows(*x.shape, x.element_size(), MIN_PROGRAMS)
+    partials, argmax, partial_argmax = new_partials(num_windows, out), None, None
+    if argmax_dtype is not None:
+        argmax = torch.empty_like(out, dtype=argmax_dtype)
+        partial_argmax = torch.empty_like(partials[0], dtype=argmax_dtype)
     if has_empty:
         fill_empty(out, argmax, cu_segments, float("-inf"))
-    windows = cut_rows(num_tokens, num_channels, x.element_size(), MIN_PROGRAMS)
-    partials = new_partials(windows, out, argmax)
-    launch(
-        segment_max_fwd_kernel,
-        windows.grid,
-        x,
-        cu_segments,
-        token_segments,
-        out,
-        argmax,
-        partials.values,
-        partials.argmax,
-        partials.ids,
-        num_tokens,
-        num_channels,
-        x.stride(0),
-        ROWS=windows.rows,
-        BLOCK_W=windows.block_w,
-        BLOCK_C=windows.block_c,
-        num_warps=1,
-    )
-    combine(partials, out, argmax, is_max=True)
+    results = (out, argmax, *partials, partial_argmax)
+    operands = (x, cu_segments, token_segments, *results, *x.shape, x.stride(0))
+    launch(segment_max_fwd_kernel, grid, operands, constants, num_warps=1)
+    combine(*partials, partial_argmax, out, argmax, is_max=True)
     return out, argmax
 
 
 def segment_max_bwd(
-    grad: Tensor,
-    argmax: Tensor,
-    cu_segments: Tensor,
-    token_segments: Tensor,
-    out: Tensor,
+    grad: Tensor, argmax: Tensor, cu_segments: Tensor, token_segments: Tensor, out: Tensor
 ) -> None:
     """As `Backend.segment_max_bwd`."""
-    num_tokens, num_channels = token_segments.shape[0], grad.shape[1]
     grad, argmax = with_channels_adjacent(grad), with_channels_adjacent(argmax)
-    block_t, block_c, num_warps = tile_blocks(num_tokens, num_channels, out.element_size())
-    launch(
-        segment_max_bwd_kernel,
-        tile_grid(num_tokens, num_channels, block_t, block_c),
-        grad,
-        argmax,
-        cu_segments,
-        token_segments,
-        out,
-        num_tokens,
-        num_channels,
-        grad.stride(0),
-        argmax.stride(0),
-        out.stride(0),
-        BLOCK_T=block_t,
-        BLOCK_C=block_c,
-        num_warps=num_warps,
-    )
+    T, C = out.shape
+    grid, constants, num_warps = tiles(T, C, out.element_size())
+    strides = (grad.stride(0), argmax.stride(0), out.stride(0))
+    operands = (grad, argmax, cu_segments, token_segments, out, T, C, *strides)
+    launch(segment_max_bwd_kernel, grid, operands, constants, num_warps)

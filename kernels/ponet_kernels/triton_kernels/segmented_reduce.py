@@ -14,8 +14,6 @@ their groups, -1 where there is none. Time depends little on the groups, and not
 atomically: two runs agree bit by bit.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -25,10 +23,11 @@ from ponet_kernels.triton_kernels.launch import ceil_div, launch
 from ponet_kernels.triton_kernels.rows import (
     LINE_BYTES,
     channel_block,
+    load_block,
     replaces,
     store_rows,
-    tile_blocks,
-    tile_grid,
+    tile_of_program,
+    tiles,
     widen,
 )
 
@@ -65,10 +64,9 @@ def name_partials(partial_ids_ptr, window, begun, before, first, last, after):
 
 
 @triton.jit
-def load_step(x_ptr, first, step, stride, offs_c, limit, C):
+def load_step(x_ptr, first, step, stride, c, limit, C):
     """Row `step` of the windows that begin at rows `first` `[BLOCK_W]`, zero from `limit` on."""
-    mask = (step < limit)[:, None] & (offs_c < C)[None, :]
-    return tl.load(x_ptr + (first + step)[:, None] * stride + offs_c[None, :], mask=mask, other=0.0)
+    return load_block(x_ptr + (first + step)[:, None] * stride + c[None, :], step < limit, c < C)
 
 
 @triton.jit
@@ -84,16 +82,16 @@ def is_any(flags):
 
 
 @triton.jit
-def store_group(out_ptr, partials_ptr, values, ends, begun, group, window, offs_c, C):
+def store_group(out_ptr, partials_ptr, values, ends, begun, group, window, c, C):
     """Store rows of groups that end here: output rows, or heads where a group began earlier."""
-    store_rows(out_ptr, group, C, offs_c, values, ends & begun, C)
-    store_rows(partials_ptr, 2 * window, C, offs_c, values, ends & ~begun, C)
+    store_rows(out_ptr, group, C, c, values, ends & begun, C)
+    store_rows(partials_ptr, 2 * window, C, c, values, ends & ~begun, C)
 
 
 @triton.jit
-def store_rest(partials_ptr, values, goes_on, begun, window, offs_c, C):
+def store_rest(partials_ptr, values, goes_on, begun, window, c, C):
     """Store what a window has of the groups that go on after it."""
-    store_rows(partials_ptr, 2 * window + begun.to(tl.int64), C, offs_c, values, goes_on, C)
+    store_rows(partials_ptr, 2 * window + begun.to(tl.int64), C, c, values, goes_on, C)
 
 
 @triton.jit
@@ -110,7 +108,7 @@ def join(values, rows, later, later_rows, IS_MAX: tl.constexpr):
 
 @triton.jit
 def join_lines(values, rows, IS_MAX: tl.constexpr):
-    """Reductions `[BLOCK_P, BLOCK_C]` of one group in one, `[BLOCK_C]`."""
+    """Reductions `[BLOCK_P, BLOCK_C]` of one group in one and the rows of maxima, `[BLOCK_C]`."""
     if IS_MAX:
         is_nan = values != values
         has_nan = is_any(is_nan)
@@ -124,10 +122,10 @@ def join_lines(values, rows, IS_MAX: tl.constexpr):
 
 
 @triton.jit
-def load_partials(partials_ptr, rows, mask, offs_c, C, NEUTRAL: tl.constexpr):
+def load_partials(partials_ptr, rows, mask, c, C, NEUTRAL: tl.constexpr):
     """Partial rows `[BLOCK]`, `NEUTRAL` where not `mask`."""
-    offsets = rows.to(tl.int64)[:, None] * C + offs_c[None, :]
-    mask = mask[:, None] & (offs_c < C)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * C + c[None, :]
+    mask = mask[:, None] & (c < C)[None, :]
     return widen(tl.load(partials_ptr + offsets, mask=mask, other=NEUTRAL))
 
 
@@ -147,22 +145,16 @@ def end_of_group(partial_ids_ptr, group, window, num_windows, BLOCK: tl.constexp
 @triton.jit
 def join_long_group(
     partials_ptr,
-    partial_argmax_ptr,
-    partial_ids_ptr,
-    out_ptr,
-    argmax_ptr,
-    group,
     window,
-    num_windows,
+    end,
+    c,
     C,
-    offs_c,
     IS_MAX: tl.constexpr,
     NEUTRAL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Output row of a group that begins in `window`, `BLOCK_P` partial rows at a time."""
-    end = end_of_group(partial_ids_ptr, group, window, num_windows, 1024)  # pyright: ignore
+    """`join_lines` of a group that begins in `window`, `BLOCK_P` partial rows at a time."""
     values = widen(tl.full([BLOCK_P, BLOCK_C], NEUTRAL, partials_ptr.dtype.element_ty))
     tail = 2 * window + 1
     rows = tl.zeros([BLOCK_P, BLOCK_C], tl.int32) + tail
@@ -170,20 +162,16 @@ def join_long_group(
         position = start + tl.arange(0, BLOCK_P)
         # the tail of the first window, the heads of the others
         later_rows = tl.maximum(2 * position, tail)
-        later = load_partials(partials_ptr, later_rows, position < end, offs_c, C, NEUTRAL)
+        later = load_partials(partials_ptr, later_rows, position < end, c, C, NEUTRAL)
         values, rows = join(values, rows, later, later_rows[:, None], IS_MAX)
-    value, row = join_lines(values, rows, IS_MAX)
-    tl.store(out_ptr + group * C + offs_c, value, mask=offs_c < C)
-    if argmax_ptr is not None:
-        place = tl.load(partial_argmax_ptr + row.to(tl.int64) * C + offs_c, mask=offs_c < C)  # pyright: ignore
-        tl.store(argmax_ptr + group * C + offs_c, place, mask=offs_c < C)
+    return join_lines(values, rows, IS_MAX)
 
 
 @triton.jit
 def combine_kernel(
     partials_ptr,
-    partial_argmax_ptr,
     partial_ids_ptr,
+    partial_argmax_ptr,
     out_ptr,
     argmax_ptr,
     num_windows,
@@ -198,7 +186,7 @@ def combine_kernel(
     pid = tl.program_id(0)
     num_blocks = tl.cdiv(C, BLOCK_C)
     first_window = (pid // num_blocks) * BLOCK_W
-    offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
 
     # groups of one tail and one head, all at once
     window = first_window + tl.arange(0, BLOCK_W)
@@ -206,37 +194,29 @@ def combine_kernel(
     ids_after = tl.load(partial_ids_ptr + 2 * window + 4, mask=window + 2 < num_windows, other=-1)
     is_short = (ids >= 0) & (ids_after != ids)
     tails = 2 * window + 1  # [BLOCK_W]
-    values = load_partials(partials_ptr, tails, is_short, offs_c, C, NEUTRAL)
-    later = load_partials(partials_ptr, tails + 1, is_short, offs_c, C, NEUTRAL)
+    values = load_partials(partials_ptr, tails, is_short, c, C, NEUTRAL)
+    later = load_partials(partials_ptr, tails + 1, is_short, c, C, NEUTRAL)
     values, rows = join(values, tails[:, None], later, tails[:, None] + 1, IS_MAX)
-    store_rows(out_ptr, ids, C, offs_c, values, is_short, C)
+    store_rows(out_ptr, ids, C, c, values, is_short, C)
     if argmax_ptr is not None:
-        offsets = rows.to(tl.int64) * C + offs_c[None, :]
-        mask = is_short[:, None] & (offs_c < C)[None, :]
+        offsets = rows.to(tl.int64) * C + c[None, :]
+        mask = is_short[:, None] & (c < C)[None, :]
         argmax = tl.load(partial_argmax_ptr + offsets, mask=mask, other=0)
-        store_rows(argmax_ptr, ids, C, offs_c, argmax, is_short, C)
+        store_rows(argmax_ptr, ids, C, c, argmax, is_short, C)
 
     # longer groups, one after the other
     if is_any((ids >= 0) & (ids_after == ids)):
         for w in range(first_window, tl.minimum(first_window + BLOCK_W, num_windows - 2)):
             group = tl.load(partial_ids_ptr + 2 * w + 1)
             if (group >= 0) & (tl.load(partial_ids_ptr + 2 * w + 4) == group):
-                join_long_group(
-                    partials_ptr,
-                    partial_argmax_ptr,
-                    partial_ids_ptr,
-                    out_ptr,
-                    argmax_ptr,
-                    group,
-                    w,
-                    num_windows,
-                    C,
-                    offs_c,
-                    IS_MAX,
-                    NEUTRAL,
-                    BLOCK_P,
-                    BLOCK_C,
+                end = end_of_group(partial_ids_ptr, group, w, num_windows, 1024)  # pyright: ignore
+                value, row = join_long_group(
+                    partials_ptr, w, end, c, C, IS_MAX, NEUTRAL, BLOCK_P, BLOCK_C
                 )
+                tl.store(out_ptr + group * C + c, value, mask=c < C)
+                if argmax_ptr is not None:
+                    place = tl.load(partial_argmax_ptr + row.to(tl.int64) * C + c, mask=c < C)
+                    tl.store(argmax_ptr + group * C + c, place, mask=c < C)
 
 
 @triton.jit
@@ -247,38 +227,29 @@ def fill_empty_kernel(
     S,
     C,
     FILL: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Rows of segments without tokens: `FILL`, argmax 0."""
-    pid = tl.program_id(0)
-    num_blocks = tl.cdiv(C, BLOCK_C)
-    segment = (pid // num_blocks).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-    offs_c = (pid % num_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    segment, c = tile_of_program(C, BLOCK_T, BLOCK_C)
     start = tl.load(cu_segments_ptr + segment, mask=segment < S, other=0)
     end = tl.load(cu_segments_ptr + segment + 1, mask=segment < S, other=1)
     is_empty = start == end
-    fill = tl.full([BLOCK_S, BLOCK_C], FILL, out_ptr.dtype.element_ty)
-    store_rows(out_ptr, segment, C, offs_c, fill, is_empty, C)
+    fill = tl.full([BLOCK_T, BLOCK_C], FILL, out_ptr.dtype.element_ty)
+    store_rows(out_ptr, segment, C, c, fill, is_empty, C)
     if argmax_ptr is not None:
-        argmax = tl.zeros([BLOCK_S, BLOCK_C], argmax_ptr.dtype.element_ty)
-        store_rows(argmax_ptr, segment, C, offs_c, argmax, is_empty, C)
+        argmax = tl.zeros([BLOCK_T, BLOCK_C], argmax_ptr.dtype.element_ty)
+        store_rows(argmax_ptr, segment, C, c, argmax, is_empty, C)
 
 
-@dataclass(slots=True)
-class Windows:
-    """How the rows of one launch are cut."""
+def cut_rows(
+    num_rows: int, num_channels: int, itemsize: int, min_programs: int
+) -> tuple[tuple[int], int, dict[str, int]]:
+    """The longest windows that still give `min_programs` programs of one warp.
 
-    rows: int
-    """Rows of a window, `ROWS`."""
-    count: int
-    block_w: int
-    block_c: int
-    grid: tuple[int]
-
-
-def cut_rows(num_rows: int, num_channels: int, itemsize: int, min_programs: int) -> Windows:
-    """The longest windows that still give `min_programs` programs of one warp."""
+    Returns:
+        Grid, number of windows, constants of the kernel.
+    """
     block_c = channel_block(num_channels, itemsize)
     # half a line where rows are short: flags of several windows need registers, too
     block_w = min(max(LINE_BYTES // (2 * block_c * itemsize), 1), 32)
@@ -288,77 +259,53 @@ def cut_rows(num_rows: int, num_channels: int, itemsize: int, min_programs: int)
         if ceil_div(num_rows, longer * block_w) * columns >= min_programs:
             rows = longer
             break
-    count = ceil_div(num_rows, rows)
-    return Windows(rows, count, block_w, block_c, (ceil_div(count, block_w) * columns,))
+    num_windows = ceil_div(num_rows, rows)
+    constants = {"ROWS": rows, "BLOCK_W": block_w, "BLOCK_C": block_c}
+    return (ceil_div(num_windows, block_w) * columns,), num_windows, constants
 
 
-@dataclass(slots=True)
-class Partials:
-    """Heads and tails of the windows."""
-
-    values: Tensor
-    """`[num_windows, 2, C]`."""
-    argmax: Tensor | None
-    """Alike; None without."""
-    ids: Tensor
-    """`[num_windows, 2]`, int64."""
+def new_partials(num_windows: int, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the partial rows of `out` `[G, C]` and for their ids."""
+    ids = out.new_empty(num_windows, 2, dtype=torch.int64)
+    return out.new_empty(num_windows, 2, out.shape[1]), ids
 
 
-def new_partials(windows: Windows, out: Tensor, argmax: Tensor | None = None) -> Partials:
-    """Room for the partial rows of `out` `[G, C]` and its `argmax`."""
-    shape = (windows.count, 2, out.shape[1])
-    return Partials(
-        out.new_empty(shape),
-        None if argmax is None else argmax.new_empty(shape),
-        out.new_empty(shape[:2], dtype=torch.int64),
-    )
-
-
-def combine(partials: Partials, out: Tensor, argmax: Tensor | None, is_max: bool) -> None:
+def combine(
+    partials: Tensor,
+    partial_ids: Tensor,
+    partial_argmax: Tensor | None,
+    out: Tensor,
+    argmax: Tensor | None,
+    is_max: bool,
+) -> None:
     """Write the rows of `out` `[G, C]`, and of its `argmax`, whose groups cross windows.
 
     Args:
         is_max: maxima, sums otherwise.
     """
-    num_windows, _, num_channels = partials.values.shape
+    num_windows, _, num_channels = partials.shape
     if num_windows < 2:
         return
     columns = ceil_div(num_channels, COMBINE_CHANNELS)
     launch(
         combine_kernel,
         (ceil_div(num_windows, COMBINE_WINDOWS) * columns,),
-        partials.values,
-        partials.argmax,
-        partials.ids,
-        out,
-        argmax,
-        num_windows,
-        num_channels,
-        IS_MAX=is_max,
-        BLOCK_W=COMBINE_WINDOWS,
-        BLOCK_P=COMBINE_PARTIALS,
-        BLOCK_C=COMBINE_CHANNELS,
+        (partials, partial_ids, partial_argmax, out, argmax, num_windows, num_channels),
+        {
+            "IS_MAX": is_max,
+            "BLOCK_W": COMBINE_WINDOWS,
+            "BLOCK_P": COMBINE_PARTIALS,
+            "BLOCK_C": COMBINE_CHANNELS,
+        },
         # 32 values per lane, or 16 with the numbers of their rows
         num_warps=16 if is_max else 8,
         # left alone, the compiler spills one in float64
-        max_registers=None if is_max or partials.values.element_size() < 8 else 168,
+        max_registers=None if is_max or partials.element_size() < 8 else 168,
     )
 
 
 def fill_empty(out: Tensor, argmax: Tensor | None, cu_segments: Tensor, fill: float) -> None:
     """Write `fill`, and argmax 0, to the rows of `out` `[S, C]` whose segments are empty."""
-    num_segments, num_channels = out.shape
-    block_s, block_c, num_warps = tile_blocks(num_segments, num_channels, out.element_size())
-    launch(
-        fill_empty_kernel,
-        tile_grid(num_segments, num_channels, block_s, block_c),
-        out,
-        argmax,
-        cu_segments,
-        num_segments,
-        num_channels,
-        FILL=fill,
-        BLOCK_S=block_s,
-        BLOCK_C=block_c,
-        num_warps=num_warps,
-    )
+    grid, constants, num_warps = tiles(*out.shape, out.element_size())
+    operands = (out, argmax, cu_segments, *out.shape)
+    launch(fill_empty_kernel, grid, operands, {"FILL": fill, **constants}, num_warps)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ponet_kernels.triton_kernels.launch import ceil_div, launch, next_power_of_2
+from ponet_kernels.triton_kernels.rows import load_block, span_of_program
 
 SPAN = 512
 """Tokens a program. Shorter spans would have to join too many of their like in long sequences."""
@@ -21,13 +22,17 @@ LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
+def _join(highest, total, maxima, sums):
+    """Maxima `[BLOCK_H]` and sums relative to them, joined with more of them `[BLOCK, BLOCK_H]`."""
+    higher = tl.maximum(highest, tl.max(maxima, axis=0))
+    total = total * tl.exp(highest - higher)
+    total += tl.sum(sums * tl.exp(maxima - higher[None, :]), axis=0)
+    return higher, total
+
+
+@triton.jit
 def _span_statistics(
-    scores_ptr,
-    begin,
-    end,
-    H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    scores_ptr, begin, end, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """Maxima of the scores of tokens, and sums of the exponentials relative to them, `[BLOCK_H]`.
 
@@ -35,22 +40,15 @@ def _span_statistics(
         scores_ptr: of the first token of the sequence.
         begin, end: of the span in the sequence.
     """
-    offs_t = tl.arange(0, BLOCK_T)
-    offs_h = tl.arange(0, BLOCK_H)
-    mask_h = offs_h < H
+    h = tl.arange(0, BLOCK_H)
     highest = tl.full([BLOCK_H], LOWEST, scores_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK_H], scores_ptr.dtype.element_ty)
     for first in range(begin, end, BLOCK_T):
-        t = first + offs_t
-        scores = tl.load(
-            scores_ptr + t[:, None] * H + offs_h[None, :],
-            mask=(t < end)[:, None] & mask_h[None, :],
-            other=float("-inf"),
-        )  # [BLOCK_T, BLOCK_H]
-        higher = tl.maximum(highest, tl.max(scores, axis=0))
-        total = total * tl.exp(highest - higher)
-        total += tl.sum(tl.exp(scores - higher[None, :]), axis=0)
-        highest = higher
+        t = first + tl.arange(0, BLOCK_T)
+        mask = (t < end)[:, None] & (h < H)[None, :]  # [BLOCK_T, BLOCK_H]
+        scores_ptrs = scores_ptr + t[:, None] * H + h[None, :]
+        scores = tl.load(scores_ptrs, mask=mask, other=float("-inf"))
+        highest, total = _join(highest, total, scores, 1.0)
     return highest, total
 
 
@@ -67,22 +65,16 @@ def span_softmax_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """Maximum of a span of tokens and sum of the exponentials relative to it, `[slots, H]`."""
-    pid = tl.program_id(0)
-    pid_s = pid % num_spans
-    pid_b = (pid // num_spans).to(tl.int64)
-    start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
-    if pid_s * SPAN >= length:
+    _, pid_s, pid_b, start, length = span_of_program(cu_seqlens_ptr, num_spans, 1)
+    begin = pid_s * SPAN
+    if begin >= length:
         return
-    offs_h = tl.arange(0, BLOCK_H)
-    mask_h = offs_h < H
-    end = min(pid_s * SPAN + SPAN, length)
-    highest, total = _span_statistics(
-        scores_ptr + start * H, pid_s * SPAN, end, H, BLOCK_H, BLOCK_T
-    )
+    h = tl.arange(0, BLOCK_H)
+    end = min(begin + SPAN, length)
+    highest, total = _span_statistics(scores_ptr + start * H, begin, end, H, BLOCK_H, BLOCK_T)
     slot = start // SPAN + pid_b + pid_s
-    tl.store(maxima_ptr + slot * H + offs_h, highest, mask=mask_h)
-    tl.store(sums_ptr + slot * H + offs_h, total, mask=mask_h)
+    tl.store(maxima_ptr + slot * H + h, highest, mask=h < H)
+    tl.store(sums_ptr + slot * H + h, total, mask=h < H)
 
 
 @triton.jit
@@ -100,45 +92,30 @@ def sequence_softmax_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """Softmax of a span of tokens, given maxima and sums of all spans, `[T, H]`."""
-    pid = tl.program_id(0)
-    pid_s = pid % num_spans
-    pid_b = (pid // num_spans).to(tl.int64)
-    start = tl.load(cu_seqlens_ptr + pid_b).to(tl.int64)
-    length = (tl.load(cu_seqlens_ptr + pid_b + 1) - start).to(tl.int32)
+    _, pid_s, pid_b, start, length = span_of_program(cu_seqlens_ptr, num_spans, 1)
     if pid_s * SPAN >= length:
         return
-    offs_t = tl.arange(0, BLOCK_T)
-    offs_h = tl.arange(0, BLOCK_H)
-    mask_h = offs_h < H
+    h = tl.arange(0, BLOCK_H)
     if maxima_ptr is None:
         highest, total = _span_statistics(scores_ptr + start * H, 0, length, H, BLOCK_H, BLOCK_T)
     else:
-        offs_s = tl.arange(0, BLOCK_S)
         slot = start // SPAN + pid_b
         used = tl.cdiv(length, SPAN)
         highest = tl.full([BLOCK_H], LOWEST, scores_ptr.dtype.element_ty)
         total = tl.zeros([BLOCK_H], scores_ptr.dtype.element_ty)
         for first in range(0, used, BLOCK_S):
-            s = first + offs_s
-            offsets = (slot + s)[:, None] * H + offs_h[None, :]
-            mask = (s < used)[:, None] & mask_h[None, :]
+            s = first + tl.arange(0, BLOCK_S)
+            offsets = (slot + s)[:, None] * H + h[None, :]
+            mask = (s < used)[:, None] & (h < H)[None, :]
             maxima = tl.load(maxima_ptr + offsets, mask=mask, other=float("-inf"))
             sums = tl.load(sums_ptr + offsets, mask=mask, other=0.0)
-            higher = tl.maximum(highest, tl.max(maxima, axis=0))
-            total = total * tl.exp(highest - higher)
-            total += tl.sum(sums * tl.exp(maxima - higher[None, :]), axis=0)
-            highest = higher
+            highest, total = _join(highest, total, maxima, sums)
     for first in range(pid_s * SPAN, min(pid_s * SPAN + SPAN, length), BLOCK_T):
-        t = first + offs_t
-        mask = (t < length)[:, None] & mask_h[None, :]
-        scores = tl.load(
-            scores_ptr + (start + t)[:, None] * H + offs_h[None, :], mask=mask, other=0.0
-        )  # [BLOCK_T, BLOCK_H]
-        tl.store(
-            out_ptr + (start + t)[:, None] * H + offs_h[None, :],
-            tl.exp(scores - highest[None, :]) / total[None, :],
-            mask=mask,
-        )
+        t = first + tl.arange(0, BLOCK_T)
+        offsets = (start + t)[:, None] * H + h[None, :]  # [BLOCK_T, BLOCK_H]
+        scores = load_block(scores_ptr + offsets, t < length, h < H)
+        weights = tl.exp(scores - highest[None, :]) / total[None, :]
+        tl.store(out_ptr + offsets, weights, mask=(t < length)[:, None] & (h < H)[None, :])
 
 
 def sequence_softmax(scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -146,43 +123,19 @@ def sequence_softmax(scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Ten
     scores = scores.contiguous()
     (T, H), B = scores.shape, cu_seqlens.shape[0] - 1
     num_spans = ceil_div(max_seqlen, SPAN)
-    maxima, sums = None, None
-    out = scores.new_empty(T, H)
+    out = torch.empty_like(scores)
     block_h = next_power_of_2(H)
     # 16 float32 registers a thread
     block_t = min(4096 // block_h, SPAN)
+    constants = {"H": H, "SPAN": SPAN, "BLOCK_H": block_h, "BLOCK_T": block_t}
     grid = (B * num_spans,)
+    statistics = (None, None)
     if num_spans > 1:
         maxima = scores.new_empty(T // SPAN + B, H)
-        sums = torch.empty_like(maxima)
-        launch(
-            span_softmax_kernel,
-            grid,
-            scores,
-            cu_seqlens,
-            maxima,
-            sums,
-            num_spans,
-            H=H,
-            SPAN=SPAN,
-            BLOCK_H=block_h,
-            BLOCK_T=block_t,
-            num_warps=8,
-        )
-    launch(
-        sequence_softmax_kernel,
-        grid,
-        scores,
-        cu_seqlens,
-        maxima,
-        sums,
-        out,
-        num_spans,
-        H=H,
-        SPAN=SPAN,
-        BLOCK_H=block_h,
-        BLOCK_S=min(next_power_of_2(num_spans), 32),
-        BLOCK_T=block_t,
-        num_warps=8,
-    )
+        statistics = (maxima, torch.empty_like(maxima))
+        operands = (scores, cu_seqlens, *statistics, num_spans)
+        launch(span_softmax_kernel, grid, operands, constants, num_warps=8)
+    operands = (scores, cu_seqlens, *statistics, out, num_spans)
+    constants = {**constants, "BLOCK_S": min(next_power_of_2(num_spans), 32)}
+    launch(sequence_softmax_kernel, grid, operands, constants, num_warps=8)
     return out

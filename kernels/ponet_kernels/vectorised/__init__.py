@@ -6,8 +6,6 @@ back to the host once a call.
 
 from ponet_kernels.vectorised.fusion import fusion_bwd, fusion_fwd
 from ponet_kernels.vectorised.global_aggregation import (
-    score_gradients,
-    sequence_means,
     sequence_softmax,
     sequence_sums,
     sequence_totals,
@@ -19,10 +17,8 @@ from ponet_kernels.vectorised.segment_max import segment_max_bwd, segment_max_fw
 __all__ = [
     "fusion_bwd",
     "fusion_fwd",
-    "score_gradients",
     "segment_max_bwd",
     "segment_max_fwd",
-    "sequence_means",
     "sequence_softmax",
     "sequence_sums",
     "sequence_totals",

@@ -24,49 +24,34 @@ def _groups(cu_seqlens: Tensor) -> Iterator[tuple[slice, slice, tuple[int, int]]
             first = b
 
 
-def sequence_means(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """As `Backend.sequence_means`."""
-    del max_seqlen
-    shape = (len(cu_seqlens) - 1, x.shape[1])
-    means = x.new_zeros(shape, dtype=accumulation_dtype(x.dtype))
-    for sequences, tokens, group in _groups(cu_seqlens):
-        torch.mean(x[tokens].unflatten(0, group), 1, dtype=means.dtype, out=means[sequences])
-    return means
-
-
-def sequence_totals(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def sequence_totals(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, mean: bool = False) -> Tensor:
     """As `Backend.sequence_totals`."""
     del max_seqlen
-    shape = (len(cu_seqlens) - 1, x.shape[1])
-    totals = x.new_zeros(shape, dtype=accumulation_dtype(x.dtype))
+    totals = x.new_zeros(len(cu_seqlens) - 1, x.shape[1], dtype=accumulation_dtype(x.dtype))
+    reduce = torch.mean if mean else torch.sum
     for sequences, tokens, group in _groups(cu_seqlens):
-        torch.sum(x[tokens].unflatten(0, group), 1, dtype=totals.dtype, out=totals[sequences])
+        reduce(x[tokens].unflatten(0, group), 1, dtype=totals.dtype, out=totals[sequences])
     return totals
 
 
-def token_scores(x: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def token_scores(
+    x: Tensor,
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    weights: Tensor | None = None,
+    centre: Tensor | None = None,
+) -> Tensor:
     """As `Backend.token_scores`."""
     del max_seqlen
     scores = rows.new_empty(len(x), rows.shape[1])
     for sequences, tokens, group in _groups(cu_seqlens):
         h = x[tokens].to(rows.dtype).unflatten(0, group)
-        torch.bmm(h, rows[sequences].mT, out=scores[tokens].unflatten(0, group))
-    return scores
-
-
-def score_gradients(
-    x: Tensor,
-    rows: Tensor,
-    weights: Tensor,
-    centre: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-) -> Tensor:
-    """As `Backend.score_gradients`."""
-    scores = token_scores(x, rows, cu_seqlens, max_seqlen)
-    for sequences, tokens, group in _groups(cu_seqlens):
-        scores[tokens].unflatten(0, group).sub_(centre[sequences].unsqueeze(1))
-    return scores.mul_(weights)
+        out = scores[tokens].unflatten(0, group)
+        torch.bmm(h, rows[sequences].mT, out=out)
+        if centre is not None:
+            out.sub_(centre[sequences].unsqueeze(1))
+    return scores if weights is None else scores.mul_(weights)
 
 
 def sequence_softmax(scores: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
