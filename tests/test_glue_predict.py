@@ -13,11 +13,10 @@ import torch
 
 from glue.model import LabelSpec, load_classifier, save_classifier
 from glue.predict import main, read_lines, table
-from ponet import PoNetConfig, PoNetForSequenceClassification, PoolerConfig
-from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer
+from ponet import PoNetForSequenceClassification, PoolerConfig
+from ponet.tokenizer import bert_tokenizer
+from tests.tiny import IDS, TINY
 
-WORDS = (*SPECIAL_TOKENS, "one", "two", "three", "four", ".")
-IDS = {word: number for number, word in enumerate(WORDS)}
 NLI = ("entailment", "neutral", "contradiction")
 CPU = torch.device("cpu")
 
@@ -25,19 +24,8 @@ CPU = torch.device("cpu")
 def saved(folder: Path, labels: tuple[str, ...], num_texts: int, pooler: str = "cls") -> Path:
     """A model folder as a run leaves it, with weights that tell inputs apart."""
     torch.manual_seed(0)
-    config = PoNetConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        cls_token_id=IDS["[CLS]"],
-        sep_token_id=IDS["[SEP]"],
-        initializer_range=0.5,
-        num_labels=len(labels) or 1,
-        pooler=PoolerConfig(name=pooler, num_layers=2),
-    )
+    weights = {"initializer_range": 0.5, "num_labels": len(labels) or 1}
+    config = TINY.replace(pooler=PoolerConfig(name=pooler, num_layers=2), **weights)
     texts = {"text_columns": ("a", "b")[:num_texts], "max_length": 12, "segments": "texts"}
     spec = LabelSpec(task="a test", labels=labels, **texts)
     save_classifier(folder, PoNetForSequenceClassification(config), bert_tokenizer(IDS), spec)

@@ -11,12 +11,13 @@ from glue import finetune, model
 from glue.encoding import EncodedExamples, collect_examples
 from glue.settings import parse
 from glue.tasks import TASKS
-from ponet import PoNetConfig, PoNetForSequenceClassification, PoolerConfig
+from ponet import PoNetForSequenceClassification, PoolerConfig
 from ponet.model import PoNetModel
 from ponet.poolers import POOLERS
 from ponet_kernels import use_backend
 from ponet_kernels.triton_kernels.launch import record_launches
 from tests.sync_counter import count_synchronising
+from tests.tiny import TINY
 
 MIXERS = ["ponet", "attention", "fnet", "linformer", "nystromformer"]
 
@@ -44,25 +45,13 @@ def as_on_a_gpu(monkeypatch):
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_and_predictions(mixer, pooler, precision):
-    config = PoNetConfig(
-        vocab_size=200,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        cls_token_id=1,
-        sep_token_id=2,
-        mixer=mixer,
-        num_landmarks=8,
-        num_labels=3,
-        pooler=PoolerConfig(name=pooler, num_heads=2, num_layers=2),
-    )
+    heads = PoolerConfig(name=pooler, num_heads=2, num_layers=2)
+    config = TINY.replace(mixer=mixer, num_landmarks=8, num_labels=3, pooler=heads)
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 29, size=24)
-    ids = rng.integers(4, 200, size=lengths.sum()).astype(np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids[offsets[:-1]], ids[offsets[1:] - 1] = 1, 2
+    ids = rng.integers(5, config.vocab_size, size=lengths.sum()).astype(np.int32)
+    offsets = np.cumsum([0, *lengths])
+    ids[offsets[:-1]], ids[offsets[1:] - 1] = config.cls_token_id, config.sep_token_id
     labels = rng.integers(0, 3, size=24)
     examples = EncodedExamples(
         ids=ids, offsets=offsets, second=lengths, segments=None, labels=labels

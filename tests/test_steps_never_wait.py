@@ -1,6 +1,5 @@
 """Training steps of pre-training and GLUE: from the first forward pass on, nothing waits."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,14 @@ from ponet_kernels import use_backend
 from ponet_kernels.triton_kernels.launch import record_launches
 from pretrain.batches import MicroBatch, evaluation_batches
 from pretrain.engine import Engine
-from pretrain.examples import ExampleSettings
 from pretrain.run import LossSums, train_step
 from pretrain.settings import PretrainConfig
+from tests.corpora import make_corpus, make_settings
 from tests.sync_counter import count_synchronising
 
 CPU = torch.device("cpu")
-SETTINGS = ExampleSettings(
-    seq_len=32, vocab_size=200, cls_id=1, sep_id=2, mask_id=3, special_ids=(0, 1, 2, 3)
-)
+CORPUS = make_corpus([[6] * 40] * 8)
+SETTINGS = make_settings(CORPUS, 32)
 MIXERS = ["ponet", "attention", "fnet", "linformer", "nystromformer"]
 
 
@@ -33,24 +31,16 @@ def as_on_a_gpu(monkeypatch):
         yield
 
 
-def corpus() -> Any:
-    rng = np.random.default_rng(0)
-    return SimpleNamespace(
-        tokens=rng.integers(4, 200, size=8 * 40 * 6).astype(np.uint16),
-        sentence_offsets=np.arange(8 * 40 + 1) * 6,
-        document_offsets=np.arange(9) * 40,
-    )
-
-
 def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[MicroBatch]]:
     """An engine and the micro-batches of a step."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 64, "seq_len": 32, "batch_tokens": 512}
     config = PretrainConfig(mixer=mixer, micro_batch_tokens=256, **sizes, **changes)
     torch.manual_seed(0)
-    model = PoNetForPreTraining(config.model_config(200, 0, 1, 2).replace(num_landmarks=8))
+    architecture = config.model_config(SETTINGS.vocab_size, 0, SETTINGS.cls_id, SETTINGS.sep_id)
+    model = PoNetForPreTraining(architecture.replace(num_landmarks=8))
     batches = evaluation_batches(
-        corpus(), np.arange(8), SETTINGS, seed=0, micro_batch_tokens=256, max_batches=2
+        CORPUS, np.arange(8), SETTINGS, seed=0, micro_batch_tokens=256, max_batches=2
     )
     return Engine(config, model), batches
 
