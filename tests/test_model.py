@@ -133,7 +133,7 @@ class Batch:
     """The same sequences as rows, as a stream with offsets, and as a stream with a layout."""
 
     def __init__(
-        self, config=SMALL, with_segments=False, sizes=PAIRS, padding=0, left=False, seed=0
+        self, config=SMALL, with_ids=False, sizes=PAIRS, padding=0, left=False, seed=0
     ) -> None:
         self.sequences = [pair(a, b, seed + i) for i, (a, b) in enumerate(sizes)]
         lengths = torch.tensor([len(ids) for ids, _ in self.sequences])
@@ -149,12 +149,12 @@ class Batch:
         self.sso_labels = torch.tensor([0, 2, 1])
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
         self.packed = {**stream, "cu_seqlens": cu_seqlens}
-        if with_segments:
-            segments = (columns // 3).expand(ids.shape)
-            self.rows["segment_ids"] = segments
-            self.packed["segment_ids"] = segments[self.real]
+        if with_ids:
+            for name, row in (("segment_ids", columns // 3), ("position_ids", columns % 11)):
+                self.rows[name] = row.expand(ids.shape)
+                self.packed[name] = stream[name] = self.rows[name][self.real]
         tokens = stream_of_packed(stream["input_ids"], cu_seqlens)
-        segment_ids = self.packed.get("segment_ids")
+        segment_ids = stream.pop("segment_ids", None)
         self.layout = layout_for(config, tokens, stream["input_ids"], segment_ids)
         self.given = {**stream, "layout": self.layout}
 
@@ -194,11 +194,13 @@ def results_of(model, inputs: dict) -> dict[str, Tensor]:
     return found | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("with_segments", [False, True], ids=["special", "segment_ids"])
+@pytest.mark.parametrize("chosen", ["special tokens", "ids", "chunks"])
 @pytest.mark.parametrize("mixer", ["ponet", "ponet_published", "attention", "longformer"])
-def test_layout_in_place_of_offsets_or_rows_changes_no_bit(mixer, with_segments):
-    config = SMALL.replace(mixer=mixer)
-    batch = Batch(config, with_segments)
+def test_layout_in_place_of_offsets_or_rows_changes_no_bit(mixer, chosen):
+    """Whatever chooses the segments, and with positions of one's own."""
+    chunks = {"num_segments": 3, "separate_special_tokens": False} if chosen == "chunks" else {}
+    config = SMALL.replace(mixer=mixer, **chunks)
+    batch = Batch(config, with_ids=chosen == "ids")
     classes = torch.where(batch.labels < 0, batch.labels, batch.labels % 3)
     for cls, labels, others in (
         (PoNetForPreTraining, batch.labels, {"sso_labels": batch.sso_labels}),
@@ -231,20 +233,6 @@ def test_layout_in_place_of_offsets_or_rows_changes_no_bit(mixer, with_segments)
             found = results_of(model, by_rows | ignored)
             assert found["loss"] == 0
             assert not any(x.any() for name, x in found.items() if "logits" not in name)
-
-
-def test_a_layout_with_states_positions_and_chunks():
-    """What is given besides the layout is used, what is returned is packed."""
-    config = SMALL.replace(num_segments=3, separate_special_tokens=False)
-    batch, model = Batch(config), build(config=config)
-    positions = torch.arange(len(batch.given["input_ids"])) % 11
-    inputs = {"position_ids": positions, "output_hidden_states": True}
-    expected = model(**batch.packed, **inputs).hidden_states
-    found = model(**batch.given, **inputs).hidden_states
-    assert len(found) == 3
-    assert all(map(torch.equal, found, expected))
-    assert not torch.equal(model(**batch.given).last_hidden_state, found[-1])
-    assert not torch.equal(model(**Batch().given, **inputs).last_hidden_state, found[-1])
 
 
 def test_what_may_not_come_with_a_layout():

@@ -328,17 +328,15 @@ def test_classifier_of_padded_rows_equals_packed_and_alone(tmp_path, mixer):
         again = PoNetForSequenceClassification.from_pretrained(tmp_path)
         assert again.config == model.config
         assert torch.equal(again(**PACKED).logits, model.float()(**PACKED).logits)
+    # by default it is the encoder's
+    model = classifier_of(PoolerConfig(), mixer=mixer)
+    assert torch.equal(
+        model(**PACKED).logits, model.classifier(model.ponet(**PACKED).pooler_output)
+    )
     # the classifier hands the row length to literal readings
     model = classifier_of(PoolerConfig(name="mha", reading="literal"), mixer=mixer)
     wide = model(pad(ROWS, (0, 4)), attention_mask=pad(MASK, (0, 4))).logits
     assert not torch.allclose(wide, model(ROWS, attention_mask=MASK).logits)
-
-
-def test_default_is_the_pooler_of_the_encoder():
-    model, ids = classifier_of(PoolerConfig()), torch.tensor([IDS[1]])
-    assert torch.equal(model(ids).logits, model.classifier(model.ponet(ids).pooler_output))
-    assert "ponet.pooler.weight" in model.named_weights()
-    assert not list(model.pooler.parameters())
 
 
 def test_poolers_on_a_pretrained_folder(tmp_path, caplog):
