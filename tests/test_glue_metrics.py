@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 
 def classes(text: str) -> np.ndarray:
-    return np.array([int(letter) for letter in text])
+    return np.array([*map(int, text)])
 
 
 @pytest.mark.parametrize(

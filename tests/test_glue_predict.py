@@ -126,9 +126,7 @@ def test_files_by_column_and_lines_give_the_same(run: Any):
         (1, "--model bare", b"one\n", "bare: no tokenizer.json"),
     ],
 )
-def test_bad_input_leaves_nothing_on_standard_output(
-    run: Any, num_texts: int, arguments: str, stdin: bytes, message: str
-):
+def test_bad_input_leaves_nothing_on_standard_output(run, num_texts, arguments, stdin, message):
     model = saved(Path("run/model"), ("no", "yes"), num_texts)
     for name in ("three", "damaged", "bare"):
         shutil.copytree(model, name)

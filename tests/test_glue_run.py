@@ -32,9 +32,7 @@ TINY = ["--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3", "--devi
 TIMES = {"seconds", "step_ms", "peak_memory_mib", "run"}
 
 
-def put(
-    path: Path, size: int, header: str | None, row: str, names: tuple[str, ...] = ("0", "1")
-) -> None:
+def put(path: Path, size: int, header: str | None, row: str, names: Any = ("0", "1")) -> None:
     """Write a table; `row` has places for its number, two texts of one feeling and a label."""
     rng = random.Random(path.name + row)
     lines = [] if header is None else [header]

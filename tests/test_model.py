@@ -1,6 +1,7 @@
 """The encoder and its heads: published values, invariances, losses, loading and saving."""
 
 import json
+import random
 from unittest.mock import Mock
 
 import pytest
@@ -44,10 +45,8 @@ def build(cls=PoNetModel, config: PoNetConfig = SMALL, seed: int = 0, **argument
 
 def pair(a: int, b: int, seed: int) -> tuple[list[int], list[int]]:
     """Ids and token types of [CLS] A [SEP] B [SEP]."""
-    generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(10, 100, (a + b,), generator=generator).tolist()
-    ids = [CLS, *words[:a], SEP, *words[a:], SEP]
-    return ids, [0] * (a + 2) + [1] * (b + 1)
+    words = random.Random(seed).choices(range(10, 100), k=a + b)
+    return [CLS, *words[:a], SEP, *words[a:], SEP], [0] * (a + 2) + [1] * (b + 1)
 
 
 @pytest.mark.parametrize("mixer", ["ponet", "ponet_published"])
@@ -132,9 +131,7 @@ PAIRS = [(4, 5), (1, 0), (9, 3)]
 class Batch:
     """The same sequences as rows, as a stream with offsets, and as a stream with a layout."""
 
-    def __init__(
-        self, config=SMALL, with_ids=False, sizes=PAIRS, padding=0, left=False, seed=0
-    ) -> None:
+    def __init__(self, config=SMALL, with_ids=False, sizes=PAIRS, padding=0, left=False, seed=0):
         self.sequences = [pair(a, b, seed + i) for i, (a, b) in enumerate(sizes)]
         lengths = torch.tensor([len(ids) for ids, _ in self.sequences])
         columns = torch.arange(int(lengths.max()) + padding)
@@ -342,7 +339,8 @@ def test_one_label_is_a_regression():
     model = build(PoNetForSequenceClassification, SMALL.replace(num_labels=1))
     labels = torch.tensor([0.5, -1.0, 2.0])
     out = model(**Batch().rows, labels=labels)
-    assert float(out.loss) == pytest.approx(float((out.logits[:, 0] - labels).square().mean()))
+    error = (out.logits[:, 0] - labels).square().mean()
+    assert out.loss.item() == pytest.approx(error.item())
 
 
 def assert_same_weights(found: torch.nn.Module, expected: torch.nn.Module) -> None:
@@ -452,8 +450,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     model = PoNetForPreTraining(SMALL)
     model.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    full = OSError(28, "No space left on device")
-    monkeypatch.setattr("os.fsync", Mock(side_effect=full))
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with torch.no_grad():
         model.sso_head.bias.add_(1)
     with pytest.raises(OSError, match=r"MiB free\): No space left"):

@@ -330,9 +330,8 @@ def test_classifier_of_padded_rows_equals_packed_and_alone(tmp_path, mixer):
         assert torch.equal(again(**PACKED).logits, model.float()(**PACKED).logits)
     # by default it is the encoder's
     model = classifier_of(PoolerConfig(), mixer=mixer)
-    assert torch.equal(
-        model(**PACKED).logits, model.classifier(model.ponet(**PACKED).pooler_output)
-    )
+    pooled = model.ponet(**PACKED).pooler_output
+    assert torch.equal(model(**PACKED).logits, model.classifier(pooled))
     # the classifier hands the row length to literal readings
     model = classifier_of(PoolerConfig(name="mha", reading="literal"), mixer=mixer)
     wide = model(pad(ROWS, (0, 4)), attention_mask=pad(MASK, (0, 4))).logits
