@@ -85,3 +85,4 @@ def _shared(*parts: str) -> Any:
 # a model and mixing steps of the published code, in float64
 ponet_oracle = _shared("golden", "ponet_reference.safetensors")
 lra_oracle = _shared("golden", "lra_mixer_reference.safetensors")
+shared_data = _shared("data")

@@ -241,9 +241,8 @@ def test_rates_of_labels_and_masks(objective, num_labels, probability) -> None:
 def test_special_ids_are_neither_selected_nor_replacements() -> None:
     corpus = make_corpus([[20] * 800, [20] * 800])
     corpus = replace(corpus, tokens=np.tile(np.array([9, 7], np.uint16), 16000))
-    config = make_settings(
-        corpus, 64, vocab_size=12, special_ids=(0, CLS, SEP, MASK, 7), mask_probability=1.0
-    )
+    special = {"special_ids": (0, CLS, SEP, MASK, 7), "mask_probability": 1.0}
+    config = make_settings(corpus, 64, vocab_size=12, **special)
     plan = plan_of(corpus, config)
     batch = draw_batch(corpus, plan, config)
     ordinary = len(batch["labels"])
@@ -268,17 +267,16 @@ def test_epochs_and_seeds_differ() -> None:
     assert len({key for column in keys for key in column}) == sum(map(len, keys))
 
 
-def test_impossible_settings_are_refused() -> None:
+def test_what_cannot_be_is_refused() -> None:
     for name, value in (("seq_len", 4), ("mask_probability", 0), ("short_sequence_probability", 2)):
         with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be"):
             make_settings(make_corpus(TINY), **{name: value})
-
-
-def test_one_document_is_enough_only_without_a_sentence_objective() -> None:
     corpus = make_corpus([[3, 2]])
     assert len(plan_of(corpus, make_settings(corpus, objective="mlm"))) == 1
     with pytest.raises(ValueError, match="at least two documents"):
         plan_of(corpus, make_settings(corpus))
+    with pytest.raises(ValueError, match="3 documents"):
+        split_documents(3, 0.5)
 
 
 @given(st.integers(4, 500), st.floats(0.001, 0.999))
@@ -291,5 +289,3 @@ def test_split_is_whole_disjoint_and_never_empty(size: int, fraction: float) -> 
 
 def test_split_never_changes() -> None:
     assert split_documents(20, 0.25)[1].tolist() == [2, 4, 6, 8, 18]
-    with pytest.raises(ValueError, match="3 documents"):
-        split_documents(3, 0.5)

@@ -11,33 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from glue.model import LabelSpec, load_classifier, save_classifier
-from glue.predict import main, read_lines, table
-from ponet import PoNetConfig, PoNetForSequenceClassification, PoolerConfig
-from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer
+from glue.model import LabelSpec, save_classifier
+from glue.predict import main
+from ponet import PoNetForSequenceClassification, PoolerConfig
+from ponet.tokenizer import bert_tokenizer
+from tests.tiny import IDS, TINY
 
-WORDS = (*SPECIAL_TOKENS, "one", "two", "three", "four", ".")
-IDS = {word: number for number, word in enumerate(WORDS)}
 NLI = ("entailment", "neutral", "contradiction")
-CPU = torch.device("cpu")
 
 
 def saved(folder: Path, labels: tuple[str, ...], num_texts: int, pooler: str = "cls") -> Path:
     """A model folder as a run leaves it, with weights that tell inputs apart."""
     torch.manual_seed(0)
-    config = PoNetConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        cls_token_id=IDS["[CLS]"],
-        sep_token_id=IDS["[SEP]"],
-        initializer_range=0.5,
-        num_labels=len(labels) or 1,
-        pooler=PoolerConfig(name=pooler, num_layers=2),
-    )
+    weights = {"initializer_range": 0.5, "num_labels": len(labels) or 1}
+    config = TINY.replace(pooler=PoolerConfig(name=pooler, num_layers=2), **weights)
     texts = {"text_columns": ("a", "b")[:num_texts], "max_length": 12, "segments": "texts"}
     spec = LabelSpec(task="a test", labels=labels, **texts)
     save_classifier(folder, PoNetForSequenceClassification(config), bert_tokenizer(IDS), spec)
@@ -63,12 +50,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Any:
     return program
 
 
-def labelled(folder: Path, *texts: list[str]) -> list[list[str]]:
-    """The table of some texts."""
-    lines = ["\t".join(row) for row in zip(*texts, strict=True)]
-    return [*table(*load_classifier(folder, CPU), read_lines(lines, len(texts), "a test"))]
-
-
 @torch.inference_mode()
 def expected(folder: Path, *texts: str) -> torch.Tensor:
     """Logits of one example, given to the model as rows."""
@@ -82,20 +63,20 @@ def expected(folder: Path, *texts: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("pooler", ["cls", "maxseq_mha", "stochastic"])
-def test_pairs_are_labelled_as_the_model_says(tmp_path: Path, monkeypatch: Any, pooler: str):
+def test_pairs_are_labelled_as_the_model_says(run: Any, monkeypatch: Any, pooler: str):
     """Of each alone, in their order, however many are read at a time."""
     monkeypatch.setattr("glue.predict._CHUNK", 2)
-    folder = saved(tmp_path / "classes", NLI, 2, pooler)
-    pairs = (["one two", "three", "two"], ["four", "two two one", "four . three"])
-    header, *rows = labelled(folder, *pairs)
+    folder = saved(Path("classes"), NLI, 2, pooler)
+    lines = ["one two\tfour", "three\ttwo two one", "two\tfour . three"]
+    header, *rows = csv.reader(run("--model classes", "\n".join(lines).encode())[0].splitlines())
     assert header == ["label", *(f"p({label})" for label in NLI)]
-    for first, second, (label, *shares) in zip(*pairs, rows, strict=True):
-        logits = expected(folder, first, second)
+    for line, (label, *shares) in zip(lines, rows, strict=True):
+        logits = expected(folder, *line.split("\t"))
         assert label == NLI[int(logits.argmax())]
         assert [float(x) for x in shares] == pytest.approx(logits.softmax(0).tolist(), abs=1e-4)
-    folder = saved(tmp_path / "numbers", (), 2, pooler)
-    header, (value,) = labelled(folder, ["one"], ["two three"])
-    assert header == ["value"]
+    folder = saved(Path("numbers"), (), 2, pooler)
+    header, value = run("--model numbers", b"one\ttwo three")[0].splitlines()
+    assert header == "value"
     assert float(value) == pytest.approx(float(expected(folder, "one", "two three")), abs=1e-4)
 
 
@@ -145,9 +126,7 @@ def test_files_by_column_and_lines_give_the_same(run: Any):
         (1, "--model bare", b"one\n", "bare: no tokenizer.json"),
     ],
 )
-def test_bad_input_leaves_nothing_on_standard_output(
-    run: Any, num_texts: int, arguments: str, stdin: bytes, message: str
-):
+def test_bad_input_leaves_nothing_on_standard_output(run, num_texts, arguments, stdin, message):
     model = saved(Path("run/model"), ("no", "yes"), num_texts)
     for name in ("three", "damaged", "bare"):
         shutil.copytree(model, name)

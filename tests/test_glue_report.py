@@ -24,25 +24,18 @@ BASE = asdict(SETTINGS) | {
 }
 
 
-def save(root: Path, value: float | None, **changes: Any) -> Path:
+def save(root: Path, value: float | None, pooler: Any = "cls", **changes: Any) -> Path:
     """Write one result as a run does; `value` fills all metrics, `pooler` may be a name."""
-    pooler = changes.pop("pooler", "cls")
-    settings = {"name": pooler} if isinstance(pooler, str) else pooler
-    result = BASE | {"name": str(settings) + str(changes), "pooler": settings} | changes
-    task = TASKS.get(result["task"])
-    names = task.metrics if task else ("accuracy",)
-    if task and len(task.evaluation) > 1:
-        names = tuple(f"{split}_{name}" for split in task.evaluation for name in names)
+    pooler = {"name": pooler} if isinstance(pooler, str) else pooler
+    task = changes.get("task", "sst2")
+    names = TASKS[task].metrics if task in TASKS else ("accuracy",)
     majority = None if value is None else 0.5
-    result = {
-        "metrics": dict.fromkeys(names, value),
-        "majority_metrics": dict.fromkeys(names, majority),
-        "score": value,
-        "majority": majority,
-    } | result
+    result = {"name": f"{pooler}{changes}", "pooler": pooler, "score": value, "majority": majority}
+    result["metrics"] = dict.fromkeys(names, value)
+    result["majority_metrics"] = dict.fromkeys(names, majority)
     path = root / str(len(list(root.glob("*")))) / "result.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(BASE | result | changes))
     return path
 
 

@@ -21,40 +21,18 @@ from glue.model import build_classifier, load_classifier, outputs_of, read_check
 from glue.run import work
 from glue.settings import parse
 from glue.tasks import NINE_COLUMNS, TASKS, TextTask
-from ponet import PoNetConfig, PoNetForPreTraining
+from ponet import PoNetForPreTraining
 from ponet.run.cli import UsageError
 from ponet.run.runs import run_program
-from ponet.tokenizer import SPECIAL_TOKENS, bert_tokenizer, save_tokenizer
+from tests.tiny import BAD, FILLERS, GOOD, WORDS, checkpoint_at
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-GOOD, BAD = "good fine great", "bad poor sad"
-FILLERS = "the a film is it was very and so then ."
-WORDS = (*SPECIAL_TOKENS, *f"{GOOD} {BAD} {FILLERS}".split())
 TINY = ["--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3", "--device", "cpu"]
 TIMES = {"seconds", "step_ms", "peak_memory_mib", "run"}
 
 
-def checkpoint_at(folder: Path, **changes: Any) -> Path:
-    torch.manual_seed(0)
-    config = PoNetConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        cls_token_id=2,
-        sep_token_id=3,
-    )
-    PoNetForPreTraining(config.replace(**changes)).save_pretrained(folder)
-    save_tokenizer(bert_tokenizer({word: i for i, word in enumerate(WORDS)}), folder)
-    return folder
-
-
-def put(
-    path: Path, size: int, header: str | None, row: str, names: tuple[str, ...] = ("0", "1")
-) -> None:
+def put(path: Path, size: int, header: str | None, row: str, names: Any = ("0", "1")) -> None:
     """Write a table; `row` has places for its number, two texts of one feeling and a label."""
     rng = random.Random(path.name + row)
     lines = [] if header is None else [header]
@@ -74,11 +52,11 @@ def official_files(root: Path) -> None:
         files, names = task.files[0], task.labels or ("0.500", "4.800")
         for split, file in files.names.items():
             columns = files.columns(split)
-            label = [] if columns.label is None else [columns.label]
-            header = "\t".join(map(str, ["index", *columns.texts, *label]))
-            row = "\t".join(
-                ["{i}", "{a}", "{b}"][: 1 + len(columns.texts)] + ["{label}"] * len(label)
-            )
+            cells = {"index": "{i}"} | dict(zip(columns.texts, ("{a}", "{b}"), strict=False))
+            if columns.label is not None:
+                cells[columns.label] = "{label}"
+            header = "\t".join(map(str, cells))
+            row = "\t".join(cells.values())
             put(root / task.title / file, sizes.get(split, 4), header, row, names)
     for split in ("train", "dev"):
         put(root / "CoLA" / f"{split}.tsv", sizes[split], None, "gj04\t{label}\t\t{a}")
@@ -115,15 +93,12 @@ def command(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> An
 
 def by_run(found: dict[str, Any]) -> dict[str, Any]:
     """Figures of runs by their names."""
-    return {
-        run["name"]: {name: value for name, value in run.items() if name not in TIMES}
-        for run in found["runs"]
-    }
+    figures = [{n: value for n, value in run.items() if n not in TIMES} for run in found["runs"]]
+    return {run["name"]: run for run in figures}
 
 
 def metrics_of(folder: str | Path) -> list[dict[str, Any]]:
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return [*map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())]
 
 
 def test_all_tasks_from_data_to_submission(command, workplace):
@@ -135,9 +110,8 @@ def test_all_tasks_from_data_to_submission(command, workplace):
         assert json.loads((folder / "result.json").read_text()) == result
         assert not (folder / "checkpoint.pt").exists()
         assert (result["checkpoint"], result["mixer"]) == ("tiny", "ponet")
-        assert (result["pooler"]["name"], result["from_scratch"]) == ("maxseq_mha", False)
+        assert (result["num_train"], result["steps"], result["from_scratch"]) == (18, 6, False)
         assert result["differences"]
-        assert (result["num_train"], result["steps"]) == (18, 6)
         steps = [(entry["kind"], entry["step"]) for entry in metrics_of(folder)]
         assert steps == [("train", 3), ("eval", 3), ("train", 6), ("eval", 6)]
         submissions = set(TASKS[name].submissions) | ({"AX"} if name == "mnli" else set())
@@ -184,7 +158,7 @@ def test_it_learns_what_there_is_to_learn(command, workplace):
     found = command("--task", "sst2", "--pooler", "max", *flags)
     (result,) = found["runs"]
     assert (result["metrics"]["accuracy"], result["majority"]) == (1.0, 0.5)
-    assert not (Path(result["run"]) / "model").exists()
+    assert not Path(result["run"], "model").exists()
     assert "sst2 | train: 160 examples, 80 of 0, 80 of 1" in found["log"]
 
 

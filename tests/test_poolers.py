@@ -1,7 +1,6 @@
 """Sentence poolers: hand-computed cases, gradients, independence of the batch, saving."""
 
 import json
-import logging
 import math
 from dataclasses import replace
 from itertools import accumulate
@@ -13,7 +12,6 @@ from torch.nn.functional import pad
 
 from ponet import (
     ConfigError,
-    PoNetConfig,
     PoNetForPreTraining,
     PoNetForSequenceClassification,
     PoNetModel,
@@ -23,6 +21,7 @@ from ponet.mixers import MIXERS
 from ponet.packing import BatchLayout, layout_of, stream_of_packed
 from ponet.poolers import POOLERS, build_pooler
 from ponet_kernels.testing import assert_close
+from tests import tiny
 
 NAMES = tuple(POOLERS)
 ATTENTION = ("mha", "maxseq_mha", "meanseq_mha")
@@ -38,15 +37,7 @@ STATES = [torch.tensor(layer, dtype=torch.float64) for layer in (EMBEDDING, LOWE
 OFFSETS = [0, 3, 4]
 WIDE = {"hidden_size": 12, "num_heads": 3}
 
-SMALL = PoNetConfig(
-    vocab_size=120,
-    hidden_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=3,
-    intermediate_size=40,
-    max_position_embeddings=64,
-    hidden_dropout_prob=0.0,
-)
+SMALL = tiny.SMALL.replace(num_hidden_layers=3)
 IDS = [[101, 7, 8, 102], [101, 9, 12, 13, 20, 55, 102], [101]]
 
 
@@ -80,11 +71,9 @@ def check(pooler, expected: list[list[float]], row_length: int | None = None) ->
 
 def random_batch(lengths: list[int], hidden_size: int = 12, layers: int = 3):
     generator = torch.Generator().manual_seed(3)
-    shape = (sum(lengths), hidden_size)
-    states = [
-        torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(layers + 1)
-    ]
-    return states, [0, *accumulate(lengths)]
+    shape = (layers + 1, sum(lengths), hidden_size)
+    states = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return [*states], [0, *accumulate(lengths)]
 
 
 def pooled(pooler, tokens: list[list[float]] | Tensor) -> Tensor:
@@ -125,17 +114,12 @@ def test_by_hand(name, settings, expected):
         check(pooler, expected, row_length)
 
 
-@pytest.mark.parametrize(
-    ("window", "expected"),
-    [
-        (1, [1, 0, 0.5, 2]),
-        (2, [*SWAPPED[0], *SWAPPED[1]]),
-        (4, [max(x, 0) * math.exp(x) / 11.8913945 for x in (1, -2, 0.5, 2)]),
-    ],
-)
-def test_windows_of_mswap(window, expected):
-    found = pooled(pooler_of("mswap", hidden_size=4, window=window), [[1.0, -2.0, 0.5, 2.0]])
-    assert found.tolist() == pytest.approx(expected, abs=1e-7)
+def test_windows_of_mswap():
+    whole = [max(x, 0) * math.exp(x) / 11.8913945 for x in (1, -2, 0.5, 2)]
+    pairs = [*SWAPPED[0], *SWAPPED[1]]
+    for window, expected in {1: [1, 0, 0.5, 2], 2: pairs, 4: whole}.items():
+        found = pooled(pooler_of("mswap", hidden_size=4, window=window), [[1.0, -2.0, 0.5, 2.0]])
+        assert found.tolist() == pytest.approx(expected, abs=1e-7)
 
 
 def test_the_first_of_equals_wins_and_has_the_gradient():
@@ -171,10 +155,10 @@ def test_stochastic_draws_in_proportion(reading):
 def test_stochastic_in_training_and_evaluation(reading, factor):
     states, offsets = random_batch([6, 4])
     pooler = pooler_of("stochastic", hidden_size=12, reading=reading)
-    again = [pooler(states, layout(offsets)) for _ in range(2)]
-    assert torch.equal(*again) is (reading == "sound")
-    pooler.train()
-    assert not torch.equal(pooler(states, layout(offsets)), pooler(states, layout(offsets)))
+    for training in (False, True):
+        pooler.train(training)
+        twice = [pooler(states, layout(offsets)) for _ in range(2)]
+        assert torch.equal(*twice) is (reading == "sound" and not training)
     # sequences of one token leave nothing to chance: draws are averaged, or literally added up
     pooler = pooler_of("stochastic", dense=IDENTITY, reading=reading, num_draws=3).train()
     found = pooled(pooler, LAST[3:]).atanh()
@@ -238,9 +222,9 @@ def test_sound_readings_depend_on_the_sequence_alone(name, layer_choice):
     together = pooler(states, layout(offsets))
     assert together.shape == (4, pooler.output_size)
     assert_close(pooler(states, layout(offsets, row_length=17)), together, 1e-12, "more padding")
-    for number, parts in enumerate(zip(*(s.split(lengths) for s in states), strict=True)):
-        alone = pooler(parts, layout([0, lengths[number]]))
-        assert_close(alone[0], together[number], 1e-12, f"sequence {number}")
+    parts = zip(*(state.split(lengths) for state in states), strict=True)
+    alone = [pooler(part, layout([0, len(part[0])])) for part in parts]
+    assert_close(torch.cat(alone), together, 1e-12, "alone")
 
 
 @readings
@@ -344,17 +328,14 @@ def test_classifier_of_padded_rows_equals_packed_and_alone(tmp_path, mixer):
         again = PoNetForSequenceClassification.from_pretrained(tmp_path)
         assert again.config == model.config
         assert torch.equal(again(**PACKED).logits, model.float()(**PACKED).logits)
+    # by default it is the encoder's
+    model = classifier_of(PoolerConfig(), mixer=mixer)
+    pooled = model.ponet(**PACKED).pooler_output
+    assert torch.equal(model(**PACKED).logits, model.classifier(pooled))
     # the classifier hands the row length to literal readings
     model = classifier_of(PoolerConfig(name="mha", reading="literal"), mixer=mixer)
     wide = model(pad(ROWS, (0, 4)), attention_mask=pad(MASK, (0, 4))).logits
     assert not torch.allclose(wide, model(ROWS, attention_mask=MASK).logits)
-
-
-def test_default_is_the_pooler_of_the_encoder():
-    model, ids = classifier_of(PoolerConfig()), torch.tensor([IDS[1]])
-    assert torch.equal(model(ids).logits, model.classifier(model.ponet(ids).pooler_output))
-    assert "ponet.pooler.weight" in model.named_weights()
-    assert not list(model.pooler.parameters())
 
 
 def test_poolers_on_a_pretrained_folder(tmp_path, caplog):
@@ -365,14 +346,12 @@ def test_poolers_on_a_pretrained_folder(tmp_path, caplog):
     # folders of published code, and ours of before, know no pooler
     assert content.pop("pooler")
     path.write_text(json.dumps(content))
-    with caplog.at_level(logging.WARNING):
-        cls = PoNetForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    cls = PoNetForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
     assert "holds no classifier.weight, classifier.bias:" in caplog.text
     assert torch.equal(cls.ponet.pooler.weight, pretrained.ponet.pooler.weight)
     caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        pooler = PoolerConfig(name="mha")
-        mha = PoNetForSequenceClassification.from_pretrained(tmp_path, pooler=pooler)
+    pooler = PoolerConfig(name="mha")
+    mha = PoNetForSequenceClassification.from_pretrained(tmp_path, pooler=pooler)
     assert "pooler.attention.in_proj_weight" in caplog.text
     assert mha.ponet.pooler is None
     for bad, message in (

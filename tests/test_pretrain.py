@@ -32,6 +32,8 @@ TINY = (
     "--batch-tokens=768 --micro-batch-tokens=384 --eval-tokens=1500 --validation-fraction=0.1 "
     "--steps=12 --eval-every=4 --log-every=1 --data=topics.jsonl --cache-dir=cache"
 ).split()
+MAIN = ("import pretrain.run", "pretrain.run.main()")
+NAN = "--learning-rate=1e30"
 WHOLE = Path("whole")
 
 
@@ -43,8 +45,8 @@ def workplace(tmp_path_factory):
         # with the launchers of this installation
         patch.setenv("PATH", sysconfig.get_path("scripts"), prepend=os.pathsep)
         documents = [" ".join(text.split()) for text in topics.values() if len(text) > 800]
-        lines = [json.dumps({"text": document}) + "\n" for document in documents]
-        Path("topics.jsonl").write_text("".join(lines))
+        lines = [json.dumps({"text": document}) for document in documents]
+        Path("topics.jsonl").write_text("\n".join(lines))
         yield
 
 
@@ -53,6 +55,10 @@ def run(*flags: str, by: list[str] = PROGRAM, size: int | None = None):
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)) if size else None
     options = {"capture_output": True, "text": True, "timeout": 240, "preexec_fn": limit}
     return subprocess.run([*by, *flags], **options)
+
+
+def python(*lines: str) -> list[str]:
+    return [sys.executable, "-c", "\n".join(("import sys", *lines))]
 
 
 def begin(folder: str | Path, *flags: str, **options):
@@ -102,7 +108,6 @@ def test_results_model_and_records(whole_run):
     assert whole_run["steps"] == 12
     # packing fills the batches: 12 steps of 768 tokens
     assert 0.95 * 12 * 768 <= whole_run["tokens"] <= 12 * 768
-    assert min(whole_run["tokens_per_second"], whole_run["seconds"]) > 0
     assert whole_run["mlm_loss"] < math.log(400) - 0.1, "no better than guessing among 400 tokens"
     checkpoint = Path(whole_run["checkpoint"])
     model = PoNetForPreTraining.from_pretrained(checkpoint)
@@ -143,33 +148,27 @@ def test_deepspeed_alone_has_the_same_bits_and_continues_a_run_without_it(whole_
     shutil.copytree(WHOLE, "continued")
     for late in ("checkpoints/step-00000012", "model"):
         shutil.rmtree(Path("continued", late))
-    with_deepspeed = (
-        "import sys, pretrain.engine\n"
-        "pretrain.engine.needs_deepspeed = lambda *_: True\n"
-        "import pretrain.run\n"
-        "pretrain.run.main()\n"
-        "assert 'deepspeed' in sys.modules\n"
-    )
-    result_of(run("--resume=continued", by=[sys.executable, "-c", with_deepspeed]))
+    needed = ("import pretrain.engine", "pretrain.engine.needs_deepspeed = lambda *_: True")
+    program = python(*needed, *MAIN, "assert 'deepspeed' in sys.modules")
+    result_of(run("--resume=continued", by=program))
     assert_same_as_whole("continued")
 
 
 def test_one_process_needs_no_deepspeed(workplace):
     # None hides a module from `import` and from `find_spec`
-    hidden = "import sys\nsys.modules['deepspeed'] = None\nimport pretrain.run\npretrain.run.main()"
+    program = python("sys.modules['deepspeed'] = None", *MAIN)
     # a mixer whose operations nobody has counted
     flags = ["--steps=4", "--warmup-steps=1", "--mixer=linear"]
-    result_of(begin("without", *flags, by=[sys.executable, "-c", hidden]))
+    result_of(begin("without", *flags, by=program))
     assert json.loads(Path("without", "run.json").read_text())["deepspeed"] is None
     assert "flops" not in Path("without", "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [["--zero-stage=2", "--precision=bf16"], ["--precision=bf16-residual", "--objective=mlm"]],
+    "flags", ["--zero-stage=2 --precision=bf16", "--precision=bf16-residual --objective=mlm"]
 )
 def test_variants_run_and_resume(tmp_path, flags):
-    first = result_of(begin(tmp_path, *flags, "--steps=4", "--eval-every=2"))
+    first = result_of(begin(tmp_path, *flags.split(), "--steps=4", "--eval-every=2"))
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")
     assert result_of(run(f"--resume={tmp_path}"))["loss"] == first["loss"]
     assert ("sso_accuracy" in first) is ("--objective=mlm" not in flags)
@@ -187,12 +186,9 @@ def test_resume_goes_on_with_the_text_it_began_with():
 
 
 def test_schedules_that_take_another_course_are_said(whole_run, caplog):
-    for flags in (
-        [f"--resume={WHOLE}", "--steps=13"],
-        ["--config=debug", "--steps=3"],
-        ["--config=debug", "--steps=5"],
-    ):
-        warn_of_schedule(parse(flags)[0])
+    debug = "--config=debug --steps="
+    for flags in ("--resume=whole --steps=13", f"{debug}3", f"{debug}5"):
+        warn_of_schedule(parse(flags.split())[0])
     longer, never = caplog.messages
     assert "--steps 13, but the run began with 12: from here on the learning rate" in longer
     assert "--warmup-steps 5, but the run ends after 3 steps" in never
@@ -235,17 +231,9 @@ def test_what_cannot_begin_is_said_and_leaves_nothing(flag, size, message):
     ("flags", "size", "message"),
     [
         ("--hidden-size=64", 400_000, "/checkpoints/step-00000004: cannot be written"),
-        (
-            "--learning-rate=1e30 --log-every=9 --eval-every=3",
-            None,
-            "loss is nan in steps 1 to 3 (",
-        ),
+        (f"{NAN} --log-every=9 --eval-every=3", None, "loss is nan in steps 1 to 3 ("),
         # the losses of a step are those before it: its evaluation tells
-        (
-            "--learning-rate=1e30 --eval-every=1 --warmup-steps=0",
-            None,
-            "loss is nan in the evaluation after step 1 (mlm nan",
-        ),
+        (f"{NAN} --eval-every=1 --warmup-steps=0", None, "nan in the evaluation after step 1 ("),
     ],
     ids=["full-disk", "nan-before-a-checkpoint", "ruined-by-the-last-step"],
 )
@@ -277,14 +265,9 @@ def test_a_hub_out_of_reach_is_tried_once(monkeypatch):
 
 
 def test_presets_parse_and_base_is_as_published():
-    assert sorted(path.stem for path in PRESETS.glob("*.yaml")) == [
-        "base",
-        "debug",
-        "demo",
-        "small",
-    ]
-    configs = {name: parse([f"--config={name}"])[0] for name in ("base", "debug", "small")}
-    base = configs["base"]
+    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    assert names == ["base", "debug", "demo", "small"]
+    base, *_ = [parse([f"--config={name}"])[0] for name in names]
     assert (base.steps, base.batch_tokens, base.warmup_steps) == (340_000, 192 * 512, 5000)
     with torch.device("meta"):
         model = PoNetForPreTraining(base.model_config(30522, 0, 101, 102))
@@ -339,11 +322,7 @@ def test_engine_configuration(tmp_path, monkeypatch):
     for text, changes, message in [
         ("{}", {"micro_batch_tokens": 8192}, "makes 1 micro-batches of 8192, which 2 processes"),
         ('{"gradient_clipping": 1.0}', {}, "gradient_clipping is set by --max-grad-norm"),
-        (
-            '{"zero_optimization": {"stage": 2}}',
-            {},
-            "zero_optimization.stage is set by --zero-stage",
-        ),
+        ('{"zero_optimization": {"stage": 2}}', {}, "zero_optimization.stage is set by --zero"),
         ("{", {}, "cannot be read"),
         ("{}", {"precision": "fp16"}, "--precision fp16 needs a GPU"),
         ("{}", {"zero_stage": 1}, "need DeepSpeed, which is not installed"),

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -20,8 +21,9 @@ import glue.settings
 import lra.settings
 import pretrain.settings
 from ponet.run.cli import UsageError
+from ponet.tokenizer import SPECIAL_TOKENS
 from tests.fork_server import run_program
-from tests.test_glue_run import official_files
+from tests.test_glue_run import official_files, put
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
@@ -60,9 +62,7 @@ SMALLER = {
     r"op_speed.py": "--batch-size 2 --seq-len 40 --width 24 --heads 3 --repeats 1",
     r"input_pipeline.py": "--max-characters 200000 --repeats 1",
 }
-"""Flags that make the commands small that a pattern finds."""
-AS_WRITTEN = r"--resume|--quick"
-"""Commands that take no other flags."""
+"""Flags that make the commands small that a pattern finds, but for --resume and --quick."""
 ONLY_PARSED = {
     r"^pip ": "installs packages",
     r"^pytest": "is what runs here",
@@ -122,12 +122,10 @@ def write_corpus(data: Path) -> None:
             write(data / "corpus" / f"{Path(page).stem}-{number}.txt", [part])
     write(data / "notes.txt", sentences_of("docs/lra.md"))
     records = [json.dumps({"text": text}) for text in sentences_of("docs/glue.md")]
-    with lzma.open(data / "more.jsonl.xz", "wt") as file:
-        file.write("\n".join(records))
+    (data / "more.jsonl.xz").write_bytes(lzma.compress("\n".join(records).encode()))
     words = sorted(set(re.findall("[a-z]{3,}", (ROOT / "README.md").read_text())))
     letters = [chr(i) for i in range(33, 127)]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    write(data / "vocab.txt", [*special, *letters, *(f"##{x}" for x in letters), *words])
+    write(data / "vocab.txt", [*SPECIAL_TOKENS, *letters, *(f"##{x}" for x in letters), *words])
 
 
 def write_examples(data: Path) -> None:
@@ -135,15 +133,14 @@ def write_examples(data: Path) -> None:
     rows = [(s, page) for page in ("kernels", "lra_speed") for s in sentences_of(f"docs/{page}.md")]
     table = pd.DataFrame(rows, columns=["text", "kind"]).groupby("kind").head(30)
     table.to_csv(data / "mine.csv", index=False)
-    pairs = table.assign(title=table["text"], body=table["text"]).drop(columns="text")
+    pairs = table.assign(title=table["text"], body=table["text"])
     pairs.to_csv(data / "pairs.csv", index=False)
-    pairs[["title", "body"]].head().to_csv(data / "new_pairs.csv", index=False)
+    pairs.head().to_csv(data / "new_pairs.csv", index=False)
     write(data / "new.txt", table["text"].head().to_list())
     official_files(data)
-    texts = enumerate(table["text"].head(24))
-    lines = [json.dumps({"text": text, "label": ("false", "true")[i % 2]}) for i, text in texts]
     for split in ("train", "dev"):
-        write(data / "hyperpartisan" / f"{split}.jsonl", lines)
+        path = data / "hyperpartisan" / f"{split}.jsonl"
+        put(path, 24, None, '{{"text": "{a}", "label": "{label}"}}', ("false", "true"))
 
 
 def write_lra(data: Path) -> None:
@@ -153,28 +150,22 @@ def write_lra(data: Path) -> None:
         for number, text in enumerate(texts[:40]):
             write(data / f"aclImdb/{split}/{('neg', 'pos')[number % 2]}/{number}_5.txt", [text])
         for name in lra.settings.TASKS["image"].class_names:
+            folder = data / f"cifar10/{split}/{name}"
+            folder.mkdir(parents=True)
             for number in range(2):
-                path = data / f"cifar10/{split}/{name}/{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.effect_noise((32, 32), 50).convert("RGB").save(path)
+                Image.effect_noise((32, 32), 50).convert("RGB").save(folder / f"{number}.png")
     for split in ("train", "eval", "test"):
         rows = [f"{i % 2}\t{i}\t{i}\t{text}\t{text}" for i, text in enumerate(texts[:20])]
         write(data / f"aan/new_aan_pairs.{split}.tsv", rows)
 
 
+@dataclass
 class Newcomer:
     """Someone with a fresh clone and small data who follows the pages."""
 
-    def __init__(self, folder: Path, *, patient: bool) -> None:
-        self.folder = folder
-        self._patient = patient
-        self._done: set[str] = set()
-        for name in ("ponet", "kernels", "pretrain", "lra", "glue", "benchmarks"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-        (folder / "data").mkdir()
-        for write_some in (write_corpus, write_examples, write_lra):
-            write_some(folder / "data")
+    folder: Path
+    is_patient: bool
+    done: set[str] = field(default_factory=set)
 
     def follow(self, page: str) -> None:
         """Do what a page says, in its order; what another page said word for word is done."""
@@ -186,17 +177,17 @@ class Newcomer:
                 (self.folder / name).write_text(block)
                 commands = [] if path else [f"python {name}"]
             for command in commands:
-                skipped = found_in(command, ONLY_PARSED | ({} if self._patient else SLOW))
-                if not skipped and command not in self._done:
-                    self._done.add(command)
+                skipped = found_in(command, ONLY_PARSED | ({} if self.is_patient else SLOW))
+                if not skipped and command not in self.done:
+                    self.done.add(command)
                     self._do(command)
 
     def _do(self, command: str) -> None:
         words = shlex.split(command)
-        if not re.search(AS_WRITTEN, command):
+        if not re.search("--resume|--quick", command):
             words += shlex.split(" ".join(found_in(command, SMALLER)))
         # a launcher with one process starts what follows
-        if words[0] == "python" or (words[0] == "deepspeed" and not self._patient):
+        if words[0] == "python" or (words[0] == "deepspeed" and not self.is_patient):
             output = self.folder / "output"
             status = run_program(words[1:], self.folder, output)
             assert status == 0, f"{command}\nstatus {status}\n{output.read_text()[-3000:]}"
@@ -210,13 +201,18 @@ class Newcomer:
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
     folder = tmp_path_factory.mktemp("clone")
+    for name in ("ponet", "kernels", "pretrain", "lra", "glue", "benchmarks"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for write_some in (write_corpus, write_examples, write_lra):
+        write_some(folder / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
         patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{folder / 'kernels'}")
         patch.delenv("TRITON_INTERPRET", raising=False)
         # one that is there has another environment
         forkserver._forkserver._stop()
-        yield Newcomer(folder, patient=request.config.getoption("--run-slow"))
+        yield Newcomer(folder, request.config.getoption("--run-slow"))
         forkserver._forkserver._stop()
 
 

@@ -1,7 +1,6 @@
 """Loading and saving a tokenizer."""
 
 import json
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -15,8 +14,6 @@ from ponet.tokenizer import (
     tokenizer_fingerprint,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-BERT_VOCABULARY = ROOT.parent / "shared" / "data" / "vocab" / "bert-base-uncased-vocab.txt"
 WORDS = ["[PAD]", "the", "cat", "##s", ",", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "e"]
 
 
@@ -38,10 +35,8 @@ def test_vocab_txt_is_uncased_bert_and_tokenizer_json_is_preferred(tmp_path, tok
     assert load_tokenizer(tmp_path).to_str() == tokenizer.to_str()
 
 
-def test_published_vocabulary():
-    if not BERT_VOCABULARY.is_file():
-        pytest.skip(f"no vocabulary at {BERT_VOCABULARY}")
-    tokenizer = load_tokenizer(BERT_VOCABULARY)
+def test_published_vocabulary(shared_data):
+    tokenizer = load_tokenizer(shared_data / "vocab" / "bert-base-uncased-vocab.txt")
     assert tokenizer.get_vocab_size() == 30522
     assert SpecialTokens.from_tokenizer(tokenizer) == (0, 100, 101, 102, 103)
     ids = [101, 7592, 1010, 14477, 20961, 3468, 2088, 999, 102]
@@ -69,13 +64,11 @@ def test_complaints(tmp_path, name, content, message):
 def test_folder_serves_both_libraries(tmp_path, tokenizer):
     folder = tmp_path / "new" / "folder"
     save_tokenizer(tokenizer, folder, max_length=512)
-    names = ["tokenizer.json", "tokenizer_config.json"]
-    assert sorted(path.name for path in folder.iterdir()) == names
+    assert {path.name for path in folder.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     assert tokenizer_fingerprint(load_tokenizer(folder)) == tokenizer_fingerprint(tokenizer)
     config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    assert {
-        f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS
-    }.items() <= config.items()
+    tokens = {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
+    assert tokens.items() <= config.items()
     transformers = pytest.importorskip("transformers")
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     assert (loaded.mask_token_id, loaded.model_max_length) == (8, 512)
