@@ -246,14 +246,6 @@ def test_figure_shows_what_is_missing_or_of_a_single_step(lengths, tmp_path):
     assert (tmp_path / "day_7_speed_memory_lra.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_committed_records_can_be_drawn(monkeypatch, tmp_path):
-    (found,) = ROOT.glob("benchmarks/results/*_20261121.jsonl")
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(found), f"--output={tmp_path}"])
-    plot.main()
-    assert len(list(tmp_path.glob("*_speed_memory_lra.png"))) == 1
-    assert len(list(tmp_path.glob("*_speed_memory_base.png"))) == 1
-
-
 def test_input_pipeline_is_timed(monkeypatch, tmp_path):
     flags = f"--data {ROOT / 'docs'} --repeats 1 --seq-len 64 --output {tmp_path}"
     monkeypatch.setattr(sys, "argv", ["input_pipeline.py", *flags.split()])
