@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ponet.checkpoint import CheckpointError
 from ponet.run.cli import UsageError, errors_in_one_line
-from ponet.run.runs import RunFolder, run_all, run_options, run_program
+from ponet.run.runs import Run, run_all, run_options, run_program
 from ponet.run.trainer import (
     RunOptions,
     Trainer,
@@ -36,68 +37,62 @@ OPTIONS = RunOptions(
 )
 
 
-@dataclass(frozen=True)
-class NumberRun:
+@dataclass(frozen=True, kw_only=True)
+class NumberRun(Run):
     """A run that gives its number, in a process of its own, which imports this module."""
 
-    number: int
-    parent: Path
     options: RunOptions = OPTIONS
+    rate: float = 1e-3
 
-    @property
-    def name(self) -> str:
-        return f"run {self.number}"
-
-    @property
-    def folder(self) -> Path:
-        return self.parent / str(self.number)
-
-    def finished(self) -> dict[str, Any] | None:
-        return RunFolder(self.folder).finished({})
+    def identity(self) -> dict[str, Any]:
+        return {"rate": self.rate, "sizes": (8, 16), "seed": None}
 
     def execute(self) -> dict[str, Any]:
-        if self.number == 13:
+        number = int(self.name)
+        if number == 13:
             raise TrainingError("thirteen is bad luck")
-        if self.number < 0:
+        if number < 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.number >= 600:
+        if number >= 600:
             logging.getLogger("ponet").info("sleeping")
             (self.folder / "process").write_text(str(os.getpid()))
-            time.sleep(self.number)
-        RunFolder(self.folder).begin({}, {"more": "details"})
-        return RunFolder(self.folder).finish({"number": self.number, "process": os.getpid()})
+            time.sleep(number)
+        self.begin({"more": "details"})
+        return self.finish({"number": number, "process": os.getpid()})
+
+
+def numbered(parent: Path, *numbers: int) -> list[NumberRun]:
+    return [NumberRun(folder=parent / str(number)) for number in numbers]
 
 
 def test_one_process_works_in_order_and_two_do_what_is_left(tmp_path: Path, capsys):
-    results, failures = run_all("ponet", [NumberRun(n, tmp_path) for n in (3, 13, 1)], jobs=1)
+    results, failures = run_all("ponet", numbered(tmp_path, 3, 13, 1), jobs=1)
     assert [result["number"] for result in results] == [3, 1]
     assert {result["process"] for result in results} == {os.getpid()}
-    assert failures == ["run 13: thirteen is bad luck"]
-    assert "ponet: error: run 13: thirteen is bad luck" in capsys.readouterr().err
+    assert failures == ["13: thirteen is bad luck"]
+    assert "ponet: error: 13: thirteen is bad luck" in capsys.readouterr().err
     with FileLock(tmp_path / "13" / ".lock"):
-        runs = [NumberRun(n, tmp_path) for n in (4, 2, 13, 1)]
-        results, failures = run_all("ponet", runs, jobs=2)
+        results, failures = run_all("ponet", numbered(tmp_path, 4, 2, 13, 1), jobs=2)
     assert "1 of 4 runs are finished already" in capsys.readouterr().err
     assert results[0]["number"] == 1
     assert sorted(result["number"] for result in results) == [1, 2, 4]
     assert os.getpid() not in {result["process"] for result in results[1:]}
-    assert failures == [f"run 13: another process is at this run in {tmp_path}/13"]
+    assert failures == [f"13: another process is at this run in {tmp_path}/13"]
 
 
 def test_a_killed_process_is_a_failure_and_not_a_traceback(tmp_path: Path):
-    results, (failure,) = run_all("ponet", [NumberRun(n, tmp_path) for n in (-1, -2)], jobs=2)
+    results, (failure,) = run_all("ponet", numbered(tmp_path, -1, -2), jobs=2)
     assert results == []
-    assert "a process was killed" in failure
-    assert "--jobs 1" in failure
+    assert re.match("a process was killed.*--jobs 1", failure)
 
 
 PARENT = f"""
 import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from pathlib import Path
 from ponet.run.runs import run_all, run_program
-from test_runs import NumberRun
+from test_runs import numbered
 if __name__ == "__main__":
-    runs = [NumberRun(number, Path()) for number in range(600, 604)]
+    runs = numbered(Path(), *range(600, 604))
     run_program("ponet", lambda: ({{"runs": []}}, run_all("ponet", runs, jobs=2)[1]))
 """
 
@@ -142,25 +137,25 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 def test_folder_holds_one_run(tmp_path: Path):
     """What it was, what came out, no checkpoint once it is finished; another run is refused."""
-    folder = RunFolder(tmp_path / "a")
-    identity = {"rate": 1e-3, "sizes": (8, 16), "seed": None}
-    assert folder.finished(identity) is None
-    folder.begin(identity, {"more": "details"})
-    folder.begin({"rate": 2.0}, {})
-    assert folder.finished(identity) is None
-    checkpoint = tmp_path / "a" / "part" / "checkpoint.pt"
+    folder = tmp_path / "7"
+    run, other = NumberRun(folder=folder), NumberRun(folder=folder, rate=2e-3)
+    assert run.finished() is None
+    run.begin({"more": "details"})
+    other.begin({})
+    assert run.finished() is None
+    checkpoint = folder / "part" / "checkpoint.pt"
     checkpoint.parent.mkdir()
     checkpoint.touch()
-    result = folder.finish({"score": 0.5})
-    assert folder.finished(identity) == result
-    assert (result["score"], result["run"]) == (0.5, str(tmp_path / "a"))
+    result = run.finish({"score": 0.5})
+    assert run.finished() == result
+    assert (result["score"], result["run"]) == (0.5, str(folder))
     assert not checkpoint.exists()
-    with pytest.raises(UsageError, match=r"a: holds a run .*\(rate 0.001, now 0.002\)"):
-        folder.finished(identity | {"rate": 2e-3})
+    with pytest.raises(UsageError, match=r"7: holds a run .*\(rate 0.001, now 0.002\)"):
+        other.finished()
     for content in ("{", "[]"):
-        (tmp_path / "a" / "result.json").write_text(content)
+        (folder / "result.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"result\.json: damaged.*delete its folder"):
-            folder.finished(identity)
+            run.finished()
 
 
 def test_options_of_the_machine(monkeypatch: pytest.MonkeyPatch):
@@ -189,14 +184,12 @@ def test_programs_end_in_one_line(capsys):
         assert (ended.value.code, document) == (status, {"runs": [1], "failures": failures})
 
 
-def test_linear_schedule():
-    """Up to the peak in the last step of the warm-up, and one step short of zero at the end."""
+def test_linear_schedule_and_groups_of_parameters():
+    # up to the peak in the last step of the warm-up, and one step short of zero at the end
     factors = [linear_schedule(i, steps=6, warmup_steps=2) for i in range(6)]
     assert factors == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert linear_schedule(0, steps=4, warmup_steps=0) == 1.0
-
-
-def test_weight_decay_spares_vectors():
+    # vectors do not decay
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     model[1].bias.requires_grad_(False)
     matrices, vectors = matrices_and_vectors(model, 0.1)
@@ -232,16 +225,9 @@ def train(folder: Path, **changes: Any) -> Trainer:
     """Seven steps, evaluated after the third, sixth and last, with given scores."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
-    trainer = Trainer(
-        model,
-        NoisyStep(model, **changes),
-        OPTIONS,
-        name="a test",
-        steps=7,
-        eval_every=3,
-        evaluate=lambda number: {"score": [0.1, 0.3, 0.3][number], "undefined": None},
-        best_by="score",
-    )
+    fixed = {"name": "a test", "steps": 7, "eval_every": 3, "best_by": "score"}
+    fixed["evaluate"] = lambda number: {"score": [0.1, 0.3, 0.3][number], "undefined": None}
+    trainer = Trainer(model, NoisyStep(model, **changes), OPTIONS, **fixed)
     trainer.train(folder)
     return trainer
 
@@ -270,13 +256,11 @@ def test_interrupted_training_continues_bit_for_bit(tmp_path: Path):
     assert torch.equal(last.model[0].weight, whole.model[0].weight)
 
 
-def test_training_stops_at_a_loss_that_is_not_finite(tmp_path: Path):
+def test_what_training_cannot_go_on_from(tmp_path: Path):
     with pytest.raises(TrainingError, match=r"the loss became nan .* before step 6"):
         train(tmp_path, bad=4)
     assert torch.load(tmp_path / "checkpoint.pt")["progress"]["step"] == 4
-
-
-def test_damaged_checkpoints_are_named(tmp_path: Path):
+    # damaged checkpoints are named, too
     path = tmp_path / "checkpoint.pt"
     for damage in (lambda: path.write_bytes(b"none"), lambda: torch.save({"model": {}}, path)):
         damage()
