@@ -2,8 +2,6 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -20,11 +18,10 @@ from lra.settings import ArenaConfig, ArenaSettings
 from lra.steps import CapturedStep, FlatAdamW, OneCycle, Replay
 from lra.store import ArenaData, Split
 from lra.tasks import TASKS
-from ponet import PoNetModel
 from ponet.mixers import MIXERS
 from ponet_kernels import PackedLayout, fused_pooling, use_backend
 from ponet_kernels.triton_kernels.launch import record_launches
-from tests.sync_counter import count_synchronising
+from tests.sync_counter import as_on_a_gpu, count_synchronising
 
 WAITS = [
     ("_local_scalar_dense", lambda x: x[0].item()),
@@ -150,21 +147,9 @@ def captured_step() -> CapturedStep:
     return classification_of("ponet", "published", resident=True).training_step(0)
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "image", SMALL)
-    # a look at ids that a GPU is spared
-    monkeypatch.setattr(PoNetModel, "_check_ids", lambda *_: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@contextmanager
-def as_on_a_gpu() -> Iterator[list[str]]:
-    with use_backend("triton"), record_launches(), count_synchronising() as found:
-        yield found
 
 
 HOSTED = [mixer for mixer in MIXERS if mixer != "ponet_published"]  # which looks at its layout
@@ -177,7 +162,7 @@ HOSTED = [mixer for mixer in MIXERS if mixer != "ponet_published"]  # which look
         *((mixer, protocol, False) for mixer in HOSTED for protocol in ("published", "clean")),
     ],
 )
-def test_a_step_never_waits(small, monkeypatch, mixer, protocol, resident):
+def test_a_step_never_waits(monkeypatch, mixer, protocol, resident):
     classification = classification_of(mixer, protocol, resident)
     step, batches = classification.training_step(0), torch.arange(8).view(2, 4)
     # batches and their numbers come from the host
@@ -193,7 +178,7 @@ def test_a_step_never_waits(small, monkeypatch, mixer, protocol, resident):
 
 
 @pytest.mark.parametrize("mixer", ["ponet", "attention", "fnet"])
-def test_a_step_of_self_pretraining_never_waits(small, monkeypatch, mixer):
+def test_a_step_of_self_pretraining_never_waits(monkeypatch, mixer):
     settings = settings_of(mixer, "clean", pretrain_epochs=1.0)
     prediction = MaskedPrediction(make_data(), settings, CPU)
     batch = prediction.batch(0)
@@ -204,7 +189,7 @@ def test_a_step_of_self_pretraining_never_waits(small, monkeypatch, mixer):
     assert found == []
 
 
-def test_the_warm_up_of_a_captured_step_is_undone(small):
+def test_the_warm_up_of_a_captured_step_is_undone():
     step = captured_step()
     step(13)
     before = [x.detach().clone() for x in step._flat.tensors]
@@ -228,7 +213,7 @@ def test_a_gpu_records_once_and_replays(monkeypatch):
     assert found == [kept, *["work"] * 3, undone, "work", replayed, replayed]
 
 
-def test_a_scaled_loss_neither_waits_nor_changes_a_step(small):
+def test_a_scaled_loss_neither_waits_nor_changes_a_step():
     losses = []
     for enabled in (False, True):
         step = captured_step()
@@ -241,7 +226,7 @@ def test_a_scaled_loss_neither_waits_nor_changes_a_step(small):
     assert found == []
 
 
-def test_what_cannot_be_captured_is_named(small):
+def test_what_cannot_be_captured_is_named():
     for settings, reason in (
         (settings_of("ponet", "clean"), "shapes differ from step to step"),
         (settings_of("ponet_published", "published"), "mixer ponet_published reads from"),

@@ -8,15 +8,12 @@ import pytest
 import torch
 
 from ponet import PoNetForPreTraining
-from ponet.model import PoNetModel
-from ponet_kernels import use_backend
-from ponet_kernels.triton_kernels.launch import record_launches
 from pretrain.batches import MicroBatch, evaluation_batches
 from pretrain.engine import Engine
 from pretrain.examples import ExampleSettings
 from pretrain.run import LossSums, train_step
 from pretrain.settings import PretrainConfig
-from tests.sync_counter import count_synchronising
+from tests.sync_counter import as_on_a_gpu
 
 CPU = torch.device("cpu")
 SETTINGS = ExampleSettings(
@@ -25,32 +22,20 @@ SETTINGS = ExampleSettings(
 MIXERS = ["ponet", "attention", "fnet", "linformer", "nystromformer"]
 
 
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    """The kernels' operators without their kernels, and no look at ids, which only a CPU takes."""
-    monkeypatch.setattr(PoNetModel, "_check_ids", lambda *_: None)
-    with use_backend("triton"), record_launches():
-        yield
-
-
-def corpus() -> Any:
-    rng = np.random.default_rng(0)
-    return SimpleNamespace(
-        tokens=rng.integers(4, 200, size=8 * 40 * 6).astype(np.uint16),
+def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[MicroBatch]]:
+    """An engine and the micro-batches of a step."""
+    corpus: Any = SimpleNamespace(
+        tokens=np.random.default_rng(0).integers(4, 200, size=8 * 40 * 6).astype(np.uint16),
         sentence_offsets=np.arange(8 * 40 + 1) * 6,
         document_offsets=np.arange(9) * 40,
     )
-
-
-def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[MicroBatch]]:
-    """An engine and the micro-batches of a step."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 64, "seq_len": 32, "batch_tokens": 512}
     config = PretrainConfig(mixer=mixer, micro_batch_tokens=256, **sizes, **changes)
     torch.manual_seed(0)
     model = PoNetForPreTraining(config.model_config(200, 0, 1, 2).replace(num_landmarks=8))
     batches = evaluation_batches(
-        corpus(), np.arange(8), SETTINGS, seed=0, micro_batch_tokens=256, max_batches=2
+        corpus, np.arange(8), SETTINGS, seed=0, micro_batch_tokens=256, max_batches=2
     )
     return Engine(config, model), batches
 
@@ -59,14 +44,14 @@ def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[MicroBatch]]:
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_pretraining_steps_and_evaluation(mixer, precision):
     engine, batches = pretraining(mixer, precision=precision)
-    with count_synchronising() as found:
+    with as_on_a_gpu() as found:
         for _ in range(2):
             _, norm = train_step(engine, iter(batches), LossSums(CPU), seed=0, want_norm=True)
     assert found == []
     assert norm is not None
     assert engine.learning_rate != PretrainConfig().learning_rate
     sums = LossSums(CPU)
-    with torch.no_grad(), count_synchronising() as found:
+    with torch.no_grad(), as_on_a_gpu() as found:
         for batch in batches:
             inputs = batch.inputs.to(CPU)
             sums.add(engine.forward(inputs), inputs, batch)
