@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from lra.steps import OneCycle, PlainStep
 from ponet.checkpoint import CheckpointError
 from ponet.run.cli import UsageError, errors_in_one_line
 from ponet.run.runs import Run, run_all, run_options, run_program
@@ -29,7 +31,6 @@ from ponet.run.trainer import (
     TrainingError,
     linear_schedule,
     matrices_and_vectors,
-    step_seed,
 )
 
 OPTIONS = RunOptions(
@@ -121,11 +122,10 @@ def test_processes_end_with_their_parent(tmp_path: Path, number):
 
 
 def is_running(process: int) -> bool:
-    """Nobody may have asked for the status of a process that has ended."""
-    try:
+    # nobody may have asked for the status of a process that has ended
+    with suppress(psutil.NoSuchProcess):
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return False
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -174,14 +174,14 @@ def test_options_of_the_machine(monkeypatch: pytest.MonkeyPatch):
 
 def test_programs_end_in_one_line(capsys):
     for error, status in ((UsageError("no"), 2), (TrainingError("no"), 1), (OSError("no"), 1)):
-        with pytest.raises(SystemExit) as ended, errors_in_one_line("glue"):
+        with pytest.raises(SystemExit, match=str(status)), errors_in_one_line("glue"):
             raise error
-        assert (ended.value.code, capsys.readouterr().err) == (status, "glue: error: no\n")
+        assert capsys.readouterr().err == "glue: error: no\n"
     for failures, status in (([], 0), (["one"], 1)):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit, match=str(status)):
             run_program("glue", lambda failures=failures: ({"runs": [1]}, failures))
         document = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert (ended.value.code, document) == (status, {"runs": [1], "failures": failures})
+        assert document == {"runs": [1], "failures": failures}
 
 
 def test_linear_schedule_and_groups_of_parameters():
@@ -198,36 +198,21 @@ def test_linear_schedule_and_groups_of_parameters():
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
 
 
-class NoisyStep:
-    """A step on random data and dropout, both from the number of the step."""
-
-    def __init__(self, model: nn.Module, stops_at: int | None = None, bad: int | None = None):
-        self.model, self.stops_at, self.bad = model, stops_at, bad
-        self.optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
-
-    def __call__(self, step: int) -> Tensor:
-        if step == self.stops_at:
-            raise KeyboardInterrupt
-        torch.manual_seed(step_seed(0, step))
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
-        loss = self.model(torch.randn(4, 3)).square().mean()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach() * (float("nan") if step == self.bad else 1)
-
-    def learning_rate(self, step: int) -> float:
-        return 0.1 * linear_schedule(step, steps=7, warmup_steps=0)
-
-
-def train(folder: Path, **changes: Any) -> Trainer:
-    """Seven steps, evaluated after the third, sixth and last, with given scores."""
+def train(folder: Path, stops_at: int | None = None, bad: int | None = None) -> Trainer:
+    """Seven noisy steps, evaluated after the third, sixth and last, with given scores."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+
+    def loss(step: int) -> Tensor:
+        if step == stops_at:
+            raise KeyboardInterrupt
+        return model(torch.randn(4, 3)).square().mean() * (float("nan") if step == bad else 1)
+
+    schedule = OneCycle(steps=7, warmup_steps=2, peak=0.1)
+    form = {"precision": "fp32", "seeds": (0,), "device": OPTIONS.device}
     fixed = {"name": "a test", "steps": 7, "eval_every": 3, "best_by": "score"}
     fixed["evaluate"] = lambda number: {"score": [0.1, 0.3, 0.3][number], "undefined": None}
-    trainer = Trainer(model, NoisyStep(model, **changes), OPTIONS, **fixed)
+    trainer = Trainer(model, PlainStep(model, schedule, loss=loss, **form), OPTIONS, **fixed)
     trainer.train(folder)
     return trainer
 
