@@ -92,14 +92,11 @@ class ArenaSettings(SharedSettings):
 
     def model_config(self) -> PoNetConfig:
         """The architecture."""
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         return model_config(
             TASKS[self.task],
             self.model,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=self.intermediate_size,
-            num_segments=self.num_segments,
+            **{name: getattr(self, name) for name in (*names, "num_segments")},
             hidden_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.attention_dropout,
         )

@@ -6,6 +6,7 @@ import json
 import lzma
 import tarfile
 from collections import Counter
+from unittest.mock import patch
 
 import datasets
 import numpy as np
@@ -40,9 +41,9 @@ def read(name, source, skipped=None, seed=0):
     return plain(read_source(TASKS[name], source, [] if skipped is None else skipped, seed))
 
 
-def hub(monkeypatch, name, rows):
-    monkeypatch.setattr(datasets, "load_dataset", lambda _: rows)
-    return plain(examples_of_hub(TASKS[name], ""))
+def hub(name, rows):
+    with patch.object(datasets, "load_dataset", lambda _: rows):
+        return plain(examples_of_hub(TASKS[name], ""))
 
 
 def test_ids_by_hand():
@@ -91,7 +92,7 @@ REVIEWS = {
 }
 
 
-def test_reviews_are_the_same_from_folder_archive_json_and_hub(tmp_path, monkeypatch):
+def test_reviews_are_the_same_from_folder_archive_json_and_hub(tmp_path):
     folder, rows, skipped = tmp_path / "aclImdb", {"train": [], "test": []}, []
     for name, content in REVIEWS.items():
         write(folder / name, content)
@@ -109,7 +110,7 @@ def test_reviews_are_the_same_from_folder_archive_json_and_hub(tmp_path, monkeyp
     assert ("test", 0, [121] * 4000) in expected
     for source in (pack(tmp_path / "aclImdb_v1.tar.gz", folder), tmp_path / "json"):
         assert sorted(read("text", source, skipped)) == expected
-    assert sorted(hub(monkeypatch, "text", rows)) == expected
+    assert sorted(hub("text", rows)) == expected
     assert skipped == []
     empty = write(folder / "train/neg/7_1.txt", b"")
     assert sorted(read("text", folder, skipped)) == expected
@@ -143,7 +144,7 @@ def png(pixels):
     return file.getvalue()
 
 
-def test_cifar_is_the_same_from_batches_images_archives_and_hub(tmp_path, monkeypatch):
+def test_cifar_is_the_same_from_batches_images_archives_and_hub(tmp_path):
     expected, rows = [], {"train": [], "test": []}
     for number, (pixels, label) in enumerate(zip(PIXELS, CLASSES, strict=True)):
         split = "train" if number < 5 else "test"
@@ -159,7 +160,7 @@ def test_cifar_is_the_same_from_batches_images_archives_and_hub(tmp_path, monkey
     write(batches / "batches.meta.txt", b"ignored")
     for source in (batches, pack(tmp_path / "cifar-10-binary.tar.gz", batches)):
         assert read("image", source) == expected
-    assert hub(monkeypatch, "image", rows) == expected
+    assert hub("image", rows) == expected
     (tmp_path / "packed").mkdir()
     for split in ("train", "test"):
         pack(tmp_path / "packed" / f"{split}.tar.gz", tmp_path / "png" / split)
@@ -189,11 +190,12 @@ def test_pathfinder_images_divide_into_80_10_10_without_empty_files(tmp_path, na
     hard = pathfinder_release(release, 301, side)
     empty = write(hard / "imgs/1/sample_1.png", b"")
     examples = read(name, tmp_path, skipped)
-    assert Counter(e[0] for e in examples) == {"train": 240, "dev": 30, "test": 30}
-    numbers = [pixels[0] * 256 + pixels[1] for _, _, pixels in examples]
+    splits, labels, images = zip(*examples, strict=True)
+    assert Counter(splits) == {"train": 240, "dev": 30, "test": 30}
+    numbers = [pixels[0] * 256 + pixels[1] for pixels in images]
     assert sorted(numbers) == [0, *range(2, 301)]
-    assert [label for _, label, _ in examples] == [number % 2 for number in numbers]
-    assert {len(pixels) for _, _, pixels in examples} == {side**2}
+    assert labels == tuple(number % 2 for number in numbers)
+    assert set(map(len, images)) == {side**2}
     for place in (release, hard.parent, hard):
         assert read(name, place, skipped) == examples
     assert skipped == [f"{empty}: empty file"] * 4

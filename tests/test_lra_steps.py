@@ -155,13 +155,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 HOSTED = [mixer for mixer in MIXERS if mixer != "ponet_published"]  # which looks at its layout
 
 
-@pytest.mark.parametrize(
-    ("mixer", "protocol", "resident"),
-    [
-        *((mixer, "published", True) for mixer in CAPTURED),
-        *((mixer, protocol, False) for mixer in HOSTED for protocol in ("published", "clean")),
-    ],
-)
+CASES = [(mixer, "published", True) for mixer in CAPTURED]
+CASES += [(mixer, protocol, False) for mixer in HOSTED for protocol in ("published", "clean")]
+
+
+@pytest.mark.parametrize(("mixer", "protocol", "resident"), CASES)
 def test_a_step_never_waits(monkeypatch, mixer, protocol, resident):
     classification = classification_of(mixer, protocol, resident)
     step, batches = classification.training_step(0), torch.arange(8).view(2, 4)
