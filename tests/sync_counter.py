@@ -50,8 +50,7 @@ class _Counter(TorchDispatchMode):
             with self:
                 keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
                 return func.redispatch(keys, *args, **kwargs)
-        what = _what_waits(func, args, kwargs)
-        if what is not None:
+        if what := _what_waits(func, args, kwargs):
             self._found.append(what)
         return func(*args, **kwargs)
 

@@ -18,11 +18,9 @@ def save(root: Path, **changes: Any) -> Path:
     result |= {"pretrain_epochs": 0, "complete": True, "differences": [], "steps": 20000}
     result |= {"published_steps": 20000, "test_accuracy": 0.7, "step_ms": 4.0, "commit": "abc"}
     result |= {"majority_rate": 0.5, "device": "cpu", "data": {"digest": "d1"}, "more": 1}
-    result |= changes
-    names = ("protocol", "pretrain_epochs", "task", "model", "seed")
-    path = root / "-".join(str(result[name]) for name in names) / "result.json"
+    path = root / str(len([*root.rglob("result.json")])) / "result.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(result | changes))
     return path
 
 
