@@ -29,9 +29,8 @@ from glue.tasks import TASKS, Segments
 from ponet import PoNetForSequenceClassification
 from ponet.run.device import device_name, peak_memory_mib
 from ponet.run.log import describe
-from ponet.run.runs import RunFolder
+from ponet.run.runs import Run
 from ponet.run.trainer import (
-    RunOptions,
     Trainer,
     TrainingError,
     autocast,
@@ -154,32 +153,21 @@ class FineTuningStep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuningRun:
-    """A run to do, as handed to a process: a `ponet.run.runs.Run`."""
+class FineTuningRun(Run):
+    """A run to do."""
 
     settings: FineTuningSettings
     config: GlueConfig
     """Of the command: data and checkpoint."""
     data_digest: str
     checkpoint_digest: str
-    folder: Path
-    options: RunOptions
 
-    @property
-    def name(self) -> str:
-        """For log and errors."""
-        return self.settings.name
-
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         digests = {"data": self.data_digest, "checkpoint": self.checkpoint_digest}
         return digests | asdict(self.settings)
 
-    def finished(self) -> dict[str, Any] | None:
-        """The figures, if the run is finished."""
-        return RunFolder(self.folder).finished(self._identity())
-
     def execute(self) -> dict[str, Any]:
-        """Fine-tune, or continue to; returns the content of `result.json`."""
+        """Fine-tune, or continue to."""
         settings, device = self.settings, self.options.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -192,8 +180,7 @@ class FineTuningRun:
             settings.max_train_examples,
         )
         checkpoint = cached_checkpoint(Path(self.config.checkpoint))
-        folder = RunFolder(self.folder)
-        folder.begin(self._identity(), {"data": data.train.origin, "from": str(checkpoint.folder)})
+        self.begin({"data": data.train.origin, "from": str(checkpoint.folder)})
         torch.manual_seed(settings.seed)
         model = build_classifier(checkpoint, settings, len(data.task.labels) or 1).to(device)
         model.ponet.encoder.recomputes = settings.max_length > _LONG
@@ -230,7 +217,7 @@ class FineTuningRun:
             )
             save_classifier(self.folder / "model", model, checkpoint.tokenizer, spec)
         seconds = trainer.progress.seconds + time.perf_counter() - began
-        result = folder.finish(
+        result = self.finish(
             {
                 **asdict(settings),
                 "checkpoint": checkpoint.name,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from glue.tasks import NINE_COLUMNS, TASKS, Segments, TextTask
 from ponet import PoolerConfig
 from ponet.poolers import POOLERS
-from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml, require
+from ponet.run.cli import UsageError, parse_arguments, require, require_at_least
 
 PRESETS = Path(__file__).with_name("configs")
 
@@ -134,9 +134,7 @@ class GlueConfig:
     def __post_init__(self) -> None:
         if not self.checkpoint:
             raise UsageError("--checkpoint is missing: the folder of a pre-trained model")
-        for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            require(value is None or value >= least, name, f"at least {least}", value)
+        require_at_least(self, _AT_LEAST)
         for size in self.batch_size or ():
             require(size >= 1, "batch_size", "at least 1", size)
         for rate in self.learning_rate or ():
@@ -257,11 +255,11 @@ def pooler_label(pooler: PoolerConfig) -> str:
 
 def parse(argv: Sequence[str] | None = None) -> GlueConfig:
     """Settings of the command line; raises a `UsageError` for what is wrong there."""
-    preset, flags = parse_arguments(
+    _, preset, flags = parse_arguments(
         GlueConfig,
         argv,
         description="Fine-tune a checkpoint on GLUE, long texts or your own examples.",
         default_preset="default",
         presets=PRESETS,
     )
-    return GlueConfig(**read_yaml(preset_path(preset, PRESETS), GlueConfig) | flags)
+    return GlueConfig(**preset | flags)

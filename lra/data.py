@@ -31,13 +31,11 @@ TRAIN, DEV, TEST, PRETRAIN = range(4)
 class BatchOrder:
     """Endless full batches; every pass is another order, and leaves out what fills no batch."""
 
-    def __init__(
-        self, split: Split, settings: ArenaSettings, purpose: int, *, by_length: bool = False
-    ) -> None:
+    def __init__(self, split: Split, settings: ArenaSettings, purpose: int) -> None:
         """Make the sequence of batches for a purpose: `TRAIN`, `DEV`, `TEST` or `PRETRAIN`.
 
-        `by_length` puts examples of similar length together, which saves padding where a mixer
-        works on rectangles. Raises `ArenaError` if the split does not fill one batch.
+        In the clean protocol a batch holds examples of similar length, which saves padding where a
+        mixer works on rectangles. Raises `ArenaError` if the split does not fill one batch.
         """
         self._size = settings.batch_size
         if len(split) < self._size:
@@ -45,7 +43,7 @@ class BatchOrder:
         self.per_pass = len(split) // self._size
         self._lengths = split.lengths.sum(axis=1)
         self._key = (settings.seed, purpose)
-        self._by_length = by_length
+        self._by_length = settings.protocol == "clean"
         self._pass, self._batches = 0, self._arrange(0)
 
     def indices(self, number: int) -> np.ndarray:
@@ -136,7 +134,7 @@ class Classification:
         self._settings = settings
         self._device = device
         clean = settings.protocol == "clean"
-        self._train = BatchOrder(data.train, settings, TRAIN, by_length=clean)
+        self._train = BatchOrder(data.train, settings, TRAIN)
         self._dev = None if clean else BatchOrder(data.dev, settings, DEV)
         self._test = None if clean else BatchOrder(data.test, settings, TEST)
         self._resident: dict[Split, ResidentExamples] | None = None

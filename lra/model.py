@@ -79,13 +79,7 @@ def model_inputs(
 ) -> ModelInputs:
     """Bring sequences into the form of a protocol; on the host, sizes depend on the values.
 
-    Args:
-        ids: `[T]` int64, all sequences end to end.
-        lengths: `[R]` int64, tokens of each.
-        protocol: see the module.
-        task: decides the length of rows.
-        mixer: key of `ponet.mixers.MIXERS`.
-        num_segments: see `segment_columns`.
+    `ids` `[T]` int64 are all sequences end to end, `lengths` `[R]` int64 the tokens of each.
     """
     published, counted = protocol == "published", None
     divisor = task.seq_len if published else lengths

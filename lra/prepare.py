@@ -28,7 +28,7 @@ from lra.pathfinder import SPECS, draw_images
 from lra.sources import HUB, SOURCES, encode_listops, examples_of_hub, read_source
 from lra.store import DATA_DIR, SPLITS, ArenaError, Example, load_arena_data, write_task
 from lra.tasks import TASKS, ArenaTask, tasks_named
-from ponet.run.cli import errors_in_one_line
+from ponet.run.cli import errors_in_one_line, require_at_least
 from ponet.run.log import set_up_logging
 
 Drawn = list[tuple[int, Any]]
@@ -52,8 +52,6 @@ def prepare_task(
     """Prepare a task, unless it is prepared already; returns its folder in `data_dir`.
 
     Args:
-        name: key in `lra.tasks.TASKS`.
-        data_dir: where prepared tasks are kept.
         source: files to read; None: the folder `raw/<name>` in `data_dir` if there is one,
             otherwise the generator or the hub.
         num_examples: to generate, divided into 80, 10 and 10 per cent; None: the published number.
@@ -175,11 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, help="of generators and of splits that are drawn [0]")
     add("--workers", type=int, help="processes of the generators [all cores]")
     add("--verify", action="store_true", help="compare checksums of all files")
-    options = vars(parser.parse_args(argv))
-    for name, least in (("num_examples", 10), ("workers", 1), ("seed", 0)):
-        if options[name] is not None and options[name] < least:
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag}: expected at least {least}, found {options[name]}")
+    arguments = parser.parse_args(argv)
+    require_at_least(arguments, {"num_examples": 10, "workers": 1, "seed": 0})
+    options = vars(arguments)
     set_up_logging(rank=0)
     tasks, verify = tasks_named(options.pop("task")), options.pop("verify")
     prepared, failed = {}, {}

@@ -128,14 +128,10 @@ def resident_inputs(
 def _layout(
     order: Tensor, before: Tensor, total: Tensor, shape: BatchShape, size: int
 ) -> BatchLayout:
-    """The layout of a stream.
+    """The layout of a stream with segments of `size` columns.
 
-    Args:
-        order: `[T]`, the place of each token among the R N, ascending; R N for ghosts.
-        before: `[R, N]`, seen tokens before each place.
-        total: `[1]`, seen tokens.
-        shape: of the batch.
-        size: columns of a segment.
+    `order` is `[T]`, the place of each token among the R N, ascending, R N for ghosts; `before`
+    `[R, N]` counts the seen tokens before each place, `total` `[1]` all.
     """
     num_rows, length = before.shape
     device = order.device

@@ -36,8 +36,8 @@ from lra.store import ArenaData, load_arena_data
 from lra.tasks import tasks_named
 from ponet.files import write_bytes
 from ponet.run.device import device_name
-from ponet.run.runs import RunFolder, run_all, run_options, run_program
-from ponet.run.trainer import Progress, RunOptions, Trainer, step_seed
+from ponet.run.runs import Run, run_all, run_options, run_program
+from ponet.run.trainer import Progress, Trainer, step_seed
 
 _TRAIN_STAGE, _PRETRAIN_STAGE = 0, 1
 
@@ -46,35 +46,24 @@ logger = logging.getLogger("lra.run")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArenaRun:
-    """A run and where it happens: a `ponet.run.runs.Run`, whose process reads the data itself."""
+class ArenaRun(Run):
+    """A run, whose process reads the data itself."""
 
     settings: ArenaSettings
-    folder: Path
     data_folder: Path
     """Of the prepared task."""
-    options: RunOptions
     captures: bool
     """Capture the steps where nothing stands against it."""
-
-    @property
-    def name(self) -> str:
-        """For log and errors."""
-        return self.settings.name
 
     def _load(self) -> ArenaData:
         settings = self.settings
         return load_arena_data(settings.task, self.data_folder, settings.protocol)
 
-    def _identity(self, data: ArenaData) -> dict[str, Any]:
-        return {"data": data.manifest["digest"], **asdict(self.settings)}
-
-    def finished(self) -> dict[str, Any] | None:
-        """The figures, if the run is finished; refuses a folder with other settings or data."""
-        return RunFolder(self.folder).finished(self._identity(self._load()))
+    def identity(self) -> dict[str, Any]:
+        return {"data": self._load().manifest["digest"], **asdict(self.settings)}
 
     def execute(self) -> dict[str, Any]:
-        """Self-pretrain, train and test, or continue to; returns the content of `result.json`."""
+        """Self-pretrain, train and test, or continue to."""
         settings, device, data = self.settings, self.options.device, self._load()
         torch.manual_seed(settings.seed)
         model = LongRangeClassifier(settings.model_config(), data.task.num_inputs).to(device)
@@ -83,9 +72,7 @@ class ArenaRun:
             logger.info("%s | steps are not captured: %s", self.name, reason)
         resident = self.captures and reason is None
         classification = Classification(model, data, settings, device, resident=resident)
-        folder = RunFolder(self.folder)
-        details = {"data": data.describe(), "model": settings.model_config().to_dict()}
-        folder.begin(self._identity(data), details)
+        self.begin({"data": data.describe(), "model": settings.model_config().to_dict()})
         pretrain_seconds = self._pretrain(model, data) if settings.pretrain_epochs else 0.0
         if settings.compile:
             model.ponet.encoder.compile()
@@ -116,7 +103,7 @@ class ArenaRun:
         text = f"test accuracy {accuracy:.4f} (majority baseline {result['majority_rate']:.4f})"
         note = "" if result["complete"] else ", not the complete published run"
         logger.info("%s | %s after %d steps%s", self.name, text, settings.steps, note)
-        return folder.finish(result)
+        return self.finish(result)
 
     def _pretrain(self, classifier: LongRangeClassifier, data: ArenaData) -> float:
         """Give the classifier a self-pretrained encoder; returns the seconds it took."""

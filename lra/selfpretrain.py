@@ -51,8 +51,7 @@ class MaskedPrediction:
         self._data = data
         self._settings = settings
         self._device = device
-        clean = settings.protocol == "clean"
-        self._batches = BatchOrder(data.train, settings, PRETRAIN, by_length=clean)
+        self._batches = BatchOrder(data.train, settings, PRETRAIN)
         # the passes as steps, a tenth of them with rising learning rate
         steps = max(1, math.ceil(settings.pretrain_epochs * self._batches.per_pass))
         warmup, peak = round(_WARMUP_SHARE * steps), settings.pretrain_learning_rate

@@ -12,13 +12,15 @@ from lra.store import DATA_DIR
 from lra.tasks import TASKS, ArenaTask, ProtocolName, tasks_named
 from ponet import PoNetConfig
 from ponet.mixers import MIXERS
-from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml, require
+from ponet.run.cli import UsageError, parse_arguments, require, require_at_least
 
 PRESETS = Path(__file__).with_name("configs")
 
-_AT_LEAST_1 = ("seeds", "jobs", "log_every", "steps", "batch_size", "eval_every", "eval_batches")
-_AT_LEAST_1 += ("test_examples", "num_segments", "threads")
-_AT_LEAST_0 = ("pretrain_epochs", "checkpoint_minutes")
+_AT_LEAST = {
+    **dict.fromkeys(("seeds", "jobs", "threads", "log_every", "steps", "batch_size"), 1),
+    **dict.fromkeys(("eval_every", "eval_batches", "test_examples", "num_segments"), 1),
+    **dict.fromkeys(("pretrain_epochs", "checkpoint_minutes"), 0),
+}
 # the task decides where no flag does
 _OF_TASK = ("steps", "batch_size", "learning_rate", "eval_every", "num_segments")
 
@@ -90,14 +92,11 @@ class ArenaSettings(SharedSettings):
 
     def model_config(self) -> PoNetConfig:
         """The architecture."""
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         return model_config(
             TASKS[self.task],
             self.model,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=self.intermediate_size,
-            num_segments=self.num_segments,
+            **{name: getattr(self, name) for name in (*names, "num_segments")},
             hidden_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.attention_dropout,
         )
@@ -155,10 +154,7 @@ class ArenaConfig(SharedSettings):
         for names, known in (("task", (*TASKS, "all")), ("model", tuple(MIXERS))):
             for name in getattr(self, names):
                 require(name in known, names, f"one of {', '.join(known)}", name)
-        for names, least in ((_AT_LEAST_1, 1), (_AT_LEAST_0, 0)):
-            for name in names:
-                value = getattr(self, name)
-                require(value is None or value >= least, name, f"at least {least}", value)
+        require_at_least(self, _AT_LEAST)
         for name in ("learning_rate", "pretrain_learning_rate"):
             value = getattr(self, name)
             require(value is None or value > 0, name, "above 0", value)
@@ -202,11 +198,11 @@ class ArenaConfig(SharedSettings):
 
 def parse(argv: Sequence[str] | None = None) -> ArenaConfig:
     """Settings of the command line."""
-    preset, flags = parse_arguments(
+    _, preset, flags = parse_arguments(
         ArenaConfig,
         argv,
         description="Train and test token mixers on the Long Range Arena.",
         default_preset="default",
         presets=PRESETS,
     )
-    return ArenaConfig(**read_yaml(preset_path(preset, PRESETS), ArenaConfig) | flags)
+    return ArenaConfig(**preset | flags)

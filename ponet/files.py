@@ -38,7 +38,7 @@ def current_umask() -> int:
     return mask
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file atomically."""
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from ponet.config import PoNetConfig
-from ponet.run.cli import UsageError, parse_arguments, preset_path, read_yaml, require
+from ponet.run.cli import UsageError, parse_arguments, read_yaml, require, require_at_least
 from ponet.tokenizer import SpecialTokens
 from pretrain.examples import OBJECTIVES, ExampleSettings
 
@@ -126,9 +126,7 @@ class PretrainConfig:
     """Processes that draw examples, in each rank; 0: the rank itself."""
 
     def __post_init__(self) -> None:
-        for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            require(value >= least, name, f"at least {least}", value)
+        require_at_least(self, _AT_LEAST)
         stage, fraction = self.zero_stage, self.validation_fraction
         require(stage in (0, 1, 2), "zero_stage", "0, 1 or 2", stage)
         require(0 < fraction < 1, "validation_fraction", "between 0 and 1", fraction)
@@ -181,7 +179,7 @@ class PretrainConfig:
 
 def parse(argv: Sequence[str] | None = None) -> tuple[PretrainConfig, str]:
     """Settings of the command line, and the name of the preset for naming the run."""
-    preset, flags = parse_arguments(
+    path, preset, flags = parse_arguments(
         PretrainConfig,
         argv,
         description="Pre-train an encoder with masked LM and sentence structure.",
@@ -189,9 +187,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[PretrainConfig, str]:
         presets=PRESETS,
     )
     if flags.get("resume"):
-        return _resumed(Path(flags["resume"]), flags), preset
-    values = read_yaml(preset_path(preset, PRESETS), PretrainConfig) | flags
-    return PretrainConfig(**values), Path(preset).stem
+        return _resumed(Path(flags["resume"]), flags), path.stem
+    return PretrainConfig(**preset | flags), path.stem
 
 
 def _resumed(folder: Path, flags: dict[str, Any]) -> PretrainConfig:

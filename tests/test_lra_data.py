@@ -6,6 +6,7 @@ import json
 import lzma
 import tarfile
 from collections import Counter
+from unittest.mock import patch
 
 import datasets
 import numpy as np
@@ -40,9 +41,9 @@ def read(name, source, skipped=None, seed=0):
     return plain(read_source(TASKS[name], source, [] if skipped is None else skipped, seed))
 
 
-def hub(monkeypatch, name, rows):
-    monkeypatch.setattr(datasets, "load_dataset", lambda _: rows)
-    return plain(examples_of_hub(TASKS[name], ""))
+def hub(name, rows):
+    with patch.object(datasets, "load_dataset", lambda _: rows):
+        return plain(examples_of_hub(TASKS[name], ""))
 
 
 def test_ids_by_hand():
@@ -64,13 +65,23 @@ def test_ids_by_hand():
         assert task.max_tokens <= task.seq_len
 
 
-@pytest.mark.parametrize("place", [".", "listops-1000", "lra_release/lra_release/listops-1000"])
-def test_listops_files_are_found_where_the_release_has_them(tmp_path, place):
+@pytest.mark.parametrize("place", [".", "{}", "lra_release/{}", "lra_release/lra_release/{}"])
+def test_expressions_and_pairs_are_found_where_the_release_has_them(tmp_path, place):
+    content = "Source\tTarget\r\n( ( ( [MIN 4 ) 5 ) ] )\t4\r\n7\t7\r\n"
     for name in ("train", "val", "test"):
-        content = "Source\tTarget\r\n( ( ( [MIN 4 ) 5 ) ] )\t4\r\n7\t7\r\n"
-        write(tmp_path / place / f"basic_{name}.tsv", content)
+        write(tmp_path / place.format("listops-1000") / f"basic_{name}.tsv", content)
     rows = [(4, [11, 5, 6, 15]), (7, [8])]
     assert read("listops", tmp_path) == [(split, *row) for split in SPLITS for row in rows]
+    # pairs are unquoted bytes
+    content = b'1\tA1\tB1\tsay "a\t\xff"b\n0.0\tA2\tB2\tx\ty\r\n1\tA3\tB3\t\ty\n'
+    for name in ("train", "eval", "test"):
+        write(tmp_path / place.format("tsv_data") / f"new_aan_pairs.{name}.tsv", content)
+    texts, skipped = [(b'say "a', b'\xff"b'), (b"x", b"y")], []
+    ids = [[[byte + 1 for byte in text] for text in pair] for pair in texts]
+    expected = [(split, label, *ids[1 - label]) for split in SPLITS for label in (1, 0)]
+    assert read("retrieval", tmp_path, skipped) == expected
+    assert len(skipped) == 3
+    assert skipped[0].endswith("new_aan_pairs.train.tsv, line 3: empty text")
 
 
 REVIEWS = {
@@ -81,7 +92,7 @@ REVIEWS = {
 }
 
 
-def test_reviews_are_the_same_from_folder_archive_json_and_hub(tmp_path, monkeypatch):
+def test_reviews_are_the_same_from_folder_archive_json_and_hub(tmp_path):
     folder, rows, skipped = tmp_path / "aclImdb", {"train": [], "test": []}, []
     for name, content in REVIEWS.items():
         write(folder / name, content)
@@ -99,34 +110,19 @@ def test_reviews_are_the_same_from_folder_archive_json_and_hub(tmp_path, monkeyp
     assert ("test", 0, [121] * 4000) in expected
     for source in (pack(tmp_path / "aclImdb_v1.tar.gz", folder), tmp_path / "json"):
         assert sorted(read("text", source, skipped)) == expected
-    assert sorted(hub(monkeypatch, "text", rows)) == expected
+    assert sorted(hub("text", rows)) == expected
     assert skipped == []
     empty = write(folder / "train/neg/7_1.txt", b"")
     assert sorted(read("text", folder, skipped)) == expected
     assert skipped == [f"{empty}: empty text"]
 
 
-@pytest.mark.parametrize("place", [".", "tsv_data", "lra_release/tsv_data"])
-def test_pairs_of_the_release_are_unquoted_bytes(tmp_path, place):
-    rows = [b'1\tA1\tB1\tsay "a\t\xff"b\n', b"0.0\tA2\tB2\tx\ty\r\n", b"1\tA3\tB3\t\ty\n"]
-    for name in ("train", "eval", "test"):
-        write(tmp_path / place / f"new_aan_pairs.{name}.tsv", b"".join(rows))
-    skipped = []
-    first = [byte + 1 for byte in b'say "a'], [byte + 1 for byte in b'\xff"b']
-    pairs = [(1, *first), (0, [ord("x") + 1], [ord("y") + 1])]
-    expected = [(split, *pair) for split in SPLITS for pair in pairs]
-    assert read("retrieval", tmp_path, skipped) == expected
-    assert len(skipped) == 3
-    assert skipped[0].endswith("new_aan_pairs.train.tsv, line 3: empty text")
-
-
 def test_a_collection_keeps_three_files_and_divides_two_between_papers(tmp_path):
     papers = [json.dumps({"id": f"P{n}", "text": f"paper {n}"}) for n in range(101)]
     write(tmp_path / "papers.jsonl.xz", lzma.compress("\n".join(papers).encode()))
     texts = [encode_bytes(f"paper {n}".encode(), 100).tolist() for n in range(101)]
-    numbers = {"train": range(160), "val": range(160, 180), "test": range(180, 200)}
-    for name, rows in numbers.items():
-        lines = [f"{n % 2}\tP{n // 2}\tP{n // 2 + 1}" for n in rows]
+    for name, first, end in (("train", 0, 160), ("val", 160, 180), ("test", 180, 200)):
+        lines = [f"{n % 2}\tP{n // 2}\tP{n // 2 + 1}" for n in range(first, end)]
         write(tmp_path / f"pairs.{name}.tsv", "\n".join(["label\tpaper1\tpaper2", *lines]))
     pairs = [(n % 2, texts[n // 2], texts[n // 2 + 1]) for n in range(200)]
     splits = ["train"] * 160 + ["dev"] * 20 + ["test"] * 20
@@ -144,12 +140,11 @@ CLASSES = [3, 9, 0, 1, 5, 3]
 
 
 def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
     return file.getvalue()
 
 
-def test_cifar_is_the_same_from_batches_images_archives_and_hub(tmp_path, monkeypatch):
+def test_cifar_is_the_same_from_batches_images_archives_and_hub(tmp_path):
     expected, rows = [], {"train": [], "test": []}
     for number, (pixels, label) in enumerate(zip(PIXELS, CLASSES, strict=True)):
         split = "train" if number < 5 else "test"
@@ -165,7 +160,7 @@ def test_cifar_is_the_same_from_batches_images_archives_and_hub(tmp_path, monkey
     write(batches / "batches.meta.txt", b"ignored")
     for source in (batches, pack(tmp_path / "cifar-10-binary.tar.gz", batches)):
         assert read("image", source) == expected
-    assert hub(monkeypatch, "image", rows) == expected
+    assert hub("image", rows) == expected
     (tmp_path / "packed").mkdir()
     for split in ("train", "test"):
         pack(tmp_path / "packed" / f"{split}.tar.gz", tmp_path / "png" / split)
@@ -195,11 +190,12 @@ def test_pathfinder_images_divide_into_80_10_10_without_empty_files(tmp_path, na
     hard = pathfinder_release(release, 301, side)
     empty = write(hard / "imgs/1/sample_1.png", b"")
     examples = read(name, tmp_path, skipped)
-    assert Counter(e[0] for e in examples) == {"train": 240, "dev": 30, "test": 30}
-    numbers = [pixels[0] * 256 + pixels[1] for _, _, pixels in examples]
+    splits, labels, images = zip(*examples, strict=True)
+    assert Counter(splits) == {"train": 240, "dev": 30, "test": 30}
+    numbers = [pixels[0] * 256 + pixels[1] for pixels in images]
     assert sorted(numbers) == [0, *range(2, 301)]
-    assert [label for _, label, _ in examples] == [number % 2 for number in numbers]
-    assert {len(pixels) for _, _, pixels in examples} == {side**2}
+    assert labels == tuple(number % 2 for number in numbers)
+    assert set(map(len, images)) == {side**2}
     for place in (release, hard.parent, hard):
         assert read(name, place, skipped) == examples
     assert skipped == [f"{empty}: empty file"] * 4

@@ -25,7 +25,6 @@ PARAMETERS = {"listops": 209_802, "text": 370_562, "retrieval": 395_138}
 PARAMETERS |= {"image": 174_986, "pathfinder": 173_954}
 # rows of 32 columns in segments of 32 // 5 + 1 = 7
 SMALL = dataclasses.replace(TASKS["image"], seq_len=32, max_tokens=32, num_segments=5)
-PAIRS = dataclasses.replace(SMALL, num_inputs=2)
 
 
 def build(mixer: str, task=SMALL, **changes: Any) -> LongRangeClassifier:
@@ -58,15 +57,14 @@ def test_parameters_are_as_many_as_published(task):
 
 
 def test_initial_weights_are_as_published():
-    model = build("ponet", TASKS["image"]).requires_grad_(False)
-    for embedding in (model.ponet.embeddings.word, model.ponet.embeddings.position):
-        assert float(embedding.weight.std()) == pytest.approx(0.02, rel=0.05)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "embeddings" not in name:
+    for name, parameter in build("ponet", TASKS["image"]).requires_grad_(False).named_parameters():
+        if "embeddings" in name:
+            assert float(parameter.std()) == pytest.approx(0.02, rel=0.05)
+        elif parameter.ndim == 2:
             # uniform within 1 / sqrt(inputs)
             bound = parameter.shape[1] ** -0.5
             assert bound * 0.98 < float(parameter.abs().max()) <= bound, name
-        elif name.endswith("bias") and "norm" not in name:
+        elif "norm" not in name:
             assert float(parameter.abs().max()) > 0.01, name
 
 
@@ -87,11 +85,7 @@ def dense_mixing(mixer, hidden: Tensor, mask: Tensor, size: int) -> Tensor:
     return mixer.dense((pooled + tops) * mixer.output(hidden) + windows)
 
 
-def dense_fourier(mixer, hidden: Tensor, mask: Tensor, size: int) -> Tensor:
-    return torch.fft.fft2(hidden).real
-
-
-DENSE = {"ponet": dense_mixing, "fnet": dense_fourier}
+DENSE = {"ponet": dense_mixing, "fnet": lambda _, hidden, *__: torch.fft.fft2(hidden).real}
 
 
 def dense_states(model: LongRangeClassifier, mixer: str, row: Tensor, mask: Tensor, size: int):
@@ -136,12 +130,10 @@ def test_answers_do_not_depend_on_the_batch(mixer):
         torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
 
 
-CAPTURED = [mixer for mixer in MIXERS if mixer not in NOT_CAPTURED]
+CAPTURED = [(mixer, "torch") for mixer in MIXERS if mixer not in NOT_CAPTURED]
 
 
-@pytest.mark.parametrize(
-    ("mixer", "backend"), [*((mixer, "torch") for mixer in CAPTURED), ("ponet", "triton")]
-)
+@pytest.mark.parametrize(("mixer", "backend"), [*CAPTURED, ("ponet", "triton")])
 def test_fixed_shapes_change_nothing(mixer, backend):
     model = build(mixer, attention_window=8, num_hidden_layers=1 if backend == "triton" else 2)
     ids = [*sequences([32, 32, 32, 20, 1]), torch.zeros(24, dtype=torch.long)]
@@ -160,16 +152,13 @@ def test_fixed_shapes_change_nothing(mixer, backend):
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
-def test_a_black_image_is_answered():
+def test_black_images_are_answered_and_pairs_share_the_encoder():
     model, black = build("ponet"), torch.zeros(24, dtype=torch.long)
     logits = model(inputs_of([black, *sequences([24])], "published", "ponet"))
-    expected = model.classifier(torch.zeros(64, dtype=torch.double))
-    torch.testing.assert_close(logits[0], expected)
+    torch.testing.assert_close(logits[0], model.classifier(torch.zeros(64, dtype=torch.double)))
     assert logits.isfinite().all()
-
-
-def test_pairs_share_the_encoder_and_meet_in_the_head():
-    model, ids = build("ponet", PAIRS), sequences([20, 24, 11, 3], zeros=0.0)
+    model = build("ponet", dataclasses.replace(SMALL, num_inputs=2))
+    ids = sequences([20, 24, 11, 3], zeros=0.0)
     logits = model(inputs_of(ids, "clean", "ponet"))
     vectors = [model.pool(inputs_of([x], "clean", "ponet"))[0] for x in ids]
     for answer, a, b in zip(logits, vectors[:2], vectors[2:], strict=True):
@@ -185,14 +174,13 @@ def test_segments_are_as_long_as_published():
 
 
 def test_schedule_is_that_of_pytorch():
-    task = TASKS["text"]
-    total, peak = task.steps, task.learning_rate
+    total, peak, warmup = 20_000, 1e-4, 8000
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], betas=(0.9, 0.999))
-    shape = {"pct_start": task.warmup_steps / total, "anneal_strategy": "linear"}
+    shape = {"pct_start": warmup / total, "anneal_strategy": "linear"}
     reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total, **shape)
-    schedule = OneCycle(steps=total, warmup_steps=task.warmup_steps, peak=peak)
+    schedule = OneCycle(steps=total, warmup_steps=warmup, peak=peak)
+    (group,) = optimizer.param_groups
     for step in range(total):
-        group = optimizer.param_groups[0]
         assert schedule.at(step) == pytest.approx((group["lr"], group["betas"][0]), rel=1e-6)
         optimizer.step()
         if step + 1 < total:
@@ -205,9 +193,8 @@ def test_schedule_is_that_of_pytorch():
         assert 0.85 <= min(betas) <= max(betas) <= 0.95
 
 
-def of_four(seed: int = 0) -> ArenaSettings:
-    """Settings of batches of four."""
-    return ArenaConfig(batch_size=4, seeds=seed + 1).runs("cpu")[seed]
+def of_four(seed: int = 0, protocol="published") -> ArenaSettings:
+    return ArenaConfig(batch_size=4, protocol=protocol, seeds=seed + 1).runs("cpu")[seed]
 
 
 def ragged(count: int, num_inputs: int = 1) -> Split:
@@ -219,30 +206,25 @@ def ragged(count: int, num_inputs: int = 1) -> Split:
     return Split(ids, offsets, inputs, np.arange(count) % 3)
 
 
-def test_a_batch_holds_first_inputs_before_second_ones():
+@pytest.mark.parametrize("protocol", ["published", "clean"])
+def test_training_batches_are_a_function_of_seed_and_number(protocol):
+    orders = [BatchOrder(ragged(200), of_four(seed, protocol), TRAIN) for seed in (0, 0, 1)]
+    passes = [[orders[0].indices(i) for i in range(k * 50, (k + 1) * 50)] for k in range(2)]
+    for batches in passes:
+        assert sorted(np.concatenate(batches).tolist()) == list(range(200))
+    assert not np.array_equal(*passes)
+    assert np.array_equal(orders[1].indices(73), passes[1][23])
+    assert not np.array_equal(orders[2].indices(0), passes[0][0])
+    # the clean protocol sorts by length
+    spread = np.mean([np.ptp(batch) for batch in passes[0]])
+    assert (spread < 15) == (protocol == "clean")
+
+
+def test_batches_that_are_not_filled_or_of_pairs():
     ids, lengths, labels = gather_examples(ragged(5, num_inputs=2), np.array([3, 0]))
     assert lengths.tolist() == [4, 1, 5, 2]
     assert ids.tolist() == [3] * 4 + [0] + [3] * 5 + [0] * 2
     assert labels.tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("by_length", [False, True])
-def test_training_batches_are_a_function_of_seed_and_number(by_length):
-    def make(seed: int) -> BatchOrder:
-        return BatchOrder(ragged(200), of_four(seed), TRAIN, by_length=by_length)
-
-    first = make(0)
-    passes = [[first.indices(i) for i in range(k * 50, (k + 1) * 50)] for k in range(2)]
-    for batches in passes:
-        assert sorted(np.concatenate(batches).tolist()) == list(range(200))
-    assert not np.array_equal(passes[0], passes[1])
-    assert np.array_equal(make(0).indices(73), passes[1][23])
-    assert not np.array_equal(make(1).indices(0), passes[0][0])
-    spread = np.mean([np.ptp(batch) for batch in passes[0]])
-    assert (spread < 15) == by_length
-
-
-def test_batches_that_are_not_filled():
     split = ragged(11)
     batches = BatchOrder(split, of_four(), TRAIN)
     pairs = ((batches.indices(2 * k), batches.indices(2 * k + 1)) for k in range(20))
@@ -251,13 +233,11 @@ def test_batches_that_are_not_filled():
     assert {len(examples) for examples in seen} == {8}
     assert set.union(*seen) == set(range(11))
     # of the whole set the last may be smaller
-    batches = whole_set_batches(split, of_four(), DEV, limit=None)
-    assert [len(batch) for batch in batches] == [4, 4, 3]
-    assert np.concatenate(batches).tolist() == list(range(11))
-    drawn = np.concatenate(whole_set_batches(split, of_four(), DEV, limit=5)).tolist()
-    assert len(set(drawn)) == 5
-    assert drawn != list(range(5))
-    assert whole_set_batches(split, of_four(), DEV, limit=5)[0].tolist() == drawn[:4]
+    parts, *drawn = (whole_set_batches(split, of_four(), DEV, limit=n) for n in (None, 5, 5))
+    assert [part.tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    first, second = (np.concatenate(batches).tolist() for batches in drawn)
+    assert first == second != list(range(5))
+    assert len(set(first)) == 5
 
 
 @pytest.mark.parametrize("mixer", ["ponet", "fnet"])

@@ -14,16 +14,13 @@ from ponet.run.report import ResultError
 
 
 def save(root: Path, **changes: Any) -> Path:
-    """Write one result as a run does."""
     result = {"task": "text", "model": "ponet", "protocol": "published", "seed": 0}
     result |= {"pretrain_epochs": 0, "complete": True, "differences": [], "steps": 20000}
     result |= {"published_steps": 20000, "test_accuracy": 0.7, "step_ms": 4.0, "commit": "abc"}
     result |= {"majority_rate": 0.5, "device": "cpu", "data": {"digest": "d1"}, "more": 1}
-    result |= changes
-    names = ("protocol", "pretrain_epochs", "task", "model", "seed")
-    path = root / "-".join(str(result[name]) for name in names) / "result.json"
+    path = root / str(len([*root.rglob("result.json")])) / "result.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(result | changes))
     return path
 
 
@@ -72,13 +69,9 @@ def test_incomplete_runs_are_listed_but_not_averaged(tmp_path: Path):
     save(tmp_path, seed=2, **changes)
     text = report(tmp_path)
     assert row(text, "PoNet")[1] == "70.00 (1)"
-    listed = text.split("### Incomplete runs")[1]
-    first, second = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in listed.splitlines()[4:6]
-    )
-    assert first == ["Text", "PoNet", "1", "40", "20000", "10.00", "50.00", "4", "steps, dropout"]
+    assert "| Text | PoNet | 1 | 40 | 20000 | 10.00 | 50.00 | 4 | steps, dropout |" in text
     # all settings are the published ones
-    assert second[-1] == "data"
+    assert "| Text | PoNet | 2 | 40 | 20000 | 70.00 | 50.00 | 4 | data |" in text
 
 
 def test_protocols_and_pretrained_runs_stay_apart(tmp_path: Path):
@@ -97,12 +90,11 @@ def test_protocols_and_pretrained_runs_stay_apart(tmp_path: Path):
 def test_published_averages_are_those_of_their_figures():
     assert set(PUBLISHED) <= set(MIXERS)
     for row in PUBLISHED.values():
-        assert list(row["accuracy"]) == list(COMPARED)
-        if row["title"] == "FNet":
-            assert row["average"] is row["accuracy"]["pathfinder"] is None
-        else:
-            mean = sum(row["accuracy"].values()) / len(COMPARED)
-            assert row["average"] == pytest.approx(mean, abs=0.006)
+        figures = row["accuracy"]
+        assert list(figures) == list(COMPARED)
+        # on one task FNet failed
+        mean = None if row["title"] == "FNet" else sum(figures.values()) / len(COMPARED)
+        assert row["average"] == (mean and pytest.approx(mean, abs=0.006))
 
 
 @pytest.mark.parametrize(
@@ -123,10 +115,7 @@ def test_unusable_results_are_named(tmp_path: Path, changes, message):
     with pytest.raises(ResultError, match=re.escape(message)):
         report(tmp_path)
     assert not (tmp_path / "report.md").exists()
-
-
-def test_a_damaged_result_is_named(tmp_path: Path):
-    path = save(tmp_path)
+    path = save(tmp_path / "damaged")
     path.write_text('{"task": "te')
     with pytest.raises(ResultError, match=re.escape(str(path))):
-        report(tmp_path)
+        report(tmp_path / "damaged")

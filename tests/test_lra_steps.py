@@ -2,15 +2,13 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lra.data import Classification
 from lra.model import LongRangeClassifier
@@ -20,11 +18,10 @@ from lra.settings import ArenaConfig, ArenaSettings
 from lra.steps import CapturedStep, FlatAdamW, OneCycle, Replay
 from lra.store import ArenaData, Split
 from lra.tasks import TASKS
-from ponet import PoNetModel
 from ponet.mixers import MIXERS
 from ponet_kernels import PackedLayout, fused_pooling, use_backend
 from ponet_kernels.triton_kernels.launch import record_launches
-from tests.sync_counter import count_synchronising
+from tests.sync_counter import as_on_a_gpu, count_synchronising
 
 WAITS = [
     ("_local_scalar_dense", lambda x: x[0].item()),
@@ -72,39 +69,36 @@ SMALL = dataclasses.replace(TASKS["image"], seq_len=32, max_tokens=32, num_segme
 SCHEDULE = OneCycle(steps=20, warmup_steps=5, peak=1e-2)
 
 
-def optimizers(dtype: torch.dtype) -> tuple[torch.optim.Optimizer, FlatAdamW]:
-    """PyTorch's AdamW and ours on equal parameters."""
+def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
     torch.manual_seed(0)
-    first = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((3, 4), (5,), ())]
-    second = [nn.Parameter(p.detach().clone()) for p in first]
-    reference = torch.optim.AdamW(first, eps=1e-6, weight_decay=0.0, fused=True)
-    return reference, FlatAdamW(second, beta2=0.999, eps=1e-6)
+    return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((3, 4), (5,), ())]
 
 
-def prepare_step(reference: torch.optim.Optimizer, ours: FlatAdamW, step: int) -> None:
-    """Equal gradients, and the rates of the schedule."""
-    groups = reference.param_groups[0], ours.param_groups[0]
-    for one, other in zip(*(group["params"] for group in groups), strict=True):
-        one.grad = torch.randn_like(one)
-        other.grad = one.grad.clone()
-    groups[0]["lr"], beta1 = SCHEDULE.at(step)
-    groups[0]["betas"] = (beta1, 0.999)
+def prepare_step(ours: FlatAdamW, step: int) -> list[torch.Tensor]:
+    """Set the rates of the schedule and random gradients, which are returned."""
     ours.rates.copy_(torch.tensor(SCHEDULE.at(step), dtype=torch.float64))
+    for parameter in ours.param_groups[0]["params"]:
+        parameter.grad = torch.randn_like(parameter)
+    return [parameter.grad for parameter in ours.param_groups[0]["params"]]
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_the_flat_optimizer_is_that_of_pytorch_and_either_continues_the_other(dtype, rtol):
-    reference, ours = optimizers(dtype)
+    first, second = parameters(dtype), parameters(dtype)
+    reference = torch.optim.AdamW(first, eps=1e-6, weight_decay=0.0, fused=True)
+    ours = FlatAdamW(second, beta2=0.999, eps=1e-6)
     for step in range(SCHEDULE.steps):
         if step == 10:
             state = copy.deepcopy(ours.state_dict())
             ours.load_state_dict(copy.deepcopy(reference.state_dict()))
             reference.load_state_dict(state)
-        prepare_step(reference, ours, step)
+        for one, gradient in zip(first, prepare_step(ours, step), strict=True):
+            one.grad = gradient.clone()
+        rate, beta1 = SCHEDULE.at(step)
+        reference.param_groups[0] |= {"lr": rate, "betas": (beta1, 0.999)}
         reference.step()
         ours.step()
-        groups = reference.param_groups[0], ours.param_groups[0]
-        for one, other in zip(*(group["params"] for group in groups), strict=True):
+        for one, other in zip(first, second, strict=True):
             torch.testing.assert_close(one, other, rtol=rtol, atol=rtol)
             for name, value in reference.state[one].items():
                 torch.testing.assert_close(value, ours.state[other][name], rtol=rtol, atol=rtol)
@@ -114,13 +108,13 @@ def test_the_flat_optimizer_is_that_of_pytorch_and_either_continues_the_other(dt
 
 
 def test_an_overflow_leaves_all_as_it_was():
-    reference, ours = optimizers(torch.float64)
+    ours = FlatAdamW(parameters(torch.float64), beta2=0.999, eps=1e-6)
     for step in range(3):
         before = [x.clone() for x in ours.tensors]
-        prepare_step(reference, ours, step)
+        gradients = prepare_step(ours, step)
         ours.grad_scale, ours.found_inf = torch.tensor(4.0), torch.tensor([step % 2.0])
         if step % 2:
-            ours.param_groups[0]["params"][0].grad.fill_(torch.inf)
+            gradients[0].fill_(torch.inf)
         ours.step()
         same = [torch.equal(a, b) for a, b in zip(before, ours.tensors, strict=True)]
         assert same == [step % 2 == 1] * len(same)
@@ -150,39 +144,23 @@ def classification_of(mixer: str, protocol: str, resident: bool, **changes: Any)
 
 
 def captured_step() -> CapturedStep:
-    step = classification_of("ponet", "published", resident=True).training_step(0)
-    assert isinstance(step, CapturedStep)
-    return step
+    return classification_of("ponet", "published", resident=True).training_step(0)
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "image", SMALL)
-    # a look at ids that a GPU is spared
-    monkeypatch.setattr(PoNetModel, "_check_ids", lambda *_: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@contextmanager
-def as_on_a_gpu() -> Iterator[list[str]]:
-    with use_backend("triton"), record_launches(), count_synchronising() as found:
-        yield found
 
 
 HOSTED = [mixer for mixer in MIXERS if mixer != "ponet_published"]  # which looks at its layout
 
 
-@pytest.mark.parametrize(
-    ("mixer", "protocol", "resident"),
-    [
-        *((mixer, "published", True) for mixer in CAPTURED),
-        *((mixer, protocol, False) for mixer in HOSTED for protocol in ("published", "clean")),
-    ],
-)
-def test_a_step_never_waits(small, monkeypatch, mixer, protocol, resident):
+CASES = [(mixer, "published", True) for mixer in CAPTURED]
+CASES += [(mixer, protocol, False) for mixer in HOSTED for protocol in ("published", "clean")]
+
+
+@pytest.mark.parametrize(("mixer", "protocol", "resident"), CASES)
+def test_a_step_never_waits(monkeypatch, mixer, protocol, resident):
     classification = classification_of(mixer, protocol, resident)
     step, batches = classification.training_step(0), torch.arange(8).view(2, 4)
     # batches and their numbers come from the host
@@ -198,7 +176,7 @@ def test_a_step_never_waits(small, monkeypatch, mixer, protocol, resident):
 
 
 @pytest.mark.parametrize("mixer", ["ponet", "attention", "fnet"])
-def test_a_step_of_self_pretraining_never_waits(small, monkeypatch, mixer):
+def test_a_step_of_self_pretraining_never_waits(monkeypatch, mixer):
     settings = settings_of(mixer, "clean", pretrain_epochs=1.0)
     prediction = MaskedPrediction(make_data(), settings, CPU)
     batch = prediction.batch(0)
@@ -209,12 +187,9 @@ def test_a_step_of_self_pretraining_never_waits(small, monkeypatch, mixer):
     assert found == []
 
 
-def test_a_captured_step_follows_the_schedule_and_its_warm_up_is_undone(small):
+def test_the_warm_up_of_a_captured_step_is_undone():
     step = captured_step()
-    # forwards, and anywhere, as after a checkpoint
-    for number in (0, 1, 13, 2, 19):
-        step(number)
-        assert tuple(step._flat.rates.tolist()) == SCHEDULE.at(number)
+    step(13)
     before = [x.detach().clone() for x in step._flat.tensors]
     torch.manual_seed(3)
     with step._undone():
@@ -226,29 +201,17 @@ def test_a_captured_step_follows_the_schedule_and_its_warm_up_is_undone(small):
 
 
 def test_a_gpu_records_once_and_replays(monkeypatch):
-    log: list[str] = []
-    graph = SimpleNamespace(replay=lambda: log.append("replay"))
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    fakes = {"Stream": stream, "current_stream": stream, "CUDAGraph": graph}
-    for name, fake in (fakes | {"stream": nullcontext(), "graph": nullcontext()}).items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, fake=fake: fake)
-
-    def work() -> Tensor:
-        log.append("work")
-        return torch.ones(())
-
-    @contextmanager
-    def undone() -> Iterator[None]:
-        log.append("keep")
-        yield
-        log.append("undo")
-
-    replay = Replay(work, torch.device("cuda"), undone)
+    calls = MagicMock()
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(calls, name))
+    replay = Replay(calls.work, torch.device("cuda"), calls.undone)
     assert replay() is replay()
-    assert log == ["keep", "work", "work", "work", "undo", "work", "replay", "replay"]
+    kept, undone, replayed = "undone().__enter__", "undone().__exit__", "CUDAGraph().replay"
+    found = [name for name, *_ in calls.mock_calls if name in ("work", kept, undone, replayed)]
+    assert found == [kept, *["work"] * 3, undone, "work", replayed, replayed]
 
 
-def test_a_scaled_loss_neither_waits_nor_changes_a_step(small):
+def test_a_scaled_loss_neither_waits_nor_changes_a_step():
     losses = []
     for enabled in (False, True):
         step = captured_step()
@@ -261,7 +224,7 @@ def test_a_scaled_loss_neither_waits_nor_changes_a_step(small):
     assert found == []
 
 
-def test_what_cannot_be_captured_is_named(small):
+def test_what_cannot_be_captured_is_named():
     for settings, reason in (
         (settings_of("ponet", "clean"), "shapes differ from step to step"),
         (settings_of("ponet_published", "published"), "mixer ponet_published reads from"),

@@ -12,30 +12,19 @@ from glue.encoding import EncodedExamples, collect_examples
 from glue.settings import parse
 from glue.tasks import TASKS
 from ponet import PoNetForPreTraining, PoNetForSequenceClassification, PoolerConfig
-from ponet.model import PoNetModel
 from ponet.poolers import POOLERS
-from ponet_kernels import use_backend
-from ponet_kernels.triton_kernels.launch import record_launches
 from pretrain.batches import MicroBatch, evaluation_batches
 from pretrain.engine import Engine
 from pretrain.run import LossSums, train_step
 from pretrain.settings import PretrainConfig
 from tests.corpora import make_corpus, make_settings
-from tests.sync_counter import count_synchronising
+from tests.sync_counter import as_on_a_gpu
 from tests.tiny import TINY
 
 CPU = torch.device("cpu")
 CORPUS = make_corpus([[6] * 40] * 8)
 SETTINGS = make_settings(CORPUS, 32)
 MIXERS = ["ponet", "attention", "fnet", "linformer", "nystromformer"]
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    """The kernels' operators without their kernels, and no look at ids, which only a CPU takes."""
-    monkeypatch.setattr(PoNetModel, "_check_ids", lambda *_: None)
-    with use_backend("triton"), record_launches():
-        yield
 
 
 def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[MicroBatch]]:
@@ -56,14 +45,14 @@ def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[MicroBatch]]:
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_pretraining_steps_and_evaluation(mixer, precision):
     engine, batches = pretraining(mixer, precision=precision)
-    with count_synchronising() as found:
+    with as_on_a_gpu() as found:
         for _ in range(2):
             _, norm = train_step(engine, iter(batches), LossSums(CPU), seed=0, want_norm=True)
     assert found == []
     assert norm is not None
     assert engine.learning_rate != PretrainConfig().learning_rate
     sums = LossSums(CPU)
-    with torch.no_grad(), count_synchronising() as found:
+    with torch.no_grad(), as_on_a_gpu() as found:
         for batch in batches:
             inputs = batch.inputs.to(CPU)
             sums.add(engine.forward(inputs), inputs, batch)
@@ -99,7 +88,7 @@ def test_fine_tuning_steps_and_predictions(mixer, pooler, precision, monkeypatch
     flags = ["--checkpoint", "x", "--batch-size", "8", "--precision", precision]
     (settings,) = parse(flags).runs_of(TASKS["rte"], "cpu")
     do_step = finetune.FineTuningStep(classify, examples, settings, CPU)
-    with count_synchronising() as found:
+    with as_on_a_gpu() as found:
         for step in range(2):
             do_step(step)
         assert model.outputs_of(classify, examples, precision).shape == (24, 3)

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,13 @@ def require(holds: bool, name: str, expected: str, found: object) -> None:
         raise UsageError(f"{_flag(name)} must be {expected}, found {found}")
 
 
+def require_at_least(config: object, bounds: Mapping[str, float]) -> None:
+    """Refuse a configuration with a field below its bound; None is no number."""
+    for name, least in bounds.items():
+        value = getattr(config, name)
+        require(value is None or value >= least, name, f"at least {least}", value)
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -77,8 +84,7 @@ def read_yaml(path: Path, cls: type) -> dict[str, Any]:
     return {key: _fitted(value, hints[key], f"{path}: {key}") for key, value in content.items()}
 
 
-def preset_path(name: str, presets: Path) -> Path:
-    """The file of a preset by name, or a YAML file by path."""
+def _preset_path(name: str, presets: Path) -> Path:
     for path in (presets / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
@@ -96,11 +102,11 @@ def parse_arguments(
     description: str,
     default_preset: str,
     presets: Path,
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """Parse a command line, that of the process when None, with a flag for each field of `cls`.
 
-    Returns the name or path of the preset, and the fields that were given. An unknown flag ends
-    the process with status 2.
+    Returns the file of the preset, its fields, and those that flags give. An unknown flag ends the
+    process with status 2.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False)
     text = f"{_names_in(presets)}, or a YAML file [{default_preset}]"
@@ -108,13 +114,15 @@ def parse_arguments(
     # launchers may pass it; the environment variable LOCAL_RANK is what counts
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     # the other flags are shown with the values that the preset gives them
-    preset = parser.parse_known_args(argv)[0].config
+    path = _preset_path(parser.parse_known_args(argv)[0].config, presets)
+    preset = read_yaml(path, cls)
     parser.add_argument("-h", "--help", action="help", help="show this, with the preset's values")
-    _add_flags(parser, cls, read_yaml(preset_path(preset, presets), cls))
+    _add_flags(parser, cls, preset)
     given = vars(parser.parse_args(argv))
     del given["config"], given["local_rank"]
     hints = typing.get_type_hints(cls)
-    return preset, {name: _fitted(given[name], hints[name], _flag(name)) for name in given}
+    flags = {name: _fitted(given[name], hints[name], _flag(name)) for name in given}
+    return path, preset, flags
 
 
 def _add_flags(parser: argparse.ArgumentParser, cls: type, preset: dict[str, Any]) -> None:

@@ -33,16 +33,14 @@ def read_results(
     paths = sorted(folder.rglob(RESULT))
     if not paths:
         raise ResultError(f"{folder}: holds no {RESULT}, python {program} makes them")
-    adapter = TypeAdapter(record)
-    rows = [vars(_read_result(path, adapter)) | {"path": str(path)} for path in paths]
-    table = pd.DataFrame(rows)
-    keys = table[list(identity)].map(json.dumps).agg("".join, axis=1)
-    twice = keys.duplicated()
-    if twice.any():
-        second = int(twice.to_numpy().argmax())
-        first = int((keys == keys[second]).to_numpy().argmax())
-        raise ResultError(f"{paths[second]}: the same run as {paths[first]}, expected one result")
-    return table
+    adapter, rows, seen = TypeAdapter(record), [], {}
+    for path in paths:
+        row = vars(_read_result(path, adapter)) | {"path": str(path)}
+        first = seen.setdefault(json.dumps([row[name] for name in identity]), path)
+        if first is not path:
+            raise ResultError(f"{path}: the same run as {first}, expected one result")
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def _read_result(path: Path, adapter: TypeAdapter[Any]) -> Any:

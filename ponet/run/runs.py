@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -33,69 +34,66 @@ _CONFIG, RESULT = "config.json", "result.json"
 logger = logging.getLogger(__name__)
 
 
-class Run(Protocol):
-    """One run of a command, as handed to a process: it can be pickled.
+@dataclass(frozen=True, kw_only=True)
+class Run(ABC):
+    """One run of a command and the records in its folder, as handed to a process: pickled."""
 
-    `finished` gives the figures of a run that is, `execute` does or continues it and gives them;
-    both raise `USER_ERRORS`.
-    """
+    folder: Path
+    """Its last part is the name of the run."""
+    options: RunOptions
 
     @property
-    def name(self) -> str: ...
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def options(self) -> RunOptions: ...
-    def finished(self) -> dict[str, Any] | None: ...
-    def execute(self) -> dict[str, Any]: ...
+    def name(self) -> str:
+        """For log and errors."""
+        return self.folder.name
 
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """All that decides the figures, as JSON; raises `USER_ERRORS`."""
 
-@dataclass(frozen=True)
-class RunFolder:
-    """The records of a run."""
+    @abstractmethod
+    def execute(self) -> dict[str, Any]:
+        """Do the run or continue it; returns what `finish` gives. Raises `USER_ERRORS`."""
 
-    path: Path
-
-    def finished(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The figures of a run by all that decides them; None when something is left to do.
+    def finished(self) -> dict[str, Any] | None:
+        """The figures; None when something is left to do.
 
         A folder with another run is a UsageError, one with a damaged file a CheckpointError.
         """
-        record = _read_json(self.path / _CONFIG)
+        record = _read_json(self.folder / _CONFIG)
         if record is None:
             return None
         found = record.get("identity", {})
-        asked = json.loads(json.dumps(dict(identity)))
         other = [
             f"{name} {found.get(name)!r}, now {value!r}"
-            for name, value in asked.items()
+            for name, value in json.loads(json.dumps(self.identity())).items()
             if found.get(name) != value
         ]
         if other:
             raise UsageError(
-                f"{self.path}: holds a run with other settings ({'; '.join(other)}); give another "
-                "--output-dir, or delete the folder"
+                f"{self.folder}: holds a run with other settings ({'; '.join(other)}); give "
+                "another --output-dir, or delete the folder"
             )
-        return _read_json(self.path / RESULT)
+        return _read_json(self.folder / RESULT)
 
-    def begin(self, identity: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+    def begin(self, details: Mapping[str, Any]) -> None:
         """Record what the run is, unless that is done."""
-        if (self.path / _CONFIG).exists():
+        if (self.folder / _CONFIG).exists():
             return
         record = {
-            "identity": dict(identity),
+            "identity": self.identity(),
             **details,
             "commit": source_commit(),
             "torch": torch.__version__,
             "command": sys.argv,
         }
-        write_json(self.path / _CONFIG, record)
+        write_json(self.folder / _CONFIG, record)
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Record the figures; the checkpoints go, because a finished run is never continued."""
-        result = result | {"commit": source_commit(), "run": str(self.path)}
-        write_json(self.path / RESULT, result)
-        for checkpoint in self.path.rglob("checkpoint.pt"):
+        result = result | {"commit": source_commit(), "run": str(self.folder)}
+        write_json(self.folder / RESULT, result)
+        for checkpoint in self.folder.rglob("checkpoint.pt"):
             checkpoint.unlink()
         return result
 
