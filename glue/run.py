@@ -23,7 +23,7 @@ from ponet.run.runs import run_all, run_options, run_program
 logger = logging.getLogger("glue")
 
 
-def work() -> tuple[dict[str, Any], list[str]]:
+def fine_tune_tasks() -> tuple[dict[str, Any], list[str]]:
     """All that the command line asks for; returns the document and what went wrong on the way."""
     config = parse()
     options = run_options(config)
@@ -58,4 +58,4 @@ def work() -> tuple[dict[str, Any], list[str]]:
 
 
 if __name__ == "__main__":
-    run_program("glue", work)
+    run_program("glue", fine_tune_tasks)

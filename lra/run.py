@@ -157,7 +157,7 @@ def plan_runs(config: ArenaConfig) -> list[ArenaRun]:
     ]
 
 
-def work(argv: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+def train_tasks(argv: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
     """All that a command line asks for; returns the document and what went wrong on the way."""
     config = parse(argv)
     results, failures = run_all("lra", plan_runs(config), jobs=config.jobs)
@@ -166,4 +166,4 @@ def work(argv: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
 
 
 if __name__ == "__main__":
-    run_program("lra", work)
+    run_program("lra", train_tasks)

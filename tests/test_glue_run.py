@@ -18,7 +18,7 @@ from glue.data import load_examples, load_task
 from glue.encoding import ExampleEncoder
 from glue.finetune import FineTuningStep
 from glue.model import build_classifier, load_classifier, outputs_of, read_checkpoint
-from glue.run import work
+from glue.run import fine_tune_tasks
 from glue.settings import parse
 from glue.tasks import NINE_COLUMNS, TASKS, TextTask
 from ponet import PoNetForPreTraining
@@ -82,7 +82,7 @@ def command(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> An
         for cache in (finetune.cached_checkpoint, load_examples, finetune.encode_task):
             cache.cache_clear()
         with pytest.raises(SystemExit) as ended:
-            run_program("glue", work)
+            run_program("glue", fine_tune_tasks)
         output = capsys.readouterr()
         lines = output.out.splitlines()
         last = json.loads(lines[-1]) if lines else {}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lra.data import Classification
-from lra.run import work
+from lra.run import train_tasks
 from lra.selfpretrain import MaskedPrediction
 from lra.settings import ArenaConfig, ArenaSettings, parse
 from lra.steps import CapturedStep
