@@ -56,7 +56,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def start(*flags: str) -> None:
     shared = ["--data-dir", "data", "--output-dir", "runs", "--threads", "1", "--device", "cpu"]
-    run_program("lra", lambda: work([*shared, *flags]))
+    run_program("lra", lambda: train_tasks([*shared, *flags]))
 
 
 def run(capsys: Any, *flags: str) -> dict[str, Any]:
