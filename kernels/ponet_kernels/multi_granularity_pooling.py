@@ -21,7 +21,7 @@ from ponet_kernels.layout import PackedLayout
 from ponet_kernels.registration import alone, differentiable, is_watched
 
 
-def _compute(x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _compute(x: Tensor, _: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """The result and, for the backward pass, what the parts of the formula keep."""
     parameters, (num_heads, cu_seqlens, max_seqlen, *tables) = inputs[:10], inputs[10:17]
     *flags, backend = inputs[17:]
@@ -35,10 +35,10 @@ def _compute(x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    x, query_weight, _, key_weight, *_ = inputs
-    cu_seqlens, max_seqlen, *tables, _, has_empty, _, backend = inputs[12:]
+    x, _, query_weight, _, key_weight, *_ = inputs
+    cu_seqlens, max_seqlen, *tables, _, has_empty, _, backend = inputs[13:]
     ctx.save_for_backward(x, query_weight, key_weight, *outputs[1:], cu_seqlens, *tables)
-    is_frozen = not any(ctx.needs_input_grad[5:11])
+    is_frozen = not any(ctx.needs_input_grad[6:12])
     ctx.settings = (max_seqlen, has_empty, is_frozen, backend)
 
 
@@ -54,13 +54,12 @@ def _backward(grad: Tensor, x: Tensor, *saved: Any) -> tuple[Tensor | None, ...]
     grad_pooled, grad_values = pool_backward(*of_pool)
     of_aggregate = [grad_pooled, x, *kept, cu_seqlens, max_seqlen, backend]
     grad_x, *grads = aggregate_backward(*of_aggregate)
-    grad_x += grad_values.mm(weight)
     others: list[Tensor | None] = [None] * 6
     if not is_frozen:
         dtype = kept[0].dtype
         others[::2] = grad_values.t().mm(x).to(dtype).chunk(3)
         others[1::2] = grad_values.sum(dim=0).to(dtype).chunk(3)
-    return grad_x, *grads, *others
+    return grad_values.mm(weight), grad_x, *grads, *others
 
 
 _direct = differentiable("multi_granularity_pooling", alone(_compute), _save, _differentiate)
@@ -94,6 +93,8 @@ def multi_granularity_pooling(
         x.requires_grad or any(parameter.requires_grad for parameter in parameters[4:])
     )
     return _direct(
+        # twice: as of the parts, the gradient of each use joins that of the residual path by itself
+        x,
         x,
         *parameters,
         num_heads,

@@ -174,12 +174,13 @@ def _fitted(value: Any, hint: Any, where: str) -> Any:
         # in YAML one may stand alone
         value = [value] if isinstance(value, str | int | float) else value
     parts = value if isinstance(value, list | tuple) else [value]
+    if item in (int, float) and any(isinstance(part, bool) for part in parts):
+        # which would do as 1 or 0
+        raise UsageError(f"{where}: expected {item.__name__}, found {value!r}")
     try:
-        if item is not bool and any(isinstance(part, bool) for part in parts):
-            # which would do as 0 or 1
-            raise TypeError
         return TypeAdapter(hint).validate_python(value)
-    except (TypeError, ValidationError) as error:
+    except ValidationError as error:
         allowed = typing.get_args(item)
         expected = f"one of {', '.join(allowed)}" if allowed else item.__name__
-        raise UsageError(f"{where}: expected {expected}, found {value!r}") from error
+        found = error.errors()[0]["input"]
+        raise UsageError(f"{where}: expected {expected}, found {found!r}") from error
