@@ -14,7 +14,6 @@ from tests.streams import DEVICE, Columns, huge, offsets, owners, random, ties, 
 
 pytest.importorskip("triton")
 from ponet_kernels.triton_kernels import fusion, segment_max, segmented_reduce
-from ponet_kernels.triton_kernels.launch import record_launches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_in_new_memory")]
 
@@ -108,20 +107,6 @@ def test_segment_max_of_nan_and_infinity():
 @views
 def test_segment_max_of_views(view):
     check_segment_max(random(sum(RAGGED), 20), RAGGED, view=view)
-
-
-@pytest.mark.parametrize("has_empty", [True, False])
-def test_empty_segments_are_filled_only_where_there_may_be_some(has_empty):
-    """A launch less, forward and backward."""
-    x = torch.empty(4096, 48, device="meta")
-    layout = torch.empty(101, dtype=torch.int32, device="meta"), x[:, 0].long()
-    tables = (*layout, x[:100, 0].long(), x[:, 0].to(torch.uint8))
-    with record_launches() as launches:
-        segment_max.segment_max_fwd(x, *layout, torch.uint8, has_empty)
-        fusion.fusion_bwd(x, None, x[:100], x, x, *tables, x, x, has_empty)
-    names = [launch.kernel.__name__ for launch in launches]
-    assert names.count("fill_empty_kernel") == 2 * has_empty
-    assert len(names) == 4 + 2 * has_empty
 
 
 class FusionCase:
