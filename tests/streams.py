@@ -3,6 +3,7 @@
 from itertools import accumulate, chain
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -10,6 +11,12 @@ from ponet.packing import BatchLayout, layout_of, stream_of_packed, stream_of_ro
 from ponet_kernels import PackedLayout, token_marks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VIEWS = {
+    "columns": lambda x: torch.cat([x, x], dim=-1)[..., x.shape[-1] :],
+    "rows": lambda x: x.repeat_interleave(2, dim=0)[::2],
+    "transposed": lambda x: x.mT.contiguous().mT,
+}
+views = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -31,6 +38,20 @@ def huge(path: Path, num_rows: int, num_columns: int, dtype: torch.dtype) -> Ten
     else:
         memory = torch.from_file(str(path / "sparse"), shared=True, size=size, dtype=dtype)
     return memory.view(num_rows, num_columns)
+
+
+class Columns:
+    """The last columns of a wider tensor, which a kernel writes, and nothing else of it."""
+
+    def __init__(self, like: Tensor) -> None:
+        shape = (len(like), 2 * like.shape[1] + 3)
+        self.all = torch.full(shape, 7.0, dtype=like.dtype, device=DEVICE)
+        self.written = self.all[:, -like.shape[1] :].fill_(torch.nan)
+
+    def check(self) -> Tensor:
+        """What was written: each element, and none beside."""
+        assert (self.all[:, : -self.written.shape[1]] == 7.0).all()
+        return self.written
 
 
 def offsets(lengths: list[int]) -> Tensor:
@@ -76,16 +97,18 @@ def segmented(sequences: list[list[int]], seed: int | None = None) -> PackedLayo
     )
 
 
-def packed(lengths: list[int]) -> BatchLayout:
-    """Each sequence one segment, on the default device."""
+def packed(lengths: list[int], special: Tensor | None = None) -> BatchLayout:
+    """Each sequence one segment, but for special tokens, on the default device."""
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     stream = stream_of_packed(torch.zeros(sum(lengths), dtype=torch.long), cu_seqlens)
-    return layout_of(stream, torch.zeros(sum(lengths), dtype=torch.bool))
+    return layout_of(stream, torch.zeros(sum(lengths)).bool() if special is None else special)
 
 
-def padded(lengths: list[int], row_length: int, left: bool = False) -> BatchLayout:
+def padded(
+    lengths: list[int], row_length: int, special: Tensor | None = None, left: bool = False
+) -> BatchLayout:
     """The same from rows with padding behind, or in front, of the tokens; on the default device."""
     columns = torch.arange(row_length).flip(0) if left else torch.arange(row_length)
     mask = columns < torch.tensor(lengths).unsqueeze(1)
     stream = stream_of_rows(torch.zeros(mask.shape, dtype=torch.long), mask)
-    return layout_of(stream, torch.zeros(sum(lengths), dtype=torch.bool))
+    return layout_of(stream, torch.zeros(sum(lengths)).bool() if special is None else special)

@@ -38,12 +38,8 @@ def test_neighbours_and_padding_change_nothing(name, lengths, layout):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(
     ("lengths", "length"),
-    [
-        pytest.param([1], 1, id="one-token"),
-        pytest.param([0, 3, 1], 4, id="a-row-of-padding"),
-        pytest.param([0, 0], 2, id="padding-only"),
-        pytest.param([0, 0], 0, id="empty-rows"),
-    ],
+    [([1], 1), ([0, 3, 1], 4), ([0, 0], 2), ([0, 0], 0)],
+    ids=["one-token", "a-row-of-padding", "padding-only", "empty-rows"],
 )
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_edge_cases_are_finite_and_differentiable(name, lengths, length):

@@ -1,7 +1,5 @@
 """The PoNet mixer with projections that are no plain linear layers: adapters, hooks."""
 
-from itertools import accumulate
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,10 +7,11 @@ from torch.nn.utils import parametrizations
 
 from ponet.mixers.pooling import PoNetMixer
 from ponet.mixers.projections import plain_parameters
-from ponet.packing import BatchLayout, layout_of, stream_of_packed, stream_of_rows
+from ponet.packing import BatchLayout
 from ponet_kernels import use_backend
 from ponet_kernels.testing import assert_close, relative_error
 from tests.mixing import CONFIG, assert_all_close, build, gradients, states
+from tests.streams import packed, padded
 
 PARTS = ("query", "key", "output", "segment", "local")
 RAGGED = [7, 1, 0, 12, 3]
@@ -33,14 +32,10 @@ class LowRank(nn.Module):
 
 def layout(lengths: list[int], padding: int = 0) -> BatchLayout:
     """Every fifth token is special; with padding, from rows that are longer than any sequence."""
-    total = sum(lengths)
+    special = torch.arange(sum(lengths)) % 5 == 2
     if padding:
-        mask = torch.arange(max(lengths) + padding) < torch.tensor(lengths).unsqueeze(1)
-        stream = stream_of_rows(torch.zeros(mask.shape, dtype=torch.long), mask)
-    else:
-        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        stream = stream_of_packed(torch.zeros(total, dtype=torch.long), offsets)
-    return layout_of(stream, torch.arange(total) % 5 == 2)
+        return padded(lengths, max(lengths) + padding, special)
+    return packed(lengths, special)
 
 
 def results(mixer: nn.Module, hidden: Tensor, place: BatchLayout) -> dict[str, Tensor]:

@@ -19,10 +19,7 @@ from ponet.mixers.reformer import LSHAttention
 from tests.mixing import CONFIG, build, compare, states
 from tests.streams import packed, padded
 
-MIXERS = [NystromAttention, LSHAttention, SlidingWindowAttention, BigBirdAttention]
 SIZES = {"hidden_size": 12, "num_attention_heads": 3, "attention_probs_dropout_prob": 0.0}
-
-every_mixer = pytest.mark.parametrize("cls", MIXERS, ids=lambda cls: cls.__name__)
 
 
 def heads(values: Tensor) -> Tensor:
@@ -66,10 +63,6 @@ def test_published_reformer(num_hashes, length, num_buckets):
         num_hashes=num_hashes,
         num_buckets=num_buckets,
         lsh_attn_chunk_length=4,
-        lsh_num_chunks_before=1,
-        lsh_num_chunks_after=0,
-        lsh_attention_probs_dropout_prob=0.0,
-        is_decoder=False,
         hash_seed=7,
     )
     mixer = build(LSHAttention, CONFIG.replace(num_hashes=num_hashes))
@@ -186,6 +179,7 @@ FORMULAS = {
     SlidingWindowAttention: longformer_of_one,
     BigBirdAttention: bigbird_of_one,
 }
+every_mixer = pytest.mark.parametrize("cls", FORMULAS, ids=lambda cls: cls.__name__)
 
 
 @every_mixer

@@ -71,7 +71,7 @@ def test_every_operator_has_rows(run, tmp_path):
     assert "x published" in printed
 
 
-def test_what_fails_is_named_and_the_rest_measured(run, monkeypatch, tmp_path):
+def test_what_fails_is_named_and_the_rest_measured(run, monkeypatch):
     def broken(name, batch):
         if name == "segment-max":
             raise RuntimeError("no such kernel")
@@ -95,8 +95,6 @@ def test_what_fails_is_named_and_the_rest_measured(run, monkeypatch, tmp_path):
         ("bfloat16", "global-aggregation"),
         ("bfloat16", "mixer"),
     }
-    # without --output, and where nobody's changes are tracked
-    assert len(list(tmp_path.glob("runs/benchmarks/*.jsonl"))) == 1
 
 
 @pytest.mark.parametrize(

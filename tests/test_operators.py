@@ -230,18 +230,17 @@ def training_losses(backend: str, steps: int) -> list[float]:
     torch.manual_seed(3)
     model = PoNetForPreTraining(CONFIG).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    generator = torch.Generator().manual_seed(4)
-    losses = []
+    generator, losses = torch.Generator().manual_seed(4), []
+    mask = torch.ones(2, 24, dtype=torch.long, device=DEVICE)
+    mask[1, 19:] = 0
     with use_backend(backend):
         for _ in range(steps):
             ids = torch.randint(0, 64, (2, 24), generator=generator)
             segments = torch.randint(0, 2, ids.shape, generator=generator).cumsum(1) // 4
-            mask = torch.ones_like(ids)
-            mask[1, 19:] = 0
             labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, ids, -100)
             inputs = {"segment_ids": segments, "labels": labels, "sso_labels": torch.tensor([0, 2])}
             inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
-            loss = model(ids.to(DEVICE), mask.to(DEVICE), **inputs).loss
+            loss = model(ids.to(DEVICE), mask, **inputs).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
