@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ponet import PoNetConfig
-from ponet.batch import HostBatch
 from ponet.packing import layout_for, stream_of_packed
 from pretrain.batches import (
     LOOK_AHEAD,
@@ -156,14 +155,6 @@ def test_layout_and_masked_places_are_what_the_model_would_find(objective) -> No
         assert (batch.epoch, batch.step, batch.slot) == item[:3]
         assert batch.tokens == len(drawn["input_ids"]) <= 512
         assert batch.masked == len(drawn["labels"])
-
-
-def test_a_batch_is_pinned_as_one_block(monkeypatch) -> None:
-    pinned = []
-    monkeypatch.setattr(HostBatch, "pin_memory", lambda self: pinned.append(self) or self)
-    (batch,) = loaded(1, 0)
-    assert batch.pin_memory() is batch
-    assert pinned == [batch.inputs]
 
 
 def test_evaluation_set_is_fixed() -> None:
