@@ -1,6 +1,7 @@
 """Packing and the stream of micro-batches: budgets, coverage, ranks, workers and resuming."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -21,7 +22,7 @@ from pretrain.batches import (
     make_loader,
     pack_bins,
 )
-from pretrain.examples import ExampleSettings, draw_batch, plan_epoch
+from pretrain.examples import draw_batch, plan_epoch
 from tests.corpora import make_settings, realistic_corpus
 
 CORPUS = realistic_corpus(20, 40)
@@ -29,14 +30,9 @@ SETTINGS = make_settings(CORPUS, 64, short_sequence_probability=0.1)
 DOCUMENTS = np.arange(20)
 
 
-def make_sampler(config: ExampleSettings = SETTINGS, **changes) -> MicroBatchSampler:
-    values = {"seed": 3, "micro_batch_tokens": 512, "micro_batches_per_step": 4} | changes
-    return MicroBatchSampler(CORPUS, DOCUMENTS, config, **values)
-
-
-def epoch_batches(**changes) -> EpochBatches:
-    values = {"seed": 0, "epoch": 0, "micro_batch_tokens": 512} | changes
-    return EpochBatches(CORPUS, DOCUMENTS, SETTINGS, **values)
+sampler_options = {"seed": 3, "micro_batch_tokens": 512, "micro_batches_per_step": 4}
+make_sampler = partial(MicroBatchSampler, CORPUS, DOCUMENTS, settings=SETTINGS, **sampler_options)
+epoch_batches = partial(EpochBatches, CORPUS, DOCUMENTS, SETTINGS, 0, micro_batch_tokens=512)
 
 
 def stream(count: int, **changes) -> list[tuple]:
@@ -138,7 +134,7 @@ def test_workers_give_the_same_batches_and_leave_the_default_generator_alone() -
 @pytest.mark.parametrize("objective", ["mlm+sso", "mlm"])
 def test_layout_and_masked_places_are_what_the_model_would_find(objective) -> None:
     config = replace(SETTINGS, objective=objective)
-    for item in islice(make_sampler(config), 5):
+    for item in islice(make_sampler(settings=config), 5):
         batch = PackedDataset(CORPUS, config)[item]
         arrays = draw_batch(CORPUS, item[3], config)
         drawn = {name: torch.from_numpy(array) for name, array in arrays.items()}
