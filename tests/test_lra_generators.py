@@ -176,9 +176,3 @@ def test_images_show_paths_and_discs_from_black_to_white(scenes: list[Scene]):
             for y, x in places:
                 far[max(y - near, 0) : y + near + 1, max(x - near, 0) : x + near + 1] = False
         assert image[far].max(initial=0) < 12
-
-
-def test_labels_are_balanced():
-    labels = [Scene(SPECS[32], rng).label for rng in [random.Random(4)] for _ in range(600)]
-    # three standard deviations of 600 throws
-    assert np.mean(labels) == pytest.approx(0.5, abs=0.061)
