@@ -143,8 +143,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 HOSTED = [mixer for mixer in MIXERS if mixer != "ponet_published"]  # which looks at its layout
-
-
 CASES = [(mixer, "published", True) for mixer in CAPTURED]
 CASES += [(mixer, protocol, False) for mixer in HOSTED for protocol in ("published", "clean")]
 
