@@ -1,6 +1,7 @@
 """Packing and the stream of micro-batches: budgets, coverage, ranks, workers and resuming."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -10,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ponet import PoNetConfig
-from ponet.batch import HostBatch
 from ponet.packing import layout_for, stream_of_packed
 from pretrain.batches import (
     LOOK_AHEAD,
@@ -22,7 +22,7 @@ from pretrain.batches import (
     make_loader,
     pack_bins,
 )
-from pretrain.examples import ExampleSettings, draw_batch, plan_epoch
+from pretrain.examples import draw_batch, plan_epoch
 from tests.corpora import make_settings, realistic_corpus
 
 CORPUS = realistic_corpus(20, 40)
@@ -30,14 +30,9 @@ SETTINGS = make_settings(CORPUS, 64, short_sequence_probability=0.1)
 DOCUMENTS = np.arange(20)
 
 
-def make_sampler(config: ExampleSettings = SETTINGS, **changes) -> MicroBatchSampler:
-    values = {"seed": 3, "micro_batch_tokens": 512, "micro_batches_per_step": 4} | changes
-    return MicroBatchSampler(CORPUS, DOCUMENTS, config, **values)
-
-
-def epoch_batches(**changes) -> EpochBatches:
-    values = {"seed": 0, "epoch": 0, "micro_batch_tokens": 512} | changes
-    return EpochBatches(CORPUS, DOCUMENTS, SETTINGS, **values)
+sampler_options = {"seed": 3, "micro_batch_tokens": 512, "micro_batches_per_step": 4}
+make_sampler = partial(MicroBatchSampler, CORPUS, DOCUMENTS, settings=SETTINGS, **sampler_options)
+epoch_batches = partial(EpochBatches, CORPUS, DOCUMENTS, SETTINGS, 0, micro_batch_tokens=512)
 
 
 def stream(count: int, **changes) -> list[tuple]:
@@ -139,7 +134,7 @@ def test_workers_give_the_same_batches_and_leave_the_default_generator_alone() -
 @pytest.mark.parametrize("objective", ["mlm+sso", "mlm"])
 def test_layout_and_masked_places_are_what_the_model_would_find(objective) -> None:
     config = replace(SETTINGS, objective=objective)
-    for item in islice(make_sampler(config), 5):
+    for item in islice(make_sampler(settings=config), 5):
         batch = PackedDataset(CORPUS, config)[item]
         arrays = draw_batch(CORPUS, item[3], config)
         drawn = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -156,14 +151,6 @@ def test_layout_and_masked_places_are_what_the_model_would_find(objective) -> No
         assert (batch.epoch, batch.step, batch.slot) == item[:3]
         assert batch.tokens == len(drawn["input_ids"]) <= 512
         assert batch.masked == len(drawn["labels"])
-
-
-def test_a_batch_is_pinned_as_one_block(monkeypatch) -> None:
-    pinned = []
-    monkeypatch.setattr(HostBatch, "pin_memory", lambda self: pinned.append(self) or self)
-    (batch,) = loaded(1, 0)
-    assert batch.pin_memory() is batch
-    assert pinned == [batch.inputs]
 
 
 def test_evaluation_set_is_fixed() -> None:

@@ -50,8 +50,7 @@ def test_content(build, tokenizer):
     assert corpus.document_offsets.tolist() == [0, 3, 4]
     assert corpus.tokens.dtype == np.uint16
     assert corpus.sentence_offsets.dtype == corpus.document_offsets.dtype == np.int64
-    assert type(corpus.tokens) is np.ndarray
-    assert not corpus.tokens.flags.writeable
+    assert (type(corpus.tokens), corpus.tokens.flags.writeable) == (np.ndarray, False)
     counts = {"documents": 2, "sentences": 4, "tokens": len(tokens), "skipped_documents": 1}
     assert corpus.metadata["counts"] == counts
     assert corpus.metadata["sources"]["skipped_empty"] == 2
@@ -101,7 +100,6 @@ def test_is_used_again_for_the_same_text_tokenizer_and_splitter(build, monkeypat
         ("tokens.bin", lambda data: data[:-2], "has .* bytes, expected"),
         ("sentences.bin", lambda data: b"", "has 0 bytes, expected"),
         ("documents.bin", lambda data: bytes([data[0] ^ 1]) + data[1:], "the checksum differs"),
-        ("corpus.json", lambda data: data[:9], "not a readable manifest"),
         ("corpus.json", lambda data: b'{"format_version": 1}', "not a readable manifest"),
         ("corpus.json", lambda data: b'{"format_version": 99}', "format 99, expected 1"),
     ],

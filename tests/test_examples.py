@@ -285,7 +285,5 @@ def test_split_is_whole_disjoint_and_never_empty(size: int, fraction: float) -> 
     assert train.dtype == validation.dtype == np.int64
     assert sorted([*train, *validation]) == list(range(size))
     assert len(validation) == min(max(round(fraction * size), 1), size - 1)
-
-
-def test_split_never_changes() -> None:
+    # the same for ever
     assert split_documents(20, 0.25)[1].tolist() == [2, 4, 6, 8, 18]

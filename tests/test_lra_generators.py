@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import combinations, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,6 @@ import pytest
 from lra.listops import draw_trees
 from lra.pathfinder import PADDING, SPECS, PaddlePath, Scene, draw_images
 from lra.prepare import generate
-
-PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "listops"
 
 
 def take(count: int, draw: Any, seed: int, workers: int = 1) -> list[tuple[int, Any]]:
@@ -68,9 +65,8 @@ def is_right(label: int | str, text: str) -> bool:
     return parsed(x for x in text.split() if x not in "()") == (int(label), text)
 
 
-@pytest.mark.skipif(not PUBLISHED.exists(), reason="shared/data is not beside this checkout")
-def test_published_files_evaluate_to_their_labels():
-    for path in PUBLISHED.glob("*.tsv.xz"):
+def test_published_files_evaluate_to_their_labels(shared_data):
+    for path in (shared_data / "listops").glob("*.tsv.xz"):
         with lzma.open(path, "rt", encoding="utf-8") as file:
             assert all(is_right(*line.rstrip("\n").split("\t")) for line in file), path
 
@@ -180,9 +176,3 @@ def test_images_show_paths_and_discs_from_black_to_white(scenes: list[Scene]):
             for y, x in places:
                 far[max(y - near, 0) : y + near + 1, max(x - near, 0) : x + near + 1] = False
         assert image[far].max(initial=0) < 12
-
-
-def test_labels_are_balanced():
-    labels = [Scene(SPECS[32], rng).label for rng in [random.Random(4)] for _ in range(600)]
-    # three standard deviations of 600 throws
-    assert np.mean(labels) == pytest.approx(0.5, abs=0.061)

@@ -129,7 +129,6 @@ def test_same_documents_from_json_and_parquet(tmp_path_factory, texts):
     ("name", "content", "message"),
     [
         ("a.txt", b"", "a.txt: no text found"),
-        ("a.jsonl", b'{"text": " "}', "a.jsonl: no text found"),
         ("a.csv", b"text\nOne.\n", "a.csv: expected a file of type .txt, .md, .jsonl"),
         ("a.txt", b"Text.\n\x7fELF\0\0", "a.txt, line 2: a NUL byte"),
         ("a.txt", b"Fine.\ncaf\xe9.\n", "a.txt, line 2: expected UTF-8 ("),
@@ -139,7 +138,6 @@ def test_same_documents_from_json_and_parquet(tmp_path_factory, texts):
         ("a.jsonl", b'{"text": "One.', "line 1: expected one JSON object per line ("),
         ("a.parquet", b"PAR1 nothing", "a.parquet: not a readable parquet file"),
         ("a.txt.gz", gzip.compress(b"One.\n")[:-6], "compressed file is damaged"),
-        ("a.txt.xz", lzma.compress(b"One.\n")[:-6], "compressed file is damaged"),
         ("a.parquet", {"body": [""], "id": [1]}, "a.parquet, row 0: no field 'text'; found body"),
     ],
 )
@@ -230,9 +228,7 @@ def test_vocabulary_is_learned_from_all_sources_in_turn(tmp_path):
     assert "".join(vocabulary_text(PretrainConfig(data=names, max_characters=4))) == "abcd"
 
 
-def test_real_data(shared_data):
-    articles = read(shared_data / "wikipedia" / "part-10.jsonl.xz", max_characters=10**6)
-    assert 10**6 <= sum(map(len, articles)) < 2 * 10**6
+def test_wikitext_as_published(shared_data):
     wiki = read(shared_data / "wikitext-2" / "valid.txt")
     assert len(wiki) == 60
     assert wiki[0].startswith("Homarus gammarus , known as the European lobster")
