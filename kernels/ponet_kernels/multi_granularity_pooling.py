@@ -21,39 +21,47 @@ from ponet_kernels.layout import PackedLayout
 from ponet_kernels.registration import alone, differentiable, is_watched
 
 
+def _tables(layout: PackedLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        layout.cu_segments,
+        layout.token_segments,
+        layout.segment_sequences,
+        layout.token_marks,
+    )
+
+
 def _compute(x: Tensor, _: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """The result and, for the backward pass, what the parts of the formula keep."""
-    parameters, (num_heads, cu_seqlens, max_seqlen, *tables) = inputs[:10], inputs[10:17]
-    *flags, backend = inputs[17:]
-    to_aggregate = [x, *parameters[:4], num_heads, cu_seqlens, max_seqlen, backend]
-    pooled, *kept = aggregate(*to_aggregate)
+    parameters, (num_heads, layout, with_argmax, backend) = inputs[:10], inputs[10:]
+    span = (layout.cu_seqlens, layout.max_seqlen)
+    pooled, *kept = aggregate(*[x, *parameters[:4], num_heads, *span, backend])
     weight = torch.cat(parameters[4::2]).to(x.dtype)
     values = F.linear(x, weight, torch.cat(parameters[5::2]).to(x.dtype))
-    to_pool = [pooled, values, *tables, True, True, *flags, backend]
-    out, *maxima = pool(*to_pool)
+    sizes = (layout.max_segment_len, layout.has_empty_segments)
+    tables = _tables(layout)
+    out, *maxima = pool(pooled, values, *tables, True, True, *sizes, with_argmax, backend)
     return out, *kept, weight, pooled, values, *maxima
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     x, _, query_weight, _, key_weight, *_ = inputs
-    cu_seqlens, max_seqlen, *tables, _, has_empty, _, backend = inputs[13:]
-    ctx.save_for_backward(x, query_weight, key_weight, *outputs[1:], cu_seqlens, *tables)
-    is_frozen = not any(ctx.needs_input_grad[6:12])
-    ctx.settings = (max_seqlen, has_empty, is_frozen, backend)
+    ctx.save_for_backward(x, query_weight, key_weight, *outputs[1:])
+    *_, layout, _, backend = inputs
+    ctx.settings = (layout, not any(ctx.needs_input_grad[6:12]), backend)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 11
+    return *_backward(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 4
 
 
 @alone
 def _backward(grad: Tensor, x: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-    *kept, weight, pooled, values, maxima, argmax = saved[:12]
-    cu_seqlens, *tables, max_seqlen, has_empty, is_frozen, backend = saved[12:]
-    of_pool = [grad, pooled, values, maxima, argmax, *tables, True, True, has_empty, backend]
-    grad_pooled, grad_values = pool_backward(*of_pool)
-    of_aggregate = [grad_pooled, x, *kept, cu_seqlens, max_seqlen, backend]
-    grad_x, *grads = aggregate_backward(*of_aggregate)
+    *kept, weight, pooled, values, maxima, argmax, layout, is_frozen, backend = saved
+    of_pool = (grad, pooled, values, maxima, argmax, *_tables(layout))
+    has_empty = layout.has_empty_segments
+    grad_pooled, grad_values = pool_backward(*of_pool, True, True, has_empty, backend)
+    span = (layout.cu_seqlens, layout.max_seqlen)
+    grad_x, *grads = aggregate_backward(*[grad_pooled, x, *kept, *span, backend])
     others: list[Tensor | None] = [None] * 6
     if not is_frozen:
         dtype = kept[0].dtype
@@ -98,14 +106,7 @@ def multi_granularity_pooling(
         x,
         *parameters,
         num_heads,
-        layout.cu_seqlens,
-        layout.max_seqlen,
-        layout.cu_segments,
-        layout.token_segments,
-        layout.segment_sequences,
-        layout.token_marks,
-        layout.max_segment_len,
-        layout.has_empty_segments,
+        layout,
         needs_argmax,
         backend,
     )
