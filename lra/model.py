@@ -124,6 +124,7 @@ def model_config(task: ArenaTask, mixer: str, **changes: Any) -> PoNetConfig:
         norm_position="pre",
         separate_special_tokens=False,
         num_segments=task.num_segments,
+        intermediate_dropout_prob=0.1,
         attention_probs_dropout_prob=0.1,
         num_sentence_labels=0,
         num_labels=task.num_classes,

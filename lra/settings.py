@@ -46,7 +46,7 @@ class SharedSettings:
     intermediate_size: int = 128
     """Width inside the feed-forward sub-layer."""
     dropout: float = 0.1
-    """Dropout after the embedding and each sub-layer."""
+    """Dropout after the embedding, inside the feed-forward sub-layer and after each sub-layer."""
     attention_dropout: float = 0.1
     """Dropout of attention probabilities; on a CPU softmax attention is much faster without."""
     pretrain_epochs: float = 0.0
@@ -98,6 +98,7 @@ class ArenaSettings(SharedSettings):
             self.model,
             **{name: getattr(self, name) for name in (*names, "num_segments")},
             hidden_dropout_prob=self.dropout,
+            intermediate_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.attention_dropout,
         )
 

@@ -68,6 +68,8 @@ class PoNetConfig:
     intermediate_size: int = 3072
     hidden_dropout_prob: float = 0.1
     """Dropout after the embedding and each sub-layer; there is none inside the mixing block."""
+    intermediate_dropout_prob: float = 0.0
+    """Dropout inside the feed-forward sub-layer; Long Range Arena's models have it."""
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     """Token types: sentence A and sentence B; 0: the model knows none."""

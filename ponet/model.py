@@ -99,15 +99,16 @@ class Embeddings(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, exact GELU, linear: `[T, C]` -> `[T, C]`."""
+    """Linear, exact GELU, dropout, linear: `[T, C]` -> `[T, C]`."""
 
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dropout = nn.Dropout(config.intermediate_dropout_prob)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(hidden)))
+        return self.down(self.dropout(F.gelu(self.up(hidden))))
 
 
 class EncoderLayer(nn.Module):

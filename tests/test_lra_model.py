@@ -56,6 +56,18 @@ def test_parameters_are_as_many_as_published(task):
     assert counts == [PARAMETERS[task], PARAMETERS[task] + 16_640]
 
 
+def test_dropout_is_where_the_published_model_has_it():
+    layer = build("ponet", TASKS["image"]).ponet.encoder.layers[0]
+    torch.manual_seed(0)
+    hidden = torch.randn(1000, 64)
+    feed_forward, dropped = layer.feed_forward, 0.1
+    assert feed_forward.dropout.p == layer.dropout.p == dropped
+    torch.manual_seed(1)
+    kept = F.dropout(F.gelu(feed_forward.up(hidden)), dropped)
+    torch.manual_seed(1)
+    torch.testing.assert_close(feed_forward.train()(hidden), feed_forward.down(kept))
+
+
 def test_initial_weights_are_as_published():
     for name, parameter in build("ponet", TASKS["image"]).requires_grad_(False).named_parameters():
         if "embeddings" in name:
