@@ -59,7 +59,7 @@ def test_parameters_are_as_many_as_published(task):
 def test_dropout_is_where_the_published_model_has_it():
     layer = build("ponet", TASKS["image"]).ponet.encoder.layers[0]
     torch.manual_seed(0)
-    hidden = torch.randn(1000, 64)
+    hidden = torch.randn(1000, 64).double()
     feed_forward, dropped = layer.feed_forward, 0.1
     assert feed_forward.dropout.p == layer.dropout.p == dropped
     torch.manual_seed(1)
