@@ -8,7 +8,7 @@ and their gradients are zero.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -115,6 +115,10 @@ def resident_inputs(
     layout = _layout(order, before, passed[-1:], shape, segment_columns(task, num_segments))
     ids, counted = F.pad(rows.flatten(), (0, 1)), None
     if sees_all:
+        ghosts = range(shape.num_tokens - rows.numel(), 0, -length)
+        lengths = (*[length] * num_rows, *(min(rest, length) for rest in ghosts))
+        unused = (0,) * (num_rows + shape.num_ghosts - len(lengths))
+        layout = replace(layout, host_lengths=lengths + unused)
         counted = F.pad(real.flatten(), (0, 1)).index_select(0, order)
     return ModelInputs(
         input_ids=ids.index_select(0, order),

@@ -1,11 +1,13 @@
 """FNet: the Fourier transform as token mixer.
 
 Lee-Thorp et al., arXiv 2105.03824, section 3.2: y = Re(F_seq(F_hidden(x))), the discrete transform
-along the channels and along the tokens of rows `[B, N, C]`; time O(B N C (log N + log C)).
+along the channels and along the tokens of each sequence; time O(T C (log N + log C)).
 
-Padding takes part, as in the paper, which knows no mask: shorter sequences are extended with zero
-vectors to the longest of the batch, so what a sequence becomes depends on the batch it is in.
+A sequence of N tokens is transformed at length N, whatever its neighbours are. The paper knows no
+mask: to mix padding as it does, give rows whose padding is tokens.
 """
+
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +24,21 @@ class FNetMixer(nn.Module):
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`; half precision is transformed in float32."""
-        # there is no transform of no tokens
-        if not hidden.shape[0]:
-            return hidden
-        rows = layout.rows
         # half precision lacks kernels for most lengths
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        mixed = torch.fft.fft2(rows.from_stream(hidden.to(wide)), dim=(1, 2)).real
-        return rows.to_stream(mixed).to(hidden.dtype)
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        return _by_length(wide, layout).to(hidden.dtype)
+
+
+# compiled code would be made anew for every batch of other lengths
+@torch.compiler.disable
+def _by_length(hidden: Tensor, layout: BatchLayout) -> Tensor:
+    """Neighbours of one length in one transform."""
+    runs = [(length, len(list(run))) for length, run in groupby(layout.lengths)]
+    parts = hidden.split([length * count for length, count in runs])
+    mixed = [
+        torch.fft.fft2(part.unflatten(0, (count, length))).real.flatten(0, 1)
+        for part, (length, count) in zip(parts, runs, strict=True)
+        if length
+    ]
+    # there is no transform of no tokens
+    return torch.cat(mixed) if mixed else hidden
