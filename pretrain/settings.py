@@ -68,6 +68,12 @@ class PretrainConfig:
     """Segment max-pooling (SMP)."""
     use_local: bool = True
     """Local max-pooling (LMP)."""
+    segment_pooling: Literal["max", "average"] = "max"
+    """What the mixer ponet takes of a segment."""
+    local_pooling: Literal["max", "average"] = "max"
+    """What it takes of the window around a token."""
+    local_window: int = 3
+    """Tokens of this window, odd."""
     seq_len: int = 512
     """Longest example in tokens, special tokens included."""
     objective: Literal["mlm+sso", "mlm+nsp", "mlm"] = "mlm+sso"
