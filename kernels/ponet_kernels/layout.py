@@ -90,7 +90,7 @@ class PackedLayout:
 
     @cached_property
     def by_segment(self) -> "PackedLayout":
-        """The same stream with the segments for sequences, whose means are those of the segments."""
+        """The same with segments for sequences: global operators work on segments then."""
         owners = self.segment_sequences
         return replace(
             self,

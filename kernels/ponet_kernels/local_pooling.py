@@ -53,19 +53,17 @@ def _counts(neighbours: Tensor) -> Tensor:
 def _compute(
     x: Tensor, token_marks: Tensor, window: int, average: bool, with_argmax: bool
 ) -> tuple[Tensor, Tensor]:
+    out, argmax = _shapes(x, token_marks, window, average, with_argmax)
     neighbours = _neighbours(token_marks, window)
-    out, argmax = x.new_empty(x.shape), x.new_empty(0, dtype=torch.uint8)
     if average:
         _sum_windows(x, neighbours, out, _counts(neighbours))
     else:
-        if with_argmax:
-            argmax = torch.empty_like(out, dtype=argmax_dtype(window))
         _max_windows(x, neighbours, out, argmax)
     return out.masked_fill_(_special(token_marks), 0.0), argmax
 
 
 def _max_windows(x: Tensor, neighbours: Tensor, out: Tensor, argmax: Tensor) -> None:
-    """Write maxima, and into an `argmax` `[T, C]` the places of the first in their windows."""
+    """Write maxima, and into an `argmax` `[T, C]` the place of each in its window."""
     padded = _padded(x, float("-inf"))
     for part in chunks(x):
         best, *others = neighbours[:, part].flip(0).unbind()
@@ -88,12 +86,12 @@ def _sum_windows(
     divisors: Tensor | None = None,
     argmax: Tensor | None = None,
 ) -> None:
-    """Write sums over windows, divided; with `argmax` of the tokens whose maxima the centres are."""
+    """Write sums over windows, divided; with `argmax`, of those tokens that the centre won."""
     padded = _padded(x, 0.0)
     places = None if argmax is None else _padded(argmax, 0)
     for part in chunks(x):
         total = torch.zeros_like(out[part], dtype=accumulation_dtype(out.dtype))
-        # of a window that begins with a token, the token that it is the window of is the last
+        # a token is the first of the window whose centre is the last of its own
         for place, tokens in enumerate(reversed(neighbours[:, part])):
             values = padded.index_select(0, tokens)
             if places is not None:
@@ -105,9 +103,9 @@ def _sum_windows(
 def _shapes(
     x: Tensor, token_marks: Tensor, window: int, average: bool, with_argmax: bool
 ) -> tuple[Tensor, Tensor]:
-    shape = x.shape if with_argmax and not average else (0,)
-    dtype = argmax_dtype(window) if with_argmax and not average else torch.uint8
-    return x.new_empty(x.shape), x.new_empty(shape, dtype=dtype)
+    has_argmax = with_argmax and not average
+    argmax = x.new_empty(x.shape if has_argmax else (0,), dtype=argmax_dtype(window))
+    return x.new_empty(x.shape), argmax
 
 
 def _compute_backward(
