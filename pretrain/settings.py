@@ -136,6 +136,8 @@ class PretrainConfig:
         stage, fraction = self.zero_stage, self.validation_fraction
         require(stage in (0, 1, 2), "zero_stage", "0, 1 or 2", stage)
         require(0 < fraction < 1, "validation_fraction", "between 0 and 1", fraction)
+        window = self.local_window
+        require(window > 0 and window % 2 == 1, "local_window", "odd and at least 1", window)
         tokens, micro = self.batch_tokens, self.micro_batch_tokens
         multiple = f"a multiple of --micro-batch-tokens {micro}"
         require(tokens % micro == 0, "batch_tokens", multiple, tokens)
