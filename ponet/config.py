@@ -94,6 +94,12 @@ class PoNetConfig:
     """Attention of the mean query over the keys; False keeps the mean query alone."""
     use_segment: bool = True
     use_local: bool = True
+    segment_pooling: Literal["max", "average"] = "max"
+    """What the mixer `ponet` takes of a segment; see docs/pooling.md."""
+    local_pooling: Literal["max", "average"] = "max"
+    """What it takes of the window around a token."""
+    local_window: int = 3
+    """Tokens that this window spans, odd; it has fewer where its run of tokens ends."""
     attention_probs_dropout_prob: float = 0.0
     """Dropout on the attention probabilities of the baselines; PoNet has none inside the block."""
     linformer_size: int = 256
@@ -129,6 +135,10 @@ class PoNetConfig:
         if self.num_segments is not None:
             _require_at_least(1, "num_segments", self.num_segments)
         _require_choice("norm_position", self.norm_position, "post", "pre")
+        for name in ("segment_pooling", "local_pooling"):
+            _require_choice(name, getattr(self, name), "max", "average")
+        if self.local_window < 1 or self.local_window % 2 == 0:
+            raise ConfigError(f"local_window must be odd and at least 1, found {self.local_window}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of "

@@ -68,6 +68,12 @@ class PretrainConfig:
     """Segment max-pooling (SMP)."""
     use_local: bool = True
     """Local max-pooling (LMP)."""
+    segment_pooling: Literal["max", "average"] = "max"
+    """What the mixer ponet takes of a segment."""
+    local_pooling: Literal["max", "average"] = "max"
+    """What it takes of the window around a token."""
+    local_window: int = 3
+    """Tokens of this window, odd."""
     seq_len: int = 512
     """Longest example in tokens, special tokens included."""
     objective: Literal["mlm+sso", "mlm+nsp", "mlm"] = "mlm+sso"
@@ -130,6 +136,8 @@ class PretrainConfig:
         stage, fraction = self.zero_stage, self.validation_fraction
         require(stage in (0, 1, 2), "zero_stage", "0, 1 or 2", stage)
         require(0 < fraction < 1, "validation_fraction", "between 0 and 1", fraction)
+        window = self.local_window
+        require(window > 0 and window % 2 == 1, "local_window", "odd and at least 1", window)
         tokens, micro = self.batch_tokens, self.micro_batch_tokens
         multiple = f"a multiple of --micro-batch-tokens {micro}"
         require(tokens % micro == 0, "batch_tokens", multiple, tokens)

@@ -1,5 +1,6 @@
 """Operators: the fast path against the reference formulas, values and gradients."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from ponet_kernels import (
     fused_pooling,
     global_aggregation,
     global_mean,
+    local_pooling,
     segment_max,
     token_marks,
     use_backend,
@@ -29,6 +31,7 @@ EXACT = 1e-12
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 examples = settings(deadline=None, max_examples=5)
 OPERATORS = ("segment_max", "local_max", "global_mean", "global_aggregation", "fused_pooling")
+OPERATORS += ("window_max", "window_mean")
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 double = partial(random, dtype=torch.float64)
 
@@ -50,7 +53,7 @@ def windows(x: Tensor, layout: PackedLayout) -> Tensor:
     return fused_pooling(None, values, layout, use_segment=False)
 
 
-def operator(name, layout, width=5, heads=2, absent=(), seed=0, draw=random):
+def operator(name, layout, width=5, heads=2, absent=(), seed=0, draw=random, window=5):
     """It as a function of its tensors, and those, in float64."""
     flags = {f"use_{term}": term not in absent for term in ("segment", "local")}
     g = double(layout.num_sequences, width, seed=seed)
@@ -63,6 +66,9 @@ def operator(name, layout, width=5, heads=2, absent=(), seed=0, draw=random):
     if name == "fused_pooling":
         inputs = [values] if "global" in absent else [g, values]
         return lambda *a: fused_pooling(*[None, *a][-2:], layout, **flags), inputs
+    if name.startswith("window"):
+        average = name == "window_mean"
+        return lambda x: local_pooling(x, layout, window, average=average), [x]
     function = {"segment_max": segment_max, "local_max": windows, "global_mean": global_mean}[name]
     return lambda x: function(x, layout), [x]
 
@@ -101,9 +107,10 @@ def compare(backend: str, function, *inputs: Tensor) -> None:
     heads=st.sampled_from([1, 2, 4]),
     absent=st.sets(st.sampled_from(["global", "segment", "local"])),
     draw=st.sampled_from([random, ties]),
+    window=st.sampled_from([1, 3, 5, 9]),
     seed=st.integers(0, 99),
 )
-@example(sequences=[[1]], width=5, heads=1, absent=(), draw=random, seed=0)
+@example(sequences=[[1]], width=5, heads=1, absent=(), draw=random, window=5, seed=0)
 def test_operators_equal_reference(name, backend, sequences, seed, **choices):
     """Segments and sequences may be empty; terms are left out as ablations do."""
     function, inputs = operator(name, segmented(sequences, seed), seed=seed, **choices)
@@ -140,10 +147,49 @@ def test_low_precision_aggregation_accumulates_in_fp32():
 def test_tied_maxima_send_the_gradient_to_the_first_token(backend):
     x = torch.tensor([[2.0], [5.0], [5.0], [5.0], [1.0], [1.0]], device=DEVICE, requires_grad=True)
     # windows (2 5)(2 5 5)(5 5 5)(5 5) and (1 1)(1 1); each gives 1 to its first maximum
-    for function, expected in ((segment_max, [0, 1, 0, 0, 1, 0]), (windows, [0, 3, 1, 0, 2, 0])):
+    of_three = [0, 3, 1, 0, 2, 0]
+    cases = [(segment_max, [0, 1, 0, 0, 1, 0]), (windows, of_three), (local_pooling, of_three)]
+    # (2 5 5)(2 5 5 5)(2 5 5 5)(5 5 5) and (1 1)(1 1)
+    cases.append((partial(local_pooling, window=5), [0, 4, 0, 0, 2, 0]))
+    for function, expected in cases:
         with use_backend(backend):
             (gradient,) = torch.autograd.grad(function(x, whole([4, 2])).sum(), x)
         assert gradient.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_local_pooling_in_low_precision(dtype):
+    """Windows of three are the fused ones, bit for bit; means are rounded once."""
+    layout, x = segmented([[9, 1, 1], [1], [40]], seed=4), random(52, 6, dtype=dtype)
+    assert layout.special.any()
+    found, expected = (
+        values_and_gradients(lambda x, pool=pool: pool(x, layout).float(), x)
+        for pool in (local_pooling, windows)
+    )
+    assert torch.equal(found[0], expected[0])
+    assert_close(found[1], expected[1], 4 * torch.finfo(dtype).eps)
+    mean = local_pooling(x, layout, 9, average=True)
+    exact = local_pooling(x.double(), layout, 9, average=True)
+    error = (mean.double() - exact).abs() / exact.abs().clamp(min=0.1)
+    assert mean.dtype == dtype
+    assert float(error.max()) <= 3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("average", [False, True], ids=["max", "average"])
+def test_what_is_not_finite_stays_in_its_windows(average, value):
+    """Runs of 4, 1, 8 and 5 tokens, the one alone special; the value is the first of the eight."""
+    starts = torch.zeros(18, dtype=torch.bool, device=DEVICE)
+    starts[[0, 4, 5, 13]] = True
+    special = torch.arange(18, device=DEVICE) == 4
+    x = double(18, 3)
+    x[5] = value
+    layout = replace(whole([13, 5]), token_marks=token_marks(starts, special))
+    out, gradient = values_and_gradients(lambda x: local_pooling(x, layout, 5, average=average), x)
+    assert (~out.isfinite()).any(dim=1).nonzero().flatten().tolist() == [5, 6, 7]
+    assert gradient.isfinite().all()
+    assert not out[4].any()
+    assert not gradient[4].any()
 
 
 GRADIENT_VIEWS = {
@@ -213,6 +259,11 @@ def test_wrong_shapes_are_refused():
     for shape in ((1, 9), (2, 3), (3,)):
         with pytest.raises(ValueError, match=r"expected global_vectors \(1, 3\)"):
             fused_pooling(zeros(shape), zeros(3, 9), layout)
+    with pytest.raises(ValueError, match=r"local_pooling: expected x \[3, C\].*\(2, 2\)"):
+        local_pooling(zeros(2, 2), layout)
+    for window in (0, 4, -3):
+        with pytest.raises(ValueError, match=f"window must be odd and at least 1, found {window}"):
+            local_pooling(zeros(3, 2), layout, window)
     with pytest.raises(ValueError, match="width 6 is not a multiple of 4 heads"):
         global_aggregation(zeros(3, 6), *parameters(6, 6), 4, layout)
 

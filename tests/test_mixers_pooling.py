@@ -1,20 +1,25 @@
-"""The PoNet mixer with projections that are no plain linear layers: adapters, hooks."""
+"""The PoNet mixer: its poolings, and projections that are no plain linear layers."""
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from ponet.config import ConfigError, PoNetConfig
 from ponet.mixers.pooling import PoNetMixer
 from ponet.mixers.projections import plain_parameters
-from ponet.packing import BatchLayout
+from ponet.mixers.published import PublishedPoNetMixer
+from ponet.packing import BatchLayout, layout_of, stream_of_rows
 from ponet_kernels import use_backend
 from ponet_kernels.testing import assert_close, relative_error
-from tests.mixing import CONFIG, assert_all_close, build, gradients, states
+from tests.mixing import CONFIG, assert_all_close, build, compare, gradients, states
 from tests.streams import packed, padded
 
 PARTS = ("query", "key", "output", "segment", "local")
 RAGGED = [7, 1, 0, 12, 3]
+AVERAGE = CONFIG.replace(segment_pooling="average", local_pooling="average", local_window=5)
 
 
 class LowRank(nn.Module):
@@ -44,15 +49,102 @@ def results(mixer: nn.Module, hidden: Tensor, place: BatchLayout) -> dict[str, T
     return {"out": out.detach(), **gradients(mixer, hidden, out)}
 
 
+def pooled_row(mixer: PoNetMixer, hidden: dict[int, Tensor], row: str) -> list[Tensor]:
+    """The block on the tokens of one row, written out: columns by number, as in the row's text.
+
+    `s` is a special token, `.` padding, and a token is a letter, that of its segment.
+    """
+    config, real = mixer.config, list(hidden)
+    keys = torch.stack([mixer.key(x) for x in hidden.values()]).unflatten(1, (3, -1))
+    g = torch.stack([mixer.query(x) for x in hidden.values()]).mean(dim=0).unflatten(0, (3, -1))
+    weights = ((keys * g).sum(dim=2) / keys.shape[2] ** 0.5).softmax(dim=0)
+    g = (weights.unsqueeze(2) * keys).sum(dim=0).flatten()
+
+    def pool(kind: str, projection: nn.Linear, columns: list[int]) -> Tensor:
+        values = torch.stack([projection(hidden[m]) for m in columns])
+        return values.mean(dim=0) if kind == "average" else values.max(dim=0).values
+
+    def joined(m: int, n: int, parted_by: str) -> bool:
+        return not set(row[min(m, n) : max(m, n) + 1]) & set(parted_by)
+
+    out, reach = [], config.local_window // 2
+    for n in real:
+        total = g * mixer.output(hidden[n])
+        if row[n] != "s":
+            segment = [m for m in real if row[m] == row[n] and joined(m, n, "s")]
+            window = [m for m in real if abs(m - n) <= reach and joined(m, n, "s.")]
+            segment_vector = pool(config.segment_pooling, mixer.segment, segment)
+            total = (g + segment_vector) * mixer.output(hidden[n])
+            total = total + pool(config.local_pooling, mixer.local, window)
+        out.append(mixer.dense(total))
+    return out
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 9])
+@pytest.mark.parametrize("local", ["max", "average"])
+@pytest.mark.parametrize("segment", ["max", "average"])
+@settings(deadline=None, max_examples=6)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from(["s", ".", "t", "t", "t", "|t"]), max_size=14),
+        min_size=1,
+        max_size=3,
+    )
+)
+@example(rows=["tttttttttttt", "sttts..tt.|tttt", "", "s|t|t|t", "|t"])
+def test_poolings_equal_their_formula(segment, local, window, rows):
+    """Gaps, special tokens, segments (from a `|` on) of one token, empty rows; with gradients."""
+    parts = [enumerate("".join(row).split("|")) for row in rows]
+    texts = ["".join(part.replace("t", chr(65 + n)) for n, part in row) for row in parts]
+    length = max(map(len, texts))
+    texts = [text.ljust(length, ".") for text in texts]
+    codes = torch.tensor([[*text.encode()] for text in texts]).view(len(texts), length)
+    config = CONFIG.replace(segment_pooling=segment, local_pooling=local, local_window=window)
+    mixer = build(PoNetMixer, config)
+    stream = stream_of_rows(codes, codes != ord("."))
+    kinds = stream.pack(codes)
+    # a special token is a segment of its own, whatever its id: here that of those before
+    ids = stream.pack(torch.where(codes < ord("a"), codes, 0).cummax(dim=1).values)
+    place = layout_of(stream, kinds == ord("s"), ids)
+    hidden, expected = states(len(kinds)), []
+    for text, tokens in zip(texts, hidden.split(place.cu_seqlens.diff().tolist()), strict=True):
+        columns = [n for n, kind in enumerate(text) if kind != "."]
+        if columns:
+            expected += pooled_row(mixer, dict(zip(columns, tokens, strict=True)), text)
+    if expected:
+        for backend in ("torch", "reference"):
+            with use_backend(backend):
+                compare(mixer, place, hidden, torch.stack(expected), 1e-12)
+    else:
+        assert mixer(hidden, place).shape == (0, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("segment_pooling", "average"), ("local_pooling", "average"), ("local_window", 5)],
+)
+def test_the_published_form_has_the_published_poolings(name, value):
+    with pytest.raises(ConfigError, match=f"ponet_published: {name} must be .*, found {value}"):
+        PublishedPoNetMixer(CONFIG.replace(**{name: value}))
+
+
 @pytest.mark.parametrize(
     "names", [("query",), ("key",), ("query", "key"), ("segment",), PARTS], ids="+".join
 )
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize(
-    ("lengths", "padding"), [(RAGGED, 0), (RAGGED, 4), ([6, 6], 0), ([1], 0)], ids=str
+    ("config", "lengths", "padding"),
+    [
+        (CONFIG, RAGGED, 0),
+        (CONFIG, RAGGED, 4),
+        (CONFIG, [6, 6], 0),
+        (CONFIG, [1], 0),
+        (AVERAGE, RAGGED, 0),
+    ],
+    ids=lambda value: "" if isinstance(value, PoNetConfig) else str(value),
 )
-def test_adapter_equals_merged_weights(names, backend, lengths, padding):
-    plain, adapted = build(PoNetMixer), build(PoNetMixer)
+def test_adapter_equals_merged_weights(names, backend, config, lengths, padding):
+    plain, adapted = build(PoNetMixer, config), build(PoNetMixer, config)
     hidden, place = states(sum(lengths)), layout(lengths, padding)
     before = results(plain, hidden, place)
     for name in names:

@@ -468,6 +468,9 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         ({"norm_position": "sandwich"}, "norm_position must be post or pre, found 'sandwich'"),
         ({"use_global": False, "use_segment": False, "use_local": False}, "nothing mixes"),
         ({"num_segments": 0}, "num_segments must be at least 1"),
+        ({"segment_pooling": "mean"}, "segment_pooling must be max or average, found 'mean'"),
+        ({"local_pooling": "min"}, "local_pooling must be max or average, found 'min'"),
+        ({"local_window": 4}, "local_window must be odd and at least 1, found 4"),
     ],
 )
 def test_contradictory_configurations(fields, message):

@@ -19,6 +19,7 @@ from ponet_kernels import (
     fused_pooling,
     global_aggregation,
     global_mean,
+    local_pooling,
     segment_max,
     use_backend,
 )
@@ -34,6 +35,8 @@ ABSENT = {"use_segment": False, "use_local": False}
 SIZES = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64}
 SIZES |= {"num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64}
 CONFIG = PoNetConfig(**SIZES, hidden_dropout_prob=0.0)
+AVERAGE = CONFIG.replace(segment_pooling="average", local_pooling="average", local_window=5)
+configs = pytest.mark.parametrize("config", [CONFIG, AVERAGE], ids=["max", "average"])
 
 pytest.importorskip("triton")
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -61,7 +64,8 @@ def every_operator(x: Tensor, values: Tensor, *parameters: Any) -> Tensor:
     layout = parameters[-1]
     g = global_aggregation(x, *parameters[:-1], 2, layout)
     fused = fused_pooling(g + global_mean(x, layout), values, layout)
-    return fused.sum() + segment_max(x, layout).square().sum()
+    local = local_pooling(x, layout, 5) * local_pooling(x, layout, 7, average=True)
+    return fused.sum() + local.sum() + segment_max(x, layout).square().sum()
 
 
 def out_and_gradients(function: Callable[..., Tensor], layout: PackedLayout) -> list[Tensor]:
@@ -122,10 +126,10 @@ def test_gradients_of_gradients_are_refused():
         torch.autograd.grad(out, values, create_graph=True)
 
 
-def new_encoder() -> Encoder:
+def new_encoder(config: PoNetConfig = CONFIG) -> Encoder:
     torch.manual_seed(0)
     torch._dynamo.reset()
-    return Encoder(CONFIG).to(DEVICE)
+    return Encoder(config).to(DEVICE)
 
 
 def layout(lengths: list[int]) -> BatchLayout:
@@ -143,8 +147,9 @@ def encode(encoder: Callable, hidden: Tensor, layout: BatchLayout) -> tuple[Tens
 
 
 @backends
-def test_encoder_compiles_without_graph_breaks(backend):
-    encoder = new_encoder()
+@configs
+def test_encoder_compiles_without_graph_breaks(backend, config):
+    encoder = new_encoder(config)
     # without a GPU nothing may need a compiler, so the graph is run as it was traced
     how = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = torch.compile(encoder, fullgraph=True, backend=how)
@@ -172,8 +177,9 @@ def test_activation_checkpointing_changes_nothing(backend):
 
 
 @backends
-def test_autocast_trains_in_bf16_and_keeps_fp32_gradients(backend):
-    encoder, hidden, places = new_encoder(), random(20, 32), layout([7, 13])
+@configs
+def test_autocast_trains_in_bf16_and_keeps_fp32_gradients(backend, config):
+    encoder, hidden, places = new_encoder(config), random(20, 32), layout([7, 13])
     seen: list[torch.dtype] = []
     with use_backend(backend):
         exact, exact_gradient = encode(encoder, hidden, places)
@@ -193,11 +199,12 @@ class LastState(PoNetModel):
         return super().forward(ids, mask).last_hidden_state
 
 
-def test_model_exports_for_any_batch_and_length(tmp_path):
+@configs
+def test_model_exports_for_any_batch_and_length(tmp_path, config):
     """The exported program runs in a process that knows the operators alone."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = LastState(CONFIG, add_pooler=False).eval()
+    model = LastState(config, add_pooler=False).eval()
     rows = torch.randint(0, 200, (2, 40))
     rows[:, 0] = 101
     mask = torch.ones_like(rows, dtype=torch.bool)
@@ -206,8 +213,11 @@ def test_model_exports_for_any_batch_and_length(tmp_path):
         shapes = (free, free)
         program = torch.export.export(model, (rows, mask), dynamic_shapes=shapes, strict=False)
         # as in the model itself: no queries and keys of every token
-        called = {str(node.target) for node in program.graph.nodes if "ponet" in str(node.target)}
-        assert called == {"ponet.global_aggregation.default", "ponet.fused_pooling.default"}
+        expected = {"global_aggregation", "fused_pooling"}
+        expected |= {"global_mean", "local_pooling"} if config is AVERAGE else set()
+        targets = {str(node.target) for node in program.graph.nodes}
+        called = {name for name in targets if name.startswith("ponet.")}
+        assert called == {f"ponet.{name}.default" for name in expected}
         other = torch.randint(0, 200, (3, 17))
         ragged = torch.arange(17) < torch.tensor([[17], [9], [1]])
         expected = model(other, ragged)
@@ -283,7 +293,8 @@ def test_empty_streams(backend, lengths):
         assert global_mean(empty, layout).tolist() == [[0.0] * WIDTH] * B
         out = fused_pooling(g, values, layout)
         pooled = global_aggregation(empty, square, bias, square, bias, 2, layout)
-        (out.sum() + pooled.sum()).backward()
+        local = local_pooling(empty, layout, 5) + local_pooling(empty, layout, 5, average=True)
+        (out.sum() + pooled.sum() + local.sum()).backward()
     assert out.shape == (0, WIDTH)
     assert not g.grad.any()
     assert torch.equal(pooled, bias.expand(B, -1))

@@ -34,6 +34,7 @@ PAGES = (
     "docs/benchmarks.md",
     "docs/kernels.md",
     "docs/differences.md",
+    "docs/pooling.md",
     # last, because it adds a mixer to the library
     "docs/your_own_mixer.md",
 )

@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 CORPUS = make_corpus([[6] * 40] * 8)
 SETTINGS = make_settings(CORPUS, 32)
 MIXERS = ["ponet", "attention", "fnet", "linformer", "nystromformer"]
+AVERAGE = {"segment_pooling": "average", "local_pooling": "average"}
 
 
 def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[MicroBatch]]:
@@ -42,9 +43,12 @@ def pretraining(mixer: str, **changes: Any) -> tuple[Engine, list[MicroBatch]]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_pretraining_steps_and_evaluation(mixer, precision):
-    engine, batches = pretraining(mixer, precision=precision)
+@pytest.mark.parametrize(
+    ("mixer", "changes"),
+    [*((mixer, {}) for mixer in MIXERS), ("ponet", AVERAGE), ("ponet", {"local_window": 5})],
+)
+def test_pretraining_steps_and_evaluation(mixer, changes, precision):
+    engine, batches = pretraining(mixer, precision=precision, **changes)
     with as_on_a_gpu() as found:
         for _ in range(2):
             _, norm = train_step(engine, iter(batches), LossSums(CPU), seed=0, want_norm=True)

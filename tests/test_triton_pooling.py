@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ponet_kernels import token_marks
-from ponet_kernels.layout import SEES_LEFT, SPECIAL
-from ponet_kernels.reference import local_max_ref, pooling_fusion_ref, segment_max_ref
+from ponet_kernels.layout import SPECIAL
+from ponet_kernels.reference import local_pooling_ref, pooling_fusion_ref, segment_max_ref
 from ponet_kernels.testing import assert_close, relative_error
 from tests.streams import DEVICE, Columns, huge, offsets, owners, random, ties, views
 
@@ -149,9 +149,7 @@ class FusionCase:
         if s is not None:
             s = s.index_fill(0, token_segments[special], 0.0)
         if local is not None:
-            starts = ((marks & SEES_LEFT) == 0).nonzero().squeeze(1)
-            cu_runs = torch.cat([starts, starts.new_tensor([len(marks)])])
-            local = local_max_ref(local, cu_runs).index_fill(0, special, 0.0)
+            local = local_pooling_ref(local, marks)
         out = pooling_fusion_ref(g, s, o, local, token_segments, sequences)
         found = iter(gradients(out, [leaf for leaf in leaves if leaf is not None], self.grad))
         return [out.detach(), *(None if leaf is None else next(found) for leaf in leaves)]

@@ -7,6 +7,7 @@ A layout is made once per batch, best on the host: nothing here reads from a dev
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -86,6 +87,17 @@ class PackedLayout:
     def token_sequences(self) -> Tensor:
         """`[T]` int64, the sequence of each token."""
         return self.segment_sequences.index_select(0, self.token_segments)
+
+    @cached_property
+    def by_segment(self) -> "PackedLayout":
+        """The same with segments for sequences: global operators work on segments then."""
+        owners = self.segment_sequences
+        return replace(
+            self,
+            cu_seqlens=self.cu_segments,
+            segment_sequences=torch.arange(owners.shape[0], device=owners.device),
+            max_seqlen=self.max_segment_len,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ponet_kernels.layout import SEES_LEFT, PackedLayout
+from ponet_kernels.layout import SEES_LEFT, SPECIAL, PackedLayout
 
 
 def _spans(offsets: Tensor) -> list[tuple[int, int]]:
@@ -28,14 +28,23 @@ def segment_max_ref(x: Tensor, cu_segments: Tensor) -> Tensor:
     return torch.stack(rows) if rows else x.new_empty(0, x.shape[1])
 
 
-def local_max_ref(x: Tensor, cu_runs: Tensor) -> Tensor:
-    """L_t = element-wise max of x over the tokens t-1, t, t+1 that lie in the run of t."""
-    rows = [
-        _max_over_tokens(x[max(start, t - 1) : min(end, t + 2)])
+def local_pooling_ref(
+    x: Tensor, token_marks: Tensor, window: int = 3, average: bool = False
+) -> Tensor:
+    """L_t = max or mean of x over the `window` tokens around t that lie in its run; 0 if special.
+
+    Windows have stride 1; the mean is over the tokens that are there.
+    """
+    starts = ((token_marks & SEES_LEFT) == 0).nonzero().squeeze(1)
+    cu_runs, reach = torch.cat([starts, starts.new_tensor([len(x)])]), window // 2
+    windows = [
+        x[max(start, t - reach) : min(end, t + reach + 1)]
         for start, end in _spans(cu_runs)
         for t in range(start, end)
     ]
-    return torch.stack(rows) if rows else x.new_empty(0, x.shape[1])
+    rows = [tokens.mean(dim=0) if average else _max_over_tokens(tokens) for tokens in windows]
+    local = torch.stack(rows) if rows else x.new_empty(0, x.shape[1])
+    return local.index_fill(0, ((token_marks & SPECIAL) != 0).nonzero().squeeze(1), 0.0)
 
 
 def global_mean_ref(x: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -101,15 +110,13 @@ def fused_pooling_ref(
     layout: PackedLayout,
 ) -> Tensor:
     """Both max-poolings and the fusion, with S and L zero at special tokens."""
-    special = layout.special.nonzero().squeeze(1)
     maxima, local = None, None
     if segment_values is not None:
+        special = layout.special.nonzero().squeeze(1)
         maxima = segment_max_ref(segment_values, layout.cu_segments)
         maxima = maxima.index_fill(0, layout.token_segments[special], 0.0)
     if local_values is not None:
-        starts = ((layout.token_marks & SEES_LEFT) == 0).nonzero().squeeze(1)
-        cu_runs = torch.cat([starts, starts.new_tensor([len(output)])])
-        local = local_max_ref(local_values, cu_runs).index_fill(0, special, 0.0)
+        local = local_pooling_ref(local_values, layout.token_marks)
     return pooling_fusion_ref(
         global_vectors, maxima, output, local, layout.token_segments, layout.segment_sequences
     )

@@ -1,6 +1,8 @@
-"""The PoNet token mixer: global aggregation, segment and local max-pooling, and their fusion.
+"""The PoNet token mixer: global aggregation, segment and local pooling, and their fusion.
 
-PoNet, arXiv 2110.02442, section 3; out_t = (g' + S_{j(t)}) * O_t + L_t, then one projection.
+PoNet, arXiv 2110.02442, section 3; out_t = (g' + S_{j(t)}) * O_t + L_t, then one projection. S and
+L are maxima, L over three tokens; the configuration may ask for averages or other windows, for
+which the kernels of maxima have an empty place and the term is added.
 """
 
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from ponet_kernels import (
     fused_pooling,
     global_aggregation,
     global_mean,
+    local_pooling,
     multi_granularity_pooling,
 )
 
@@ -29,6 +32,9 @@ class PoNetMixer(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
+        self.has_segment_maxima = config.use_segment and config.segment_pooling == "max"
+        windows = (config.local_pooling, config.local_window)
+        self.has_local_maxima = config.use_local and windows == ("max", 3)
         if config.use_global:
             self.query = nn.Linear(width, width)
         if config.use_global and config.use_global_second_stage:
@@ -47,32 +53,49 @@ class PoNetMixer(nn.Module):
         if plain is not None:
             heads = self.config.num_attention_heads
             return self.dense(multi_granularity_pooling(hidden, plain, heads, layout))
+        config, values = self.config, self.project(hidden)
         mixed = fused_pooling(
-            self.pool_sequences(hidden, layout) if self.config.use_global else None,
-            self.project(hidden),
+            self.pool_sequences(hidden, layout) if config.use_global else None,
+            values,
             layout,
-            use_segment=self.config.use_segment,
-            use_local=self.config.use_local,
+            use_segment=self.has_segment_maxima,
+            use_local=self.has_local_maxima,
         )
+        if config.use_segment and not self.has_segment_maxima:
+            mixed = mixed + self.fuse_segment_means(values[:, : config.hidden_size], hidden, layout)
+        if config.use_local and not self.has_local_maxima:
+            average = config.local_pooling == "average"
+            window = config.local_window
+            mixed = mixed + local_pooling(self.local(hidden), layout, window, average=average)
         return self.dense(mixed)
 
     def plain_projections(self) -> list[tuple[Tensor, Tensor]] | None:
-        """Weight and bias of all five; None where an ablation or an adapter changes the block."""
+        """Weight and bias of all five; None where a setting or an adapter changes the block."""
         config = self.config
         if not (config.use_global and config.use_global_second_stage):
             return None
-        if not (config.use_segment and config.use_local):
+        if not (self.has_segment_maxima and self.has_local_maxima):
             return None
         return all_plain((self.query, self.key, self.output, self.segment, self.local))
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Output, segment and local projections of each token, side by side: `[T, 3 C]`."""
+        """Output, segment and local projections of each token, side by side: `[T, 3 C]`.
+
+        Without those that are not used for the published maxima.
+        """
         parts = [self.output]
-        if self.config.use_segment:
+        if self.has_segment_maxima:
             parts.append(self.segment)
-        if self.config.use_local:
+        if self.has_local_maxima:
             parts.append(self.local)
         return project_together(hidden, parts)
+
+    def fuse_segment_means(self, output: Tensor, hidden: Tensor, layout: BatchLayout) -> Tensor:
+        """S_{j(t)} * O_t with the mean of each segment for S, zero at special tokens: `[T, C]`."""
+        kept = self.segment(hidden).masked_fill(layout.special.unsqueeze(1), 0.0)
+        segments = layout.by_segment
+        means = global_mean(kept, segments)
+        return fused_pooling(means, output, segments, use_segment=False, use_local=False)
 
     def pool_sequences(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """g' of each sequence, or g when the second stage is off: `[B, C]`."""

@@ -1,7 +1,7 @@
 """The PoNet mixer as published: five projections of every token, rectangles, masks.
 
 The readable reference of `ponet.mixers.pooling` and the baseline of the benchmarks. Same
-parameters, same function.
+parameters, same function. It has the published poolings only.
 """
 
 import torch
@@ -9,13 +9,28 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from ponet.config import ConfigError, PoNetConfig
 from ponet.mixers.pooling import PoNetMixer
 from ponet.packing import BatchLayout
 from ponet_kernels.layout import SEES_LEFT
 
 
 class PublishedPoNetMixer(PoNetMixer):
-    """Eager PyTorch on rows `[B, N, C]`, made from the stream and turned back into it."""
+    """Eager PyTorch on rows `[B, N, C]`, made from the stream and turned back into it.
+
+    Raises:
+        ConfigError: the configuration asks for other poolings than the published.
+    """
+
+    def __init__(self, config: PoNetConfig) -> None:
+        super().__init__(config)
+        for name in ("segment_pooling", "local_pooling", "local_window"):
+            published, found = getattr(PoNetConfig, name), getattr(config, name)
+            if found != published:
+                raise ConfigError(
+                    f"mixer ponet_published: {name} must be {published}, found {found}; "
+                    "the mixer ponet has others"
+                )
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         rows, config = layout.rows.from_stream(hidden), self.config
