@@ -145,7 +145,14 @@ def _tests(tiny: bool) -> list[str]:
     return [*sorted(str(path.relative_to(ROOT)) for path in paths), "-m", "gpu", *workers]
 
 
-def run_command(command: list[str], seconds: float, output: Path, tiny: bool) -> str:
+def run_command(
+    command: list[str],
+    seconds: float | None,
+    output: Path,
+    *,
+    tiny: bool = False,
+    folder: Path = ROOT,
+) -> str:
     """Run a command in a group of its own, which is gone afterwards: ok, or how it ended."""
     threads = {"OMP_NUM_THREADS": "1"} if tiny else {}
     with output.open("wb") as file:
@@ -154,7 +161,7 @@ def run_command(command: list[str], seconds: float, output: Path, tiny: bool) ->
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            cwd=ROOT,
+            cwd=folder,
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | threads,
             start_new_session=True,
         )
@@ -181,7 +188,7 @@ def measure_part(part: Part, options: argparse.Namespace, left: float) -> Row:
     with tempfile.TemporaryDirectory(prefix="gpu-report-") as scratch:
         command = command_of(part, options, scratch, seconds)
         output = Path(scratch, "output.txt")
-        state = run_command(command, seconds, output, options.tiny)
+        state = run_command(command, seconds, output, tiny=options.tiny)
         state = "cut short" if state == "timeout" and seconds < longest else state
         printed = output.read_text(errors="replace").splitlines()
         # a record is the line of a file, or one that is printed, which the log can spare

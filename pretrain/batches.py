@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ponet.batch import HostBatch
+from ponet.model import IGNORED_LABEL
 from ponet.packing import BatchLayout, layout_of_segments
 from pretrain.examples import ExamplePlan, ExampleSettings, TokenCorpus, draw_batch, plan_epoch
 
@@ -201,7 +202,7 @@ class MicroBatch:
     masked: int
     """M, tokens to predict."""
     sequences: int
-    """Sentence pairs to judge: B, 0 for "mlm"."""
+    """Sentence pairs to judge, at most B."""
 
     def pin_memory(self) -> Self:
         """Move the tensors to page-locked memory; a `DataLoader` calls it."""
@@ -227,7 +228,7 @@ class PackedDataset(Dataset[MicroBatch]):
             slot=slot,
             tokens=len(tensors["input_ids"]),
             masked=len(tensors["labels"]),
-            sequences=len(plan) if self.settings.num_labels else 0,
+            sequences=int((plan.label != IGNORED_LABEL).sum()),
         )
 
     def _layout(self, arrays: dict[str, np.ndarray]) -> BatchLayout:

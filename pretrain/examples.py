@@ -2,15 +2,15 @@
 
 An example is `[CLS] A [SEP] B [SEP]`, A and B being consecutive sentences of one document; SSO
 (PoNet, arXiv 2110.02442, section 3.2) asks whether B follows A, precedes it, or comes from another
-document. `plan_epoch` decides where every example of an epoch lies, and reads no token for it;
-`draw_batch` turns any selection of these rows into one packed batch of masked tokens.
+document. Neither the lengths of A and B nor where they begin and end tell the answer. `plan_epoch`
+decides where every example of an epoch lies, and reads no token for it; `draw_batch` turns
+any selection of these rows into one packed batch of masked tokens.
 
 Every random decision is a counter-based hash of (seed, epoch, first token of the example), for
 masking also of the position in the example. So an example is the same in whatever batch, process
 or resumed run it is drawn.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -38,9 +38,8 @@ class _Draw(IntEnum):
     TARGET = 2
     SPLIT = 3
     LABEL = 4
-    OTHER_DOCUMENT = 5
-    OTHER_SENTENCE = 6
-    MASKING = 7
+    DIRECTION = 5
+    MASKING = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +85,9 @@ class ExampleSettings:
         return OBJECTIVES[self.objective]
 
     @property
-    def num_parts(self) -> int:
-        """Parts of an example, each with at least one token of text and a [SEP]: A and B, or A."""
-        return 2 if self.num_labels else 1
-
-    @property
     def max_text_tokens(self) -> int:
         """Most tokens of text in an example: what [CLS] and every [SEP] leave of `seq_len`."""
-        return self.seq_len - 1 - self.num_parts
+        return self.seq_len - (3 if self.num_labels else 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +105,9 @@ class ExamplePlan:
     a_end: np.ndarray
     b_start: np.ndarray
     b_end: np.ndarray
-    """End of part B; equal to `b_start` for "mlm"."""
+    """End of part B; equal to `b_start` where there is A alone, without a label."""
     label: np.ndarray
-    """SSO: 0 B follows A, 1 swapped, 2 B of another document. NSP: 0, 1. MLM: -100. `int64`."""
+    """SSO: 0 B follows A, 1 swapped, 2 B of another document. NSP: 0, 1. None: -100. `int64`."""
     length: np.ndarray
     """Tokens of the example with its special tokens, `int64`."""
 
@@ -151,14 +145,16 @@ def plan_epoch(
 
     An example takes whole sentences of one document until the next would pass its target: the most
     that `seq_len` allows, or with `short_sequence_probability` a uniform smaller length. A first
-    sentence longer than the target is taken whole if it fits into `seq_len`, otherwise in pieces:
-    the next example goes on in the middle of the sentence, so no text is lost but a last token too
-    short for two parts. A and B meet at a uniformly drawn sentence boundary, within a single
-    sentence at a uniform token boundary.
+    sentence longer than the target is taken whole if it fits into `seq_len`, otherwise in pieces.
+    A sentence that did not fit opens the next example and is a long one, so half of the documents,
+    drawn per epoch, are cut from their end to their beginning: either part may be the longer.
 
-    A B from another document is as many whole sentences as fit into the original B's length (at
-    least one, cut only by `seq_len`): a ragged end alone would tell the label. The original B
-    counts as consumed, as in the published builder; another epoch cuts and labels otherwise.
+    Two sentences or more are parted at a uniformly drawn boundary. Other text, a sentence or pieces
+    of one, is A alone and has no label: where a sentence breaks would tell the order.
+
+    Examples with text of another document exchange their second parts, each for one of nearly its
+    size (equal in a text of some size), so that they look like those in order and show all text. An
+    example for whose part no other document has one gets no label.
 
     Raises:
         ValueError: If an objective needs text of another document and there is none.
@@ -172,19 +168,24 @@ def plan_epoch(
     documents = np.sort(documents)
     owner, key, start, end = _cut_documents(corpus, documents, settings, seed, epoch)
     split, label = end, np.full(len(key), IGNORED_LABEL)
+    # whose second part an example shows
+    source = np.arange(len(key))
     if settings.num_labels:
         split = _split_points(corpus.sentence_offsets, key, start, end)
-        label = _choose(key, _Draw.LABEL, np.int64(settings.num_labels))
+        drawn = _choose(key, _Draw.LABEL, np.int64(settings.num_labels))
+        label = np.where(split < end, drawn, IGNORED_LABEL)
+        foreign = np.flatnonzero(label == settings.num_labels - 1)
+        room = settings.max_text_tokens - (split - start)
+        partner = _partners(owner[foreign], (end - split)[foreign], room[foreign], key[foreign])
+        source[foreign] = foreign[partner]
+        # no other document has a part that fits
+        alone = foreign[source[foreign] == foreign]
+        label[alone] = IGNORED_LABEL
     swapped = (label == 1) & (settings.objective == "mlm+sso")
     a_start, a_end = np.where(swapped, split, start), np.where(swapped, end, split)
-    b_start, b_end = np.where(swapped, start, split), np.where(swapped, split, end)
-    if settings.num_labels:
-        foreign = np.flatnonzero(label == settings.num_labels - 1)
-        wanted = (end - split)[foreign]
-        room = (settings.max_text_tokens - (split - start))[foreign]
-        b_start[foreign], b_end[foreign] = _foreign_ranges(
-            corpus, documents, owner[foreign], wanted, room, key[foreign]
-        )
+    b_start, b_end = np.where(swapped, start, split[source]), np.where(swapped, split, end[source])
+    unlabelled = label == IGNORED_LABEL
+    a_end[unlabelled] = b_start[unlabelled] = b_end[unlabelled] = end[unlabelled]
     return ExamplePlan(
         key=key,
         start=start,
@@ -194,7 +195,7 @@ def plan_epoch(
         b_start=b_start,
         b_end=b_end,
         label=label,
-        length=(a_end - a_start) + (b_end - b_start) + 1 + settings.num_parts,
+        length=(a_end - a_start) + (b_end - b_start) + np.where(unlabelled, 2, 3),
     )
 
 
@@ -250,6 +251,21 @@ def draw_batch(
     }
 
 
+def length_baseline(plan: ExamplePlan) -> float:
+    """Share of the sentence labels that the lengths of A and B tell: near that of the commonest.
+
+    It guesses every other label: the commonest among the rest in the same of 8 x 8 quantile bins.
+    """
+    labelled = plan.take(np.flatnonzero(plan.label != IGNORED_LABEL))
+    bins = np.zeros(len(labelled), dtype=np.int64)
+    for sizes in (labelled.a_end - labelled.a_start, labelled.b_end - labelled.b_start):
+        edges = np.quantile(sizes, np.arange(1, 8) / 8)
+        bins = 8 * bins + np.searchsorted(edges, sizes, side="right")
+    counts = np.zeros((64, labelled.label.max() + 1))
+    np.add.at(counts, (bins[::2], labelled.label[::2]), 1)
+    return float(np.mean(counts.argmax(axis=1)[bins[1::2]] == labelled.label[1::2]))
+
+
 def concatenate_ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """`[starts[0], ..., ends[0] - 1, starts[1], ...]`, the indices of many ranges."""
     counts = ends - starts
@@ -259,73 +275,68 @@ def concatenate_ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 def _cut_documents(
     corpus: TokenCorpus, documents: np.ndarray, settings: ExampleSettings, seed: int, epoch: int
-) -> Iterator[np.ndarray]:
+) -> tuple[np.ndarray, ...]:
     """Index into `documents`, key, start and end of the examples' text, in order of start."""
-    sentences, longest = corpus.sentence_offsets, settings.max_text_tokens
+    total, longest = corpus.sentence_offsets[-1], settings.max_text_tokens
+    # what is cut backward lies mirrored beyond the end of the corpus
+    sentences = corpus.sentence_offsets
+    sentences = np.concatenate([sentences, 2 * total - sentences[-2::-1]])
     start = sentences[corpus.document_offsets[documents]]
     stop = sentences[corpus.document_offsets[documents + 1]]
+    backward = _draw_bits(_example_key(seed, epoch, start), _Draw.DIRECTION) >> 63 == 1
+    start[backward], stop[backward] = 2 * total - stop[backward], 2 * total - start[backward]
     owner = np.arange(len(documents))
     rounds = []
     # the next example of all documents that have one
     while len(start):
-        alive = stop - start >= settings.num_parts
-        owner, start, stop = owner[alive], start[alive], stop[alive]
         key = _example_key(seed, epoch, start)
         is_short = _to_uniform(_draw_bits(key, _Draw.SHORT)) < settings.short_sequence_probability
         short = 2 + _choose(key, _Draw.TARGET, np.int64(longest - 1))
         limit = start + np.where(is_short, short, longest)
         # the last boundary within the limit; it may lie before the start or beyond the document
         whole = sentences[np.searchsorted(sentences, limit, side="right") - 1]
-        # the first boundary that leaves text for every part, since a sentence may be one token
-        needed = np.minimum(start + settings.num_parts, stop)
-        first = sentences[np.searchsorted(sentences, needed, side="left")]
+        first = sentences[np.searchsorted(sentences, start, side="right")]
         end = np.minimum(np.maximum(whole, np.minimum(first, start + longest)), stop)
-        rounds.append((owner, key, start, end))
-        start = end
-    columns = [np.concatenate(column) for column in zip(*rounds, strict=True)]
-    order = np.argsort(columns[2])
-    return (column[order] for column in columns)
+        rounds.append((owner, start, end))
+        alive = end < stop
+        owner, start, stop = owner[alive], end[alive], stop[alive]
+    owner, start, end = (np.concatenate(column) for column in zip(*rounds, strict=True))
+    backward = start >= total
+    start[backward], end[backward] = 2 * total - end[backward], 2 * total - start[backward]
+    order = np.argsort(start)
+    start = start[order]
+    return owner[order], _example_key(seed, epoch, start), start, end[order]
 
 
 def _split_points(
     sentences: np.ndarray, key: np.ndarray, start: np.ndarray, end: np.ndarray
 ) -> np.ndarray:
-    """Where A ends and B begins, `int64` `[E]`, strictly between start and end."""
+    """Where A ends and B begins, `int64` `[E]`: `end` where there are not two whole sentences."""
     first, last = _inner_boundaries(sentences, start, end)
-    count = last - first
-    at_sentence = sentences[first + _choose(key, _Draw.SPLIT, np.maximum(count, 1))]
-    at_token = start + 1 + _choose(key, _Draw.SPLIT, end - start - 1)
-    return np.where(count > 0, at_sentence, at_token)
+    whole = (sentences[first - 1] == start) & (sentences[last] == end) & (last > first)
+    return np.where(whole, sentences[first + _choose(key, _Draw.SPLIT, last - first)], end)
 
 
-def _foreign_ranges(
-    corpus: TokenCorpus,
-    documents: np.ndarray,
-    owner: np.ndarray,
-    wanted: np.ndarray,
-    room: np.ndarray,
-    key: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw sentences of another document, a part of one only where even that leaves no room.
+def _partners(
+    document: np.ndarray, size: np.ndarray, room: np.ndarray, key: np.ndarray
+) -> np.ndarray:
+    """For each part the one of another document that is nearest in size and fits into its `room`.
 
-    Text begins where at least `wanted` tokens follow, in shorter documents at their beginning. It
-    has no more, but for a first sentence that is longer: that has at most `room`. The own document
-    of an example is `documents[owner]`.
+    Among equals chance decides; a part without a partner gets itself. Indices `int64` `[E]`.
     """
-    sentences, document_offsets = corpus.sentence_offsets, corpus.document_offsets
-    other = _choose(key, _Draw.OTHER_DOCUMENT, np.int64(len(documents) - 1))
-    # skipping the own document keeps the draw uniform over the others
-    other = documents[other + (other >= owner)]
-    first, last = document_offsets[other], document_offsets[other + 1]
-    drawn = first + _choose(key, _Draw.OTHER_SENTENCE, last - first)
-    stop = sentences[last]
-    # too near the end of the document: move back to the last sentence with enough text after it
-    enough = np.searchsorted(sentences, stop - wanted, side="right") - 1
-    start = sentences[np.maximum(np.minimum(drawn, enough), first)]
-    # whole sentences: text that stops in the middle of one would give the label away
-    whole = sentences[np.searchsorted(sentences, np.minimum(start + wanted, stop), "right") - 1]
-    first_end = sentences[np.searchsorted(sentences, start, side="right")]
-    return start, np.where(whole > start, whole, np.minimum(first_end, start + room))
+    order = np.lexsort((key, size))
+    document, size, room = document[order], size[order], room[order]
+    # runs of one document; partners are the neighbours of a run
+    changes = np.flatnonzero(document[1:] != document[:-1]) + 1
+    run = np.searchsorted(changes, np.arange(len(order)), side="right")
+    before = np.concatenate([[0], changes])[run] - 1
+    after = np.concatenate([changes, [-1]])[run]
+    fits = (after >= 0) & (size[after] <= room)
+    nearer = fits & ((before < 0) | (size[after] - size < size - size[before]))
+    chosen = np.where(nearer, after, np.where(before < 0, np.arange(len(order)), before))
+    partner = np.empty_like(order)
+    partner[order] = order[chosen]
+    return partner
 
 
 def _inner_boundaries(

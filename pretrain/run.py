@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ponet import PoNetForPreTraining
 from ponet.files import write_json, write_text
-from ponet.model import PreTrainingOutput
+from ponet.model import IGNORED_LABEL, PreTrainingOutput
 from ponet.run.cli import UsageError, errors_in_one_line, read_yaml
 from ponet.run.device import matmul_rate, peak_memory_mib, source_commit, training_flops
 from ponet.run.log import MetricsWriter, describe, log_steps, set_up_logging
@@ -43,7 +43,7 @@ from pretrain.batches import MicroBatch, MicroBatchSampler, evaluation_batches, 
 from pretrain.checkpoints import CheckpointStore, RunPosition
 from pretrain.corpus import Corpus, prepare
 from pretrain.engine import Engine, Ranks, build_engine, check_engine, join_ranks, needs_deepspeed
-from pretrain.examples import split_documents
+from pretrain.examples import length_baseline, split_documents
 from pretrain.settings import PretrainConfig, parse
 
 logger = logging.getLogger("pretrain")
@@ -80,6 +80,8 @@ def pretrain(config: PretrainConfig, preset: str, ranks: Ranks, began: float) ->
     position = store.restore(engine) if resumed else RunPosition()
     sampler, held_out = build_batches(config, tokenizer, corpus, ranks, position)
     baselines = majority_baselines(corpus, held_out)
+    if "sso_baseline" in baselines:
+        baselines["sso_length_baseline"] = length_baseline(sampler.first_epoch.plan)
     if ranks.rank == 0 and not resumed:
         record_run(folder, config, tokenizer, corpus, ranks)
     with MetricsWriter(folder, rank=ranks.rank, resume_step=position.step) as writer:
@@ -358,8 +360,9 @@ def majority_baselines(corpus: Corpus, batches: list[MicroBatch]) -> dict[str, f
     labels = torch.cat([tensors["labels"] for tensors in inputs])
     shares = {"mlm_baseline": float((labels == most_frequent).double().mean())}
     classes = torch.cat([tensors["sso_labels"] for tensors in inputs])
+    classes = classes[classes != IGNORED_LABEL]
     # "mlm" labels no sentences
-    if (classes >= 0).all():
+    if len(classes):
         shares["sso_baseline"] = float(classes.bincount().max() / len(classes))
     return shares
 

@@ -57,6 +57,8 @@ class PretrainConfig:
     """Width inside the feed-forward sub-layer."""
     dropout: float = 0.1
     """Dropout probability."""
+    attention_probs_dropout_prob: float = 0.0
+    """Dropout of attention probabilities in mixers that have them; published BERT: 0.1."""
     initializer_range: float = 0.02
     """Standard deviation of initial weights. BERT's 0.02 belongs to a width of 768; what a layer
     adds to the residual stays the same at other widths with 0.02 * sqrt(768 / width)."""
@@ -138,6 +140,9 @@ class PretrainConfig:
         require(0 < fraction < 1, "validation_fraction", "between 0 and 1", fraction)
         window = self.local_window
         require(window > 0 and window % 2 == 1, "local_window", "odd and at least 1", window)
+        for name in ("dropout", "attention_probs_dropout_prob"):
+            value = getattr(self, name)
+            require(0 <= value < 1, name, "at least 0 and below 1", value)
         tokens, micro = self.batch_tokens, self.micro_batch_tokens
         multiple = f"a multiple of --micro-batch-tokens {micro}"
         require(tokens % micro == 0, "batch_tokens", multiple, tokens)

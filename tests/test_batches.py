@@ -147,7 +147,7 @@ def test_layout_and_masked_places_are_what_the_model_would_find(objective) -> No
         assert layout.max_seqlen == expected.max_seqlen
         assert layout.max_segment_len == expected.max_segment_len
         assert (layout.rows.num_rows, layout.rows.length) == (len(item[3]), expected.max_seqlen)
-        assert batch.sequences == (0 if objective == "mlm" else len(item[3]))
+        assert batch.sequences == (item[3].label >= 0).sum()
         assert (batch.epoch, batch.step, batch.slot) == item[:3]
         assert batch.tokens == len(drawn["input_ids"]) <= 512
         assert batch.masked == len(drawn["labels"])
@@ -161,7 +161,7 @@ def test_evaluation_set_is_fixed() -> None:
     )
     assert_same_batches(first, everything[:3])
     examples = sum(batch.sequences for batch in everything)
-    assert examples == len(plan_epoch(CORPUS, DOCUMENTS[:4], SETTINGS, 9, 0))
+    assert examples == (plan_epoch(CORPUS, DOCUMENTS[:4], SETTINGS, 9, 0).label >= 0).sum()
 
 
 def test_unusable_batch_settings_are_refused() -> None:

@@ -8,17 +8,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from ponet.run.cli import UsageError
+from ponet.tokenizer import load_tokenizer
+from pretrain.corpus import build_corpus
 from pretrain.examples import (
     ExamplePlan,
     ExampleSettings,
     TokenCorpus,
     concatenate_ranges,
     draw_batch,
+    length_baseline,
     plan_epoch,
     split_documents,
 )
+from pretrain.sources import iter_documents
 from tests.corpora import CLS, FIRST_ID, MASK, SEP, make_corpus, make_settings, realistic_corpus
 
 
@@ -77,26 +83,20 @@ arguments = {
 def test_plan_invariants(corpus, seq_len, short, objective, seed) -> None:
     config = make_settings(corpus, seq_len, short_sequence_probability=short, objective=objective)
     plan = plan_of(corpus, config, seed, epoch=2)
+    has_b = plan.b_end > plan.b_start
     text = (plan.a_end - plan.a_start) + (plan.b_end - plan.b_start)
-    assert (plan.length == text + 1 + config.num_parts).all()
+    assert (plan.length == text + 2 + has_b).all()
     assert (plan.length <= seq_len).all()
     assert (plan.a_start < plan.a_end).all()
-
-    # in order, each token once, but for the last one of a document that fills no two parts
+    assert (has_b == (plan.label >= 0)).all()
+    # in order, each token once
     covered = concatenate_ranges(plan.start, plan.end)
-    assert (np.diff(covered) > 0).all()
-    last = corpus.sentence_offsets[corpus.document_offsets[1:]] - 1
-    dropped = np.setdiff1d(np.arange(len(corpus.tokens)), covered)
-    assert np.isin(dropped, last).all() if objective != "mlm" else len(dropped) == 0
-
+    assert covered.tolist() == list(range(len(corpus.tokens)))
     assert (document_of(corpus, plan.start) == document_of(corpus, plan.end - 1)).all()
-    check_cuts(corpus, plan, config)
-    if objective == "mlm":
-        assert (plan.label == -100).all()
-        for one, other in (("b_start", "b_end"), ("a_start", "start"), ("a_end", "end")):
-            assert (getattr(plan, one) == getattr(plan, other)).all()
-    else:
-        check_pairs(corpus, plan, config)
+    if short == 0:
+        check_cuts(corpus, plan, config)
+    assert not has_b.any() if objective == "mlm" else True
+    check_pairs(corpus, plan, config)
 
 
 def document_of(corpus: TokenCorpus, token: np.ndarray) -> np.ndarray:
@@ -105,44 +105,54 @@ def document_of(corpus: TokenCorpus, token: np.ndarray) -> np.ndarray:
 
 
 def check_cuts(corpus: TokenCorpus, plan: ExamplePlan, config: ExampleSettings) -> None:
-    """An example ends at a sentence, or is as long as it may be without one fitting."""
-    boundaries = set(corpus.sentence_offsets.tolist())
-    document_ends = set(corpus.sentence_offsets[corpus.document_offsets].tolist())
-    for start, end in zip(plan.start.tolist(), plan.end.tolist(), strict=True):
-        if end not in boundaries:
-            assert end - start == config.max_text_tokens
-            assert boundaries.isdisjoint(range(start + config.num_parts, end))
-        elif end not in document_ends and config.short_sequence_probability == 0:
-            following = min(b for b in boundaries if b > end)
-            assert following - start > config.max_text_tokens
+    """A document is cut as a hand cuts it, from its beginning or from its end."""
+    sizes, owner = np.diff(corpus.sentence_offsets), document_of(corpus, plan.start)
+    for document, (first, last) in enumerate(pairwise(corpus.document_offsets)):
+        found = (plan.end - plan.start)[owner == document].tolist()
+        backward = cut_by_hand(sizes[first:last][::-1].tolist(), config.max_text_tokens)[::-1]
+        assert found in (cut_by_hand(sizes[first:last].tolist(), config.max_text_tokens), backward)
+
+
+def cut_by_hand(sentences: list[int], longest: int) -> list[int]:
+    """Sizes of examples of as many whole sentences as fit; pieces of one that is too long."""
+    examples, room = [], 0
+    for size in sentences:
+        if size <= room:
+            examples[-1] += size
+        else:
+            # a new example, pieces first
+            pieces = [longest] * ((size - 1) // longest)
+            examples += [*pieces, size - sum(pieces)]
+        room = longest - examples[-1]
+    return examples
 
 
 def check_pairs(corpus: TokenCorpus, plan: ExamplePlan, config: ExampleSettings) -> None:
-    boundaries = corpus.sentence_offsets
+    boundaries = set(corpus.sentence_offsets.tolist())
+    owner, foreign = document_of(corpus, plan.start), config.num_labels - 1
     for i in range(len(plan)):
         a, b = (plan.a_start[i], plan.a_end[i]), (plan.b_start[i], plan.b_end[i])
         start, end, label = plan.start[i], plan.end[i], plan.label[i]
-        first, second = (a, b) if label in (0, config.num_labels - 1) else (b, a)
+        inner = boundaries & set(range(start + 1, end))
+        if label < 0:
+            assert (a, b) == ((start, end), (end, end))
+            continue
+        # whole sentences, whatever the label
+        assert {start, end, *a, *b} <= boundaries
+        first, second = (b, a) if label == 1 and foreign == 2 else (a, b)
         split = first[1]
-        assert first[0] == start < split < end
-        if label == config.num_labels - 1:
-            assert document_of(corpus, b[0]) != document_of(corpus, start)
-            check_foreign(corpus, b, end - split, config.max_text_tokens - (split - start))
-        else:
+        assert first[0] == start
+        assert split in inner
+        if label != foreign:
             assert second == (split, end)
-        inner = boundaries[(boundaries > start) & (boundaries < end)]
-        assert len(inner) == 0 or split in inner
-
-
-def check_foreign(corpus: TokenCorpus, b: tuple[int, int], wanted: int, room: int) -> None:
-    """As many whole sentences as fit, from where the document still has enough text."""
-    document = int(document_of(corpus, np.array(b[0])))
-    first, last = corpus.sentence_offsets[corpus.document_offsets[document : document + 2]]
-    assert last - b[0] >= min(wanted, last - first)
-    assert b[0] in corpus.sentence_offsets
-    inner = corpus.sentence_offsets[corpus.sentence_offsets > b[0]]
-    fitting = inner[inner <= min(b[0] + wanted, last)]
-    assert b[1] == (fitting[-1] if len(fitting) else min(inner[0], b[0] + room))
+            continue
+        # the second part of another document, the nearest in size of those that fit
+        assert document_of(corpus, b[0]) != owner[i]
+        assert b[1] in plan.end[owner != owner[i]]
+        others = (plan.label == foreign) & (owner != owner[i])
+        sizes = (plan.end - plan.a_end)[others]
+        gaps = np.abs(sizes[sizes <= config.max_text_tokens - (split - start)] - (end - split))
+        assert (np.abs((b[1] - b[0]) - (end - split)) <= gaps).all()
 
 
 @settings(max_examples=150, deadline=None)
@@ -164,7 +174,7 @@ def test_batch_invariants(corpus, seq_len, objective, seed, data) -> None:
     for i, (start, end) in enumerate(pairwise(batch["cu_seqlens"])):
         a = list(range(plan.a_start[i] + FIRST_ID, plan.a_end[i] + FIRST_ID))
         b = list(range(plan.b_start[i] + FIRST_ID, plan.b_end[i] + FIRST_ID))
-        expected = [CLS, *a, SEP, *b, SEP] if objective != "mlm" else [CLS, *a, SEP]
+        expected = [CLS, *a, SEP, *b, SEP] if b else [CLS, *a, SEP]
         assert original[start:end].tolist() == expected
         assert batch["position_ids"][start:end].tolist() == list(range(len(expected)))
         types = [0] * (len(a) + 2) + [1] * (len(expected) - len(a) - 2)
@@ -199,7 +209,7 @@ def test_example_is_the_same_in_any_batch_and_among_other_documents() -> None:
     # what it shows of another document does depend on which there are
     some = plan_epoch(SMALL, np.array([6, 2, 4]), SMALL_SETTINGS, seed=3, epoch=1)
     rows = np.searchsorted(plan.start, some.start)
-    for name in ("key", "start", "end", "a_start", "label"):
+    for name in ("key", "start", "end", "a_start"):
         np.testing.assert_array_equal(getattr(some, name), getattr(plan, name)[rows])
 
 
@@ -218,12 +228,12 @@ LARGE = realistic_corpus(100, 200)
 def test_rates_of_labels_and_masks(objective, num_labels, probability) -> None:
     config = make_settings(LARGE, 128, objective=objective, mask_probability=probability)
     plan = plan_of(LARGE, config)
-    counts = np.bincount(plan.label)
+    counts = np.bincount(plan.label[plan.label >= 0])
     assert len(counts) == num_labels
-    assert all(within_binomial(count, len(plan), 1 / num_labels) for count in counts)
+    assert all(within_binomial(count, counts.sum(), 1 / num_labels) for count in counts)
     batch = draw_batch(LARGE, plan, config)
     ids, labels = batch["input_ids"], labels_of(batch)
-    num_text = int(plan.length.sum()) - 3 * len(plan)
+    num_text = int(plan.length.sum()) - 2 * len(plan) - counts.sum()
     selected = labels != -100
     num_selected = int(selected.sum())
     assert within_binomial(num_selected, num_text, probability)
@@ -238,6 +248,53 @@ def test_rates_of_labels_and_masks(objective, num_labels, probability) -> None:
         assert (one & other).sum() == pytest.approx(probability**2 * num_text, rel=0.05)
 
 
+@pytest.mark.parametrize("objective", ["mlm+sso", "mlm+nsp"])
+@pytest.mark.parametrize("seq_len", [64, 128, 512])
+def test_lengths_do_not_tell_the_label(seq_len, objective) -> None:
+    config = make_settings(LARGE, seq_len, objective=objective, short_sequence_probability=0.1)
+    plan = plan_of(LARGE, config)
+    labelled = plan.take(np.flatnonzero(plan.label >= 0))
+    commonest = np.bincount(labelled.label).max() / len(labelled)
+    assert length_baseline(plan) < commonest + 0.02
+    # nor, in particular, which part is the longer, or how much text there is
+    a, b = labelled.a_end - labelled.a_start, labelled.b_end - labelled.b_start
+    for told in (a > b, a + b > np.median(a + b)):
+        for label in range(config.num_labels):
+            ours = told[labelled.label == label]
+            assert within_binomial(int(ours.sum()), len(ours), told.mean())
+    # all but those of a single sentence or pieces of one are labelled
+    inner = LARGE.sentence_offsets.searchsorted(plan.end) - LARGE.sentence_offsets.searchsorted(
+        plan.start, side="right"
+    )
+    whole = np.isin(plan.start, LARGE.sentence_offsets) & np.isin(plan.end, LARGE.sentence_offsets)
+    assert len(labelled) == ((inner > 0) & whole).sum()
+
+
+def test_lengths_of_real_text_do_not_tell_a_classifier(shared_data, tmp_path) -> None:
+    tokenizer = load_tokenizer(shared_data / "vocab" / "bert-base-uncased-vocab.txt")
+    files = [str(shared_data / "wikipedia" / "part-00.jsonl.xz")]
+    documents = iter_documents(files, "text", max_characters=3_000_000)
+    corpus = build_corpus(documents, tokenizer, cache_dir=tmp_path, key_parts={})
+    plan = plan_of(corpus, make_settings(corpus, 128, short_sequence_probability=0.1))
+    plan = plan.take(np.flatnonzero(plan.label >= 0))
+    sizes = np.stack([plan.a_end - plan.a_start, plan.b_end - plan.b_start], axis=1)
+    classifier = HistGradientBoostingClassifier(max_iter=30, random_state=0)
+    folds = StratifiedKFold(3, shuffle=True, random_state=0)
+    told = cross_val_score(classifier, sizes, plan.label, cv=folds).mean()
+    assert told < np.bincount(plan.label).max() / len(plan) + 0.02
+
+
+def test_length_baseline_is_what_lengths_tell() -> None:
+    plan = plan_of(LARGE, make_settings(LARGE, 128))
+    longer = plan.a_end - plan.a_start > plan.b_end - plan.b_start
+    told = replace(plan, label=np.where(plan.label < 0, plan.label, longer))
+    assert length_baseline(told) > 0.85
+    untold = replace(
+        plan, label=np.where(plan.label < 0, plan.label, plan.key.astype(np.int64) & 1)
+    )
+    assert length_baseline(untold) == pytest.approx(0.5, abs=0.05)
+
+
 def test_special_ids_are_neither_selected_nor_replacements() -> None:
     corpus = make_corpus([[20] * 800, [20] * 800])
     corpus = replace(corpus, tokens=np.tile(np.array([9, 7], np.uint16), 16000))
@@ -249,7 +306,7 @@ def test_special_ids_are_neither_selected_nor_replacements() -> None:
     assert (batch["labels"] == 9).all()
     counts = np.bincount(batch["input_ids"], minlength=12)
     assert counts[0] == 0
-    assert ordinary + counts[7] == plan.length.sum() - 3 * len(plan)
+    assert ordinary + counts[7] == plan.length.sum() - 2 * len(plan) - (plan.label >= 0).sum()
     assert all(within_binomial(counts[i], ordinary, 0.1 / 7) for i in (4, 5, 6, 8, 10, 11))
 
 

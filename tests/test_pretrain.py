@@ -284,6 +284,7 @@ def test_presets_parse_and_base_is_as_published():
         ("--batch-tokens=999", "--batch-tokens must be a multiple of --micro-batch-tokens 4096"),
         ("--seq-len=9999", "--micro-batch-tokens must be at least --seq-len 9999, found 4096"),
         ("--validation-fraction=nan", "--validation-fraction must be between 0 and 1, found nan"),
+        ("--attention-probs-dropout-prob=1", "must be at least 0 and below 1, found 1.0"),
         ("--zero-stage=3", "--zero-stage must be 0, 1 or 2, found 3"),
     ],
 )

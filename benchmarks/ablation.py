@@ -1,0 +1,285 @@
+"""The ablation table of PoNet's poster and its curves: what each part does for text and for tasks.
+
+    python benchmarks/ablation.py --data-dir data --config small --data wikitext --steps 4000
+    python benchmarks/ablation.py --variants ponet no-ga bert --config small --data wikitext
+
+Each of `VARIANTS` is pre-trained by pretrain/run.py, which gets all flags that --help does not
+list: as many tokens and one recipe for all. glue/run.py fine-tunes it on CoLA and STS-B. A folder
+per variant has the runs and their logs; report.md, report.json and report.png are written after
+every part. The same command skips what is finished and continues what was interrupted; commands
+with other --variants may share the folder at the same time, and each reports on all it finds.
+A part that fails does not stop the next; the exit status is 1 then.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
+
+from benchmarks import ROOT
+from benchmarks.common import NUMBER, RUNS, Row
+from benchmarks.gpu_report import run_command
+from ponet.files import write_json
+from ponet.run.cli import errors_in_one_line
+from ponet.run.report import figure_text, markdown_table, scores_text, write_report
+
+FULL = "ponet"
+"""The variant that the others are compared with."""
+_BERT = "--mixer attention --attention-probs-dropout-prob 0.1"
+# name in print, what pretrain/run.py is told, colour and line of the curve
+VARIANTS: dict[str, tuple[str, str, str, str]] = {
+    FULL: ("PoNet", "", "#0072B2", "-"),
+    "no-second-stage": ("no second stage", "--no-use-global-second-stage", "#E69F00", "--"),
+    "no-ga": ("no GA", "--no-use-global", "#E69F00", "-"),
+    "no-smp": ("no SMP", "--no-use-segment", "#CC79A7", "-"),
+    "no-lmp": ("no LMP", "--no-use-local", "#56B4E9", "-"),
+    "nsp": ("MLM + NSP", "--objective mlm+nsp", "#0072B2", "--"),
+    "mlm": ("MLM alone", "--objective mlm", "#0072B2", ":"),
+    "bert": ("BERT", _BERT, "#D55E00", "-"),
+    "fnet": ("FNet", "--mixer fnet", "#009E73", "-"),
+}
+_FIGURES = {"mlm": "masked LM", "sso": "sentences", "cola": "CoLA", "stsb": "STS-B"}
+_TASKS = ("cola", "stsb")
+# of the published base model after 340,000 steps; the other rows of that table are not known
+_PUBLISHED = {"cola": 45.36, "stsb": 84.57}
+# what the poster states: variant, figure, how it compares with PoNet
+_TRENDS = [
+    ("no-ga", "sso", "lower"),
+    ("no-ga", "stsb", "lower"),
+    ("no-smp", "mlm", "lower"),
+    ("no-smp", "cola", "lower"),
+    ("no-lmp", "mlm", "lower"),
+    ("no-lmp", "cola", "lower"),
+    # a weaker sentence objective: worse for what GA does, better for SMP and LMP
+    *((objective, "stsb", "lower") for objective in ("nsp", "mlm")),
+    *((objective, "mlm", "higher") for objective in ("nsp", "mlm")),
+    *((objective, "cola", "higher") for objective in ("nsp", "mlm")),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a program does for a variant."""
+
+    name: str
+    folder: Path
+    """Of the variant."""
+    command: list[str]
+    is_run: bool
+    """Its folder is one run, which --resume continues and other flags are not for."""
+
+    def record(self) -> Row:
+        """Its command and the JSON document that it printed last; empty until it is finished."""
+        path = self.folder / f"{self.name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def perform(self) -> str:
+        """Run it, unless that is done; returns what went wrong."""
+        log, command = self.folder / f"{self.name}.log", [sys.executable, *self.command]
+        began_with = self.record().get("command", self.command)
+        if self.record() and began_with == self.command:
+            return ""
+        if self.is_run and began_with != self.command:
+            return f"{self.folder} holds a run by {shlex.join(began_with)}; give another --output"
+        if self.is_run and (self.folder / self.name / "config.yaml").is_file():
+            command += ["--resume", str(self.folder / self.name)]
+        print(f"{self.folder.name}: {self.name}, log: {log}", flush=True)
+        state = run_command(command, None, log, folder=Path.cwd())
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if state != "ok":
+            reasons = [line for line in lines if "error:" in line] or lines
+            return f"{state}: {reasons[-1] if reasons else 'printed nothing'}"
+        document = json.loads(next(line for line in reversed(lines) if line.startswith('{"')))
+        write_json(self.folder / f"{self.name}.json", {"command": self.command, **document})
+        return ""
+
+
+def parts_of(variant: str, options: argparse.Namespace) -> tuple[Part, Part]:
+    """Pre-training and fine-tuning."""
+    folder = options.output / variant
+    run, tuned = folder / "pretrain", folder / "glue"
+    pretrain = [*shlex.split(VARIANTS[variant][1]), *options.pretrain, f"--output-dir={run}"]
+    glue = ["--task", *_TASKS, "--no-save-models", f"--checkpoint={run / 'model'}"]
+    glue += [f"--data-dir={options.data_dir}", f"--output-dir={tuned}", *options.glue]
+    programs = (str(ROOT / name / "run.py") for name in ("pretrain", "glue"))
+    return (
+        Part(name="pretrain", folder=folder, command=[next(programs), *pretrain], is_run=True),
+        Part(name="glue", folder=folder, command=[next(programs), *glue], is_run=False),
+    )
+
+
+def perform(variant: str, options: argparse.Namespace) -> Iterator[str]:
+    """Do the parts of a variant, one after the other; gives what went wrong with each."""
+    options.output.joinpath(variant).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(options.output / variant / ".lock", blocking=False):
+            for part in parts_of(variant, options):
+                error = part.perform()
+                yield error and f"{variant}: {part.name}: {error}"
+                if error:
+                    return
+    except Timeout:
+        yield f"{variant}: another command is at it in {options.output}"
+
+
+def row_of(variant: str, options: argparse.Namespace) -> Row:
+    """The figures of a variant, in per cent, as far as there are any."""
+    pretrain, glue = (part.record() for part in parts_of(variant, options))
+    row: Row = {"variant": variant, "tokens": pretrain.get("tokens")}
+    for name in ("mlm", "sso"):
+        for kind in ("accuracy", "baseline", "length_baseline"):
+            if f"{name}_{kind}" in pretrain:
+                row[f"{name}_{kind}".removesuffix("_accuracy")] = 100 * pretrain[f"{name}_{kind}"]
+    for task in _TASKS:
+        scores = [run["score"] for run in glue.get("runs", []) if run["task"] == task]
+        # undefined where a model gives one answer only
+        if scores and None not in scores:
+            row[f"{task}_scores"] = [100 * score for score in scores]
+            row[task] = statistics.mean(row[f"{task}_scores"])
+    return row
+
+
+def trends_of(rows: Sequence[Row]) -> list[Row]:
+    """What the poster states, the figures here, and whether it holds for them."""
+    found, trends = {row["variant"]: row for row in rows}, []
+    for variant, figure, expected in _TRENDS:
+        full, ours = (found.get(name, {}).get(figure) for name in (FULL, variant))
+        facts = {"variant": variant, "figure": figure, "published": expected}
+        if full is not None and ours is not None:
+            facts |= {"ponet": full, "ours": ours}
+            facts["holds"] = ours < full if expected == "lower" else ours > full
+        trends.append(facts)
+    return trends
+
+
+def text_of(rows: Sequence[Row], trends: Sequence[Row], options: argparse.Namespace) -> str:
+    """The report in Markdown."""
+
+    def beside(row: Row, name: str, *baselines: str) -> str:
+        said = [figure_text(row[key]) for key in baselines if key in row]
+        return f"{figure_text(row[name])} ({', '.join(said)})" if name in row else ""
+
+    def published(row: Row, task: str) -> str:
+        return figure_text(_PUBLISHED[task]) if row["variant"] == FULL else ""
+
+    head = ["variant", "million tokens", "masked LM (majority)"]
+    head += ["sentences (majority, lengths alone)", *(_FIGURES[task] for task in _TASKS)]
+    head += [f"published {_FIGURES[task]}" for task in _TASKS]
+    table = [
+        [
+            VARIANTS[row["variant"]][0],
+            figure_text(row["tokens"] and row["tokens"] / 1e6),
+            beside(row, "mlm", "mlm_baseline"),
+            beside(row, "sso", "sso_baseline", "sso_length_baseline"),
+            *(scores_text(row[f"{task}_scores"]) if task in row else "" for task in _TASKS),
+            *(published(row, task) for task in _TASKS),
+        ]
+        for row in rows
+    ]
+    words = {True: "holds", False: "does not hold", None: ""}
+    stated = [
+        [
+            f"{VARIANTS[facts['variant']][0]}: {_FIGURES[facts['figure']]} {facts['published']}",
+            *(figure_text(facts.get(name)) for name in ("ponet", "ours")),
+            words[facts.get("holds")],
+        ]
+        for facts in trends
+    ]
+    return f"""# Ablation of PoNet
+
+Pre-training: `{shlex.join(options.pretrain)}`, fine-tuning: `{shlex.join(options.glue)}`.
+
+{markdown_table(head, table)}
+
+Accuracies in per cent of held-out text: all tokens to predict, and sentence pairs, of three classes
+or with NSP of two. CoLA: 100 x Matthews correlation, STS-B: 100 x Spearman's, on the development
+sets, with the number of seeds; a model that gives one answer only has neither. Published: the base
+model after 340,000 steps.
+
+{markdown_table(["stated on the poster", "PoNet", "variant", "here"], stated)}
+"""
+
+
+def figure_of(output: Path) -> Figure:
+    """Accuracies on held-out text over the steps of every variant."""
+    figure = Figure(layout="constrained", figsize=(12, 4.5))
+    panels = figure.subplots(1, 2)
+    for axes, (name, title) in zip(panels, list(_FIGURES.items())[:2], strict=True):
+        for variant, (label, _, colour, line) in VARIANTS.items():
+            path = output / variant / "pretrain" / "metrics.jsonl"
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            # a run that is at work may have written half of the last one
+            entries = [json.loads(line) for line in lines if line.endswith("}")]
+            key = f"{name}_accuracy"
+            points = [
+                (e["step"], 100 * e[key]) for e in entries if e["kind"] == "eval" and key in e
+            ]
+            width = 2.6 if variant == FULL else 1.4
+            axes.plot(
+                *zip(*points, strict=True), color=colour, ls=line, lw=width, label=label
+            ) if points else None
+        axes.set_title(f"{title}: held-out accuracy, per cent", loc="left")
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
+def report(options: argparse.Namespace) -> str:
+    """Write the report on all variants of the folder; returns its Markdown."""
+    rows = [row_of(name, options) for name in VARIANTS if (options.output / name).is_dir()]
+    trends = trends_of(rows)
+    text = text_of(rows, trends, options)
+    write_report(options.output, text, figure_of(options.output))
+    settings = {"pretrain": options.pretrain, "glue": options.glue}
+    write_json(options.output / "report.json", {**settings, "rows": rows, "trends": trends})
+    return text
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line; what it does not know is for pretrain/run.py."""
+    parser = argparse.ArgumentParser(description="PoNet's ablation table", allow_abbrev=False)
+    add = parser.add_argument
+    names = list(VARIANTS)
+    add(
+        "--variants", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
+    )
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="of GLUE [data]")
+    add("--seeds", default=1, **NUMBER, help="of fine-tuning [1]")
+    text = "what else glue/run.py is told, in quotes: '--epochs 3 --learning-rate 1e-4'"
+    add("--glue", type=shlex.split, default=[], metavar="FLAGS", help=text)
+    add("--output", type=Path, default=RUNS / "ablation", metavar="DIR", help="[%(default)s]")
+    options, options.pretrain = parser.parse_known_args()
+    options.glue = [f"--seeds={options.seeds}", *options.glue]
+    return options
+
+
+def main() -> None:
+    """Pre-train, fine-tune, report."""
+    options = parse_options()
+    # the part that runs is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ablation: ended"))
+    failures, text = [], ""
+    with errors_in_one_line("ablation", advice="; the same command continues"):
+        for variant in dict.fromkeys(options.variants):
+            for failure in perform(variant, options):
+                text = report(options)
+                if failure:
+                    failures.append(failure)
+                    print(f"ablation: error: {failure}", file=sys.stderr, flush=True)
+    print(f"\n{text}\nwritten: {options.output}/report.md, report.json, report.png")
+    if failures:
+        sys.exit(f"ablation: {len(failures)} parts failed: {'; '.join(failures)}")
+
+
+if __name__ == "__main__":
+    main()
