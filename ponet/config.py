@@ -193,7 +193,7 @@ class PoNetConfig:
         for key, allowed in _FIXED.items():
             if fields.get(key, allowed[0]) not in allowed:
                 raise ConfigError(
-                    f"{path}: {key} is {fields[key]!r}, expected {' or '.join(allowed)}"
+                    f"{path}: {key} is {fields[key]!r}, expected {' or '.join(map(str, allowed))}"
                 )
         # the first published PoNet calls itself BERT
         is_ponet = _SEPARATE in fields

@@ -213,7 +213,7 @@ def _continued(checkpoint: str, flags: dict[str, Any]) -> dict[str, Any]:
                 f"--{name.replace('_', '-')} cannot change on --checkpoint: {checkpoint} has "
                 f"{value!r}, found {flags[name]!r}"
             )
-    vocab = flags.get("vocab") or str(folder)
+    vocab = flags.get("vocab") or str(folder.resolve())
     size = load_tokenizer(vocab).get_vocab_size()
     if size > model.vocab_size:
         raise UsageError(
