@@ -200,7 +200,7 @@ class PoNetConfig:
         fields = _UNSAID["ponet" if is_ponet else fields.get("model_type", "ponet")] | fields
         if is_ponet:
             fields["separate_special_tokens"] = fields[_SEPARATE]
-        if "id2label" in fields:
+        if fields.get("id2label"):
             fields.setdefault("num_labels", len(fields["id2label"]))
         try:
             if "hidden_act" in fields:

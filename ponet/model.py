@@ -6,7 +6,6 @@ come with the `layout` that `ponet.packing.layout_for` makes of it on the host: 
 reads nothing back from it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -80,9 +79,9 @@ class _Norm(nn.LayerNorm):
             return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-def activation(config: PoNetConfig) -> Callable[[Tensor], Tensor]:
+def activation(config: PoNetConfig) -> nn.GELU:
     """GELU as the configuration says: exact, or 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
-    return partial(F.gelu, approximate="tanh" if config.hidden_act == "gelu_new" else "none")
+    return nn.GELU(approximate="tanh" if config.hidden_act == "gelu_new" else "none")
 
 
 class Embeddings(nn.Module):
