@@ -15,13 +15,13 @@ from glue.encoding import EncodedExamples, batches_of_all, collect_examples
 from glue.settings import FineTuningSettings
 from glue.tasks import Segments
 from ponet import CheckpointError, PoNetConfig, PoNetForSequenceClassification, PoolerConfig
-from ponet.checkpoint import CONFIG, read_weights
+from ponet.checkpoint import CONFIG, read_model, tile_positions
 from ponet.files import write_json
 from ponet.run.trainer import autocast
 from ponet.tokenizer import SpecialTokens, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 
-_POSITIONS = "ponet.embeddings.position.weight"
-_POOLER = "ponet.pooler."
+# the head of another task is of no use
+_HEADS = ("classifier.", "pooler.")
 # runs keep their models in folders of this name
 _MODEL = "model"
 _LABELS = "labels.json"
@@ -30,9 +30,10 @@ _MAX_TOKENS = 16_384
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderCheckpoint:
-    """A model folder to start from, read."""
+    """A model to start from, read."""
 
     folder: Path
+    """As it was named: a folder, or a model of the hub."""
     config: PoNetConfig
     entries: dict[str, Tensor]
     """Weights by their names in the file."""
@@ -54,16 +55,15 @@ def _refuse_run(folder: Path) -> None:
 
 
 def read_checkpoint(folder: Path) -> EncoderCheckpoint:
-    """Read `config.json`, weights and tokenizer of a model folder.
+    """Read `config.json`, weights and tokenizer of a model folder or of a model of the hub.
 
     Raises:
         ConfigError, CheckpointError: one is missing or damaged, or they do not fit each other.
     """
     _refuse_run(folder)
-    config = PoNetConfig.from_file(folder / CONFIG)
-    entries = read_weights(folder)
+    files, config, entries = read_model(folder)
     try:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(files)
         special = SpecialTokens.from_tokenizer(tokenizer)
     except ValueError as error:
         raise CheckpointError(f"{folder}: a checkpoint needs its tokenizer: {error}") from error
@@ -72,6 +72,9 @@ def read_checkpoint(folder: Path) -> EncoderCheckpoint:
             f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, {CONFIG} a "
             f"vocab_size of {config.vocab_size}"
         )
+    if not config.mixer.startswith("ponet"):
+        # to others special tokens are as any, and published configurations do not name them
+        config = config.replace(cls_token_id=special.cls, sep_token_id=special.sep)
     if (special.cls, special.sep) != (config.cls_token_id, config.sep_token_id):
         raise CheckpointError(
             f"{folder}: [CLS] and [SEP] are {special.cls} and {special.sep} to the tokenizer, "
@@ -114,16 +117,8 @@ def build_classifier(
     model = PoNetForSequenceClassification(config)
     if settings.from_scratch:
         return model
-    entries = dict(checkpoint.entries)
-    if _POSITIONS in entries:
-        # as published for long texts: position p is like p modulo the length of the table
-        table = entries[_POSITIONS]
-        entries[_POSITIONS] = table.repeat(-(-positions // len(table)), 1)[:positions]
-    # the head of another task is of no use; where there is no pooler, pre-training needed none
-    fresh = PoNetForSequenceClassification.new_weights
-    if not any(name.startswith(_POOLER) for name in entries):
-        fresh = (*fresh, _POOLER)
-    new = {n: x for n, x in model.named_weights().items() if n.startswith(fresh)}
+    entries = tile_positions(checkpoint.entries, positions)
+    new = {n: x for n, x in model.named_weights().items() if n.startswith(_HEADS)}
     model.load_weights(entries | new, str(checkpoint.folder))
     return model
 

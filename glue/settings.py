@@ -61,7 +61,7 @@ class GlueConfig:
     yelp5, arxiv11, or all (the nine columns of the published average); or, with --train-file, a
     name for a task of your own."""
     checkpoint: str = ""
-    """Folder of the pre-trained model."""
+    """Pre-trained PoNet, BERT or FNet: a folder, or a name on the Hugging Face hub."""
     from_scratch: bool = False
     """Take nothing but sizes and tokenizer from the checkpoint: a randomly initialised encoder, to
     see what pre-training is worth."""

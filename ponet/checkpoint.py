@@ -1,16 +1,18 @@
-"""Model folders: `config.json` and `model.safetensors`, written whole or not at all.
+"""Model folders: `config.json` and weights, written whole or not at all.
 
-Parameters in files bear the names that they have in modules. Published PoNet checkpoints, and
-folders that this project wrote before, have other names, which are renamed when they are read.
-`python -m ponet.convert` writes them.
+Parameters in files bear the names that they have in modules. Published checkpoints of PoNet, BERT
+and FNet, and folders that this project wrote before, have other names, which are renamed when they
+are read. `python -m ponet.convert` writes them.
 """
 
+import json
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError
@@ -19,22 +21,25 @@ from torch import Tensor, nn
 
 from ponet.config import PoNetConfig
 from ponet.files import write_bytes, write_json
+from ponet.run.hub import download
 
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
 CONFIG = "config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "spiece.model",
+)
 
 # beginnings of names, N the number of a layer; names that none begins are the same in both
-_PUBLISHED = {
+_COMMON = {
     "ponet.embeddings.norm.": "ponet.embeddings.LayerNorm.",
     "ponet.embeddings.word.": "ponet.embeddings.word_embeddings.",
     "ponet.embeddings.position.": "ponet.embeddings.position_embeddings.",
     "ponet.embeddings.token_type.": "ponet.embeddings.token_type_embeddings.",
-    "ponet.encoder.layers.N.mixer.query.": "ponet.encoder.layer.N.attention.self.dense_q.",
-    "ponet.encoder.layers.N.mixer.key.": "ponet.encoder.layer.N.attention.self.dense_k.",
-    "ponet.encoder.layers.N.mixer.output.": "ponet.encoder.layer.N.attention.self.dense_o.",
-    "ponet.encoder.layers.N.mixer.segment.": "ponet.encoder.layer.N.attention.self.dense_segment.",
-    "ponet.encoder.layers.N.mixer.local.": "ponet.encoder.layer.N.attention.self.dense_local.",
     "ponet.encoder.layers.N.mixer.dense.": "ponet.encoder.layer.N.attention.output.dense.",
     "ponet.encoder.layers.N.mixer_norm.": "ponet.encoder.layer.N.attention.output.LayerNorm.",
     "ponet.encoder.layers.N.feed_forward.up.": "ponet.encoder.layer.N.intermediate.dense.",
@@ -48,10 +53,36 @@ _PUBLISHED = {
     "mlm_head.decoder.bias": "cls.predictions.bias",
     "sso_head.": "cls.seq_relationship.",
 }
-_OURS = {published: ours for ours, published in _PUBLISHED.items()}
-# entries of published files that say nothing new
-_REPEATED = ("ponet.embeddings.position_ids", "cls.predictions.decoder.bias")
+# by model type, which in names stands in place of the first "ponet"
+_SPECIAL = {
+    "ponet": {
+        "ponet.encoder.layers.N.mixer.query.": "ponet.encoder.layer.N.attention.self.dense_q.",
+        "ponet.encoder.layers.N.mixer.key.": "ponet.encoder.layer.N.attention.self.dense_k.",
+        "ponet.encoder.layers.N.mixer.output.": "ponet.encoder.layer.N.attention.self.dense_o.",
+        "ponet.encoder.layers.N.mixer.segment.": (
+            "ponet.encoder.layer.N.attention.self.dense_segment."
+        ),
+        "ponet.encoder.layers.N.mixer.local.": "ponet.encoder.layer.N.attention.self.dense_local.",
+    },
+    "bert": {
+        "ponet.encoder.layers.N.mixer.query.": "ponet.encoder.layer.N.attention.self.query.",
+        "ponet.encoder.layers.N.mixer.key.": "ponet.encoder.layer.N.attention.self.key.",
+        "ponet.encoder.layers.N.mixer.value.": "ponet.encoder.layer.N.attention.self.value.",
+    },
+    "fnet": {
+        "ponet.encoder.layers.N.mixer_norm.": "ponet.encoder.layer.N.fourier.output.LayerNorm.",
+    },
+}
+# the decoder's bias has two names in published files, of which the second counts
+DECODER_BIAS = "cls.predictions.decoder.bias"
+_OURS = {
+    published: ours for table in (_COMMON, *_SPECIAL.values()) for ours, published in table.items()
+} | {DECODER_BIAS: "mlm_head.decoder.bias"}
+_OLD_ENDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+# beginnings of what is not the encoder's and a checkpoint need not hold
+_HEADS = ("classifier.", "pooler.", "mlm_head.", "sso_head.", "ponet.pooler.")
 _DECODER, _WORDS = "mlm_head.decoder.weight", "ponet.embeddings.word.weight"
+_POSITIONS = "ponet.embeddings.position.weight"
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +91,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged, incomplete or of another architecture."""
 
 
-def published_name(name: str) -> str:
+def published_name(name: str, model_type: str = "ponet") -> str:
     """The name in a published checkpoint of a whole model's parameter `name`."""
-    return _renamed(name, _PUBLISHED)
+    published = _renamed(name, _COMMON | _SPECIAL[model_type])
+    return re.sub(r"^ponet\b", model_type, published)
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
@@ -76,26 +108,109 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 
 def module_entries(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring entries to one form: our names in a model with heads, none repeated.
+    """Bring entries to one form: our names in a model with heads, none repeated, no buffers.
 
     They may have published names, and be of a bare encoder: no "ponet." in front of the names.
     """
-    prefix = "ponet." if any(name.startswith("embeddings.") for name in entries) else ""
-    whole = {prefix + name: tensor for name, tensor in entries.items()}
-    return {_renamed(name, _OURS): x for name, x in whole.items() if name not in _REPEATED}
+    is_bare = any(name.startswith("embeddings.") for name in entries)
+    named = {}
+    # in this order of the decoder's two biases
+    for name in sorted(entries):
+        whole = f"ponet.{name}" if is_bare else re.sub(r"^(bert|fnet)\.", "ponet.", name)
+        for old, new in _OLD_ENDS.items():
+            whole = re.sub(f"{re.escape(old)}$", new, whole)
+        if entries[name].is_floating_point():
+            named[_renamed(whole, _OURS)] = entries[name]
+    return named
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The one file with weights, or all that an index names."""
+    for name in (WEIGHTS, PICKLED_WEIGHTS):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index}: damaged or no index: {error!r}") from error
+            return [folder / Path(shard).name for shard in sorted(shards)]
+    names = f"{WEIGHTS} or {PICKLED_WEIGHTS}"
+    raise CheckpointError(f"{folder}: expected {names}, whole or in parts, found neither")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Entries of `model.safetensors` or `pytorch_model.bin` as `module_entries` names them."""
-    file = next((f for f in (folder / WEIGHTS, folder / PICKLED_WEIGHTS) if f.is_file()), None)
-    if file is None:
-        raise CheckpointError(f"{folder}: expected {WEIGHTS} or {PICKLED_WEIGHTS}, found neither")
+    entries: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        try:
+            if file.suffix == ".safetensors":
+                entries |= load_file(file)
+            else:
+                entries |= torch.load(file, map_location="cpu", weights_only=True)
+            named = module_entries(entries)
+        # what is no dictionary of tensors may be anything
+        except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise CheckpointError(f"{file}: damaged or not a checkpoint: {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file}: expected a dictionary of tensors: {error}") from error
+    return named
+
+
+class StoredModel(NamedTuple):
+    """A model folder, read."""
+
+    folder: Path
+    config: PoNetConfig
+    entries: dict[str, Tensor]
+    """Weights as `module_entries` names them."""
+
+
+def read_model(source: str | Path, revision: str | None = None) -> StoredModel:
+    """Read a model folder, or one of the hub; arguments and errors as for `from_pretrained`."""
+    folder = model_folder(source, revision)
+    config = PoNetConfig.from_file(folder / CONFIG)
+    entries = read_weights(folder)
+    if config.mixer == "attention" and any(".mixer.segment." in name for name in entries):
+        # the first published PoNet calls itself BERT
+        config = config.replace(mixer="ponet", num_sentence_labels=3)
+    if _DECODER in entries:
+        # early published files tie the decoder, later ones do not; the values tell which
+        tied = _WORDS in entries and torch.equal(entries[_DECODER], entries[_WORDS])
+        config = config.replace(tie_word_embeddings=tied)
+    return StoredModel(folder, config, entries)
+
+
+def model_folder(source: str | Path, revision: str | None = None) -> Path:
+    """The folder itself, or that of a model of the hub, which is downloaded once."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) is None:
+        raise CheckpointError(f"{source}: no such folder, expected a model folder")
+    patterns = [CONFIG, *TOKENIZER_FILES]
     try:
-        if file.name == WEIGHTS:
-            return module_entries(load_file(file))
-        return module_entries(torch.load(file, map_location="cpu", weights_only=True))
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{file}: damaged or not a checkpoint: {error}") from error
+        found = download(str(source), [*patterns, "model*.safetensors*"], revision)
+        if not any(found.glob("model*.safetensors")):
+            found = download(str(source), [*patterns, "pytorch_model*.bin*"], revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{source}: no such folder, nor is it on the hub: {reason}"
+        ) from error
+    return found
+
+
+def tile_positions(entries: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Repeat the position table to a length: position p is like p modulo the length of the table.
+
+    As published for long texts.
+    """
+    table = entries.get(_POSITIONS)
+    if table is None:
+        return dict(entries)
+    return {**entries, _POSITIONS: table.repeat(-(-length // len(table)), 1)[:length]}
 
 
 def write_weights(folder: Path, entries: Mapping[str, Tensor]) -> None:
@@ -107,33 +222,49 @@ def write_weights(folder: Path, entries: Mapping[str, Tensor]) -> None:
 class PreTrainedModel(nn.Module):
     """Loading and saving, shared by all models."""
 
-    new_weights: tuple[str, ...] = ()
-    """Name prefixes of a head that a pre-trained checkpoint need not hold."""
-
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__()
         self.config = config
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **changes: Any) -> Self:
-        """Load a model folder of ours or a published one; nothing is unpickled.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **changes: Any,
+    ) -> Self:
+        """Load a model folder: of ours, or a published PoNet, BERT or FNet; nothing is unpickled.
+
+        Heads that it does not hold start afresh, with one warning.
 
         Args:
-            **changes: fields of the configuration to replace, such as `num_labels`.
+            source: the folder, or the name of a model on the Hugging Face hub.
+            revision: branch, tag or commit of the model on the hub.
+            dtype: of the parameters; "auto": that of the file; None: float32.
+            ignore_mismatched_sizes: heads of other sizes, such as a classifier with another number
+                of labels, start afresh, too.
+            **changes: fields of the configuration to replace, such as `num_labels`, or arguments
+                of the class, such as `add_pooler`. Beyond its `max_position_embeddings` the
+                checkpoint's table of positions is repeated.
 
         Raises:
             CheckpointError: the weights are damaged or do not fit the configuration.
             ConfigError: `config.json` is missing or describes another architecture.
         """
-        folder = Path(folder)
-        config = PoNetConfig.from_file(folder / CONFIG)
-        entries = read_weights(folder)
-        if _DECODER in entries:
-            # early published files tie the decoder, later ones do not; the values tell which
-            tied = _WORDS in entries and torch.equal(entries[_DECODER], entries[_WORDS])
-            config = config.replace(tie_word_embeddings=tied)
-        model = cls(config.replace(**changes))
-        model.load_weights(entries, str(folder))
+        _, config, entries = read_model(source, revision)
+        names = {field.name for field in fields(PoNetConfig)}
+        arguments = {name: changes.pop(name) for name in changes.keys() - names}
+        model = cls(config.replace(**changes), **arguments)
+        if dtype == "auto":
+            dtype = entries[_WORDS].dtype if _WORDS in entries else None
+        if dtype is not None:
+            model.to(dtype)
+        if "max_position_embeddings" in changes:
+            entries = tile_positions(entries, model.config.max_position_embeddings)
+        model.load_weights(entries, str(source), ignore_mismatched_sizes=ignore_mismatched_sizes)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -144,25 +275,38 @@ class PreTrainedModel(nn.Module):
         write_json(folder / CONFIG, config)
 
     @torch.no_grad()
-    def load_weights(self, entries: Mapping[str, Tensor], origin: str) -> None:
-        """Copy entries, as `read_weights` returns them, into the parameters; all must fit."""
-        fresh, wrong = [], []
-        for name, parameter in self.named_weights().items():
-            entry = entries.get(name)
-            if entry is None and name.startswith(self.new_weights):
-                fresh.append(name)
-            elif entry is None:
+    def load_weights(
+        self, entries: Mapping[str, Tensor], origin: str, *, ignore_mismatched_sizes: bool = False
+    ) -> None:
+        """Copy entries, as `read_weights` returns them, into the parameters; all must fit.
+
+        A head of which there is no entry keeps its values, and so does one of another size, if
+        that is asked for.
+        """
+        named = self.named_weights()
+        unlike = {n for n, p in named.items() if n in entries and entries[n].shape != p.shape}
+        absent = [h for h in _HEADS if not any(n.startswith(h) for n in entries)]
+        misfits = [h for h in _HEADS if any(n.startswith(h) for n in unlike)]
+        fresh = tuple(absent + misfits if ignore_mismatched_sizes else absent)
+        loaded = {n: p for n, p in named.items() if not n.startswith(fresh)}
+        wrong = []
+        for name, parameter in loaded.items():
+            if name not in entries:
                 wrong.append(f"{name}: missing")
-            elif entry.shape != parameter.shape:
-                shapes = f"expected {tuple(parameter.shape)}, found {tuple(entry.shape)}"
-                wrong.append(f"{name}: {shapes}")
-            else:
-                parameter.copy_(entry)
+            elif name in unlike:
+                shapes = tuple(parameter.shape), tuple(entries[name].shape)
+                wrong.append("{}: expected {}, found {}".format(name, *shapes))
         if wrong:
             kind, first = type(self).__name__, "; ".join(wrong[:5])
-            raise CheckpointError(f"{origin}: {len(wrong)} weights do not fit {kind}: {first}")
-        if fresh:
-            logger.warning("%s holds no %s: initialised at random", origin, ", ".join(fresh))
+            message = f"{origin}: {len(wrong)} weights do not fit {kind}: {first}"
+            if all(name.startswith(_HEADS) for name in unlike) and unlike:
+                message += "; ignore_mismatched_sizes=True lets such heads start afresh"
+            raise CheckpointError(message)
+        for name, parameter in loaded.items():
+            parameter.copy_(entries[name])
+        new = [h.rstrip(".") for h in fresh if any(n.startswith(h) for n in named)]
+        if new:
+            logger.warning("%s: initialised at random: %s", origin, ", ".join(new))
 
     def named_weights(self) -> dict[str, nn.Parameter]:
         """The parameters by the names that `read_weights` gives them."""

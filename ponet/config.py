@@ -8,12 +8,33 @@ from typing import Any, Literal
 
 # what a published config.json calls `separate_special_tokens`
 _SEPARATE = "clsgsepg"
+# what a published config.json leaves unsaid, by its model type
+_UNSAID: dict[str, dict[str, Any]] = {
+    "ponet": {},
+    "bert": {
+        "mixer": "attention",
+        "num_sentence_labels": 2,
+        "attention_probs_dropout_prob": 0.1,
+    },
+    "fnet": {
+        "mixer": "fnet",
+        "num_sentence_labels": 2,
+        "num_attention_heads": 1,
+        "embedding_projection": True,
+        "hidden_act": "gelu_new",
+        "vocab_size": 32000,
+        "type_vocab_size": 4,
+        "pad_token_id": 3,
+    },
+}
 # published settings with one value here; anything else is an architecture we do not build
 _FIXED = {
-    "model_type": ("ponet", "bert"),
-    "hidden_act": ("gelu",),
+    "model_type": tuple(_UNSAID),
     "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
 }
+# names of one function
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new"}
 
 
 class ConfigError(ValueError):
@@ -58,7 +79,7 @@ class PoolerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PoNetConfig:
-    """Sizes and switches of a PoNet encoder; the defaults are the published base model."""
+    """Sizes and switches of an encoder; the defaults are the published base model of PoNet."""
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -75,6 +96,10 @@ class PoNetConfig:
     """Token types: sentence A and sentence B; 0: the model knows none."""
     embedding_norm: bool = True
     """LayerNorm after the sum of the embeddings; Long Range Arena's models have none."""
+    embedding_projection: bool = False
+    """Linear layer after that; the published FNet has it."""
+    hidden_act: Literal["gelu", "gelu_new"] = "gelu"
+    """GELU, exact or by a tanh, in the feed-forward sub-layer and the masked-LM head."""
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     pad_token_id: int = 0
@@ -139,6 +164,7 @@ class PoNetConfig:
             _require_choice(name, getattr(self, name), "max", "average")
         if self.local_window < 1 or self.local_window % 2 == 0:
             raise ConfigError(f"local_window must be odd and at least 1, found {self.local_window}")
+        _require_choice("hidden_act", self.hidden_act, "gelu", "gelu_new")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
@@ -151,15 +177,17 @@ class PoNetConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The content of `config.json`, with the names that published PoNet code reads."""
+    def to_dict(self, model_type: str = "ponet") -> dict[str, Any]:
+        """The content of `config.json`, with the names that published code of that type reads."""
         fields = dataclasses.asdict(self)
-        fields[_SEPARATE] = fields.pop("separate_special_tokens")
-        return {"model_type": "ponet", "hidden_act": "gelu", **fields}
+        separate = fields.pop("separate_special_tokens")
+        if model_type == "ponet":
+            fields[_SEPARATE] = separate
+        return {"model_type": model_type, **fields}
 
     @classmethod
     def from_file(cls, path: Path) -> "PoNetConfig":
-        """Read a `config.json`; settings that do not matter here are passed over.
+        """Read a `config.json` of ours, PoNet, BERT or FNet; what does not matter is passed over.
 
         Raises:
             ConfigError: it is missing or damaged, or describes another architecture.
@@ -175,11 +203,18 @@ class PoNetConfig:
         for key, allowed in _FIXED.items():
             if fields.get(key, allowed[0]) not in allowed:
                 raise ConfigError(
-                    f"{path}: {key} is {fields[key]!r}, expected {' or '.join(allowed)}"
+                    f"{path}: {key} is {fields[key]!r}, expected {' or '.join(map(str, allowed))}"
                 )
-        if _SEPARATE in fields:
+        # the first published PoNet calls itself BERT
+        is_ponet = _SEPARATE in fields
+        fields = _UNSAID["ponet" if is_ponet else fields.get("model_type", "ponet")] | fields
+        if is_ponet:
             fields["separate_special_tokens"] = fields[_SEPARATE]
+        if fields.get("id2label"):
+            fields.setdefault("num_labels", len(fields["id2label"]))
         try:
+            if "hidden_act" in fields:
+                fields["hidden_act"] = _ACTIVATIONS.get(fields["hidden_act"], fields["hidden_act"])
             if "pooler" in fields:
                 fields["pooler"] = PoolerConfig(**fields["pooler"])
             names = {field.name for field in dataclasses.fields(cls)}

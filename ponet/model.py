@@ -79,8 +79,16 @@ class _Norm(nn.LayerNorm):
             return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
+def activation(config: PoNetConfig) -> nn.GELU:
+    """GELU as the configuration says: exact, or 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    return nn.GELU(approximate="tanh" if config.hidden_act == "gelu_new" else "none")
+
+
 class Embeddings(nn.Module):
-    """Word, position and token type, summed, normalised, dropped out: `[T]` ids -> `[T, C]`."""
+    """Word, position and token type, summed and normalised: `[T]` ids -> `[T, C]`.
+
+    Then a projection, where the configuration has one, and dropout.
+    """
 
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__()
@@ -89,26 +97,29 @@ class Embeddings(nn.Module):
         types = config.type_vocab_size
         self.token_type = nn.Embedding(types, config.hidden_size) if types else None
         self.norm = _Norm(config) if config.embedding_norm else nn.Identity()
+        width = config.hidden_size
+        self.projection = nn.Linear(width, width) if config.embedding_projection else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
         total = self.word(input_ids) + self.position(position_ids)
         if self.token_type is not None:
             total = total + self.token_type(token_type_ids)
-        return self.dropout(self.norm(total))
+        return self.dropout(self.projection(self.norm(total)))
 
 
 class FeedForward(nn.Module):
-    """Linear, exact GELU, dropout, linear: `[T, C]` -> `[T, C]`."""
+    """Linear, GELU, dropout, linear: `[T, C]` -> `[T, C]`."""
 
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = activation(config)
         self.dropout = nn.Dropout(config.intermediate_dropout_prob)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(self.dropout(F.gelu(self.up(hidden))))
+        return self.down(self.dropout(self.activation(self.up(hidden))))
 
 
 class EncoderLayer(nn.Module):
@@ -294,6 +305,7 @@ class MaskedLMHead(nn.Module):
     def __init__(self, config: PoNetConfig, word: nn.Embedding) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = activation(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         initialise(self, config)
@@ -305,7 +317,7 @@ class MaskedLMHead(nn.Module):
 
     def padded(self, hidden: Tensor) -> Tensor:
         """`[M, C]` -> `[M, V']`: V filled up as `fast_width` says, with -inf."""
-        hidden = self.norm(F.gelu(self.dense(hidden)))
+        hidden = self.norm(self.activation(self.dense(hidden)))
         missing = fast_width(self.decoder.out_features, hidden.device) - self.decoder.out_features
         parameters = plain_parameters(self.decoder)
         if not missing or parameters is None:
@@ -422,8 +434,6 @@ class PoNetForSequenceClassification(PreTrainedModel):
     The pooler `cls` is the encoder's own and comes with a checkpoint; others start afresh.
     """
 
-    new_weights = ("classifier.", "pooler.")
-
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__(config)
         is_own = config.pooler.name == "cls"
@@ -457,8 +467,6 @@ class PoNetForSequenceClassification(PreTrainedModel):
 
 class PoNetForTokenClassification(PreTrainedModel):
     """Dropout and a linear layer on every token."""
-
-    new_weights = ("classifier.",)
 
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__(config)

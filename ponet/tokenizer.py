@@ -1,7 +1,8 @@
 """Text to tokens: sentences, tokenizers to load and to save, and their special tokens.
 
-Tokenizers are `tokenizers.Tokenizer` objects in the manner of uncased BERT: cleaned and lower-cased
-text without accents, split at white space and punctuation, longest match first within a word.
+Tokenizers are `tokenizers.Tokenizer` objects. Those made here are in the manner of uncased BERT:
+cleaned and lower-cased text without accents, split at white space and punctuation, longest match
+first within a word.
 """
 
 import hashlib
@@ -25,6 +26,9 @@ from ponet.files import write_json, write_text
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """Special tokens in the order of their ids in a trained vocabulary, 0 to 4."""
 
+# what published vocabularies of sentence pieces call them
+_OTHER_NAMES = {"[PAD]": "<pad>", "[UNK]": "<unk>"}
+
 WORD_PIECE_PREFIX = "##"
 """Marks a piece that continues a word."""
 
@@ -44,26 +48,37 @@ class SpecialTokens(NamedTuple):
     def from_tokenizer(cls, tokenizer: Tokenizer) -> Self:
         """Look the five tokens up; `ValueError` names those that are missing."""
         vocabulary = tokenizer.get_vocab()
-        _require_special_tokens(vocabulary, "")
-        return cls(*(vocabulary[token] for token in SPECIAL_TOKENS))
+        return cls(*(vocabulary[token] for token in _special_tokens(vocabulary, "")))
 
 
-def _require_special_tokens(vocabulary: Mapping[str, int], where: str) -> None:
-    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+def _special_tokens(vocabulary: Mapping[str, int], where: str) -> list[str]:
+    """What the vocabulary calls the special tokens."""
+    found = [t if t in vocabulary else _OTHER_NAMES.get(t, t) for t in SPECIAL_TOKENS]
+    missing = [t for t, name in zip(SPECIAL_TOKENS, found, strict=True) if name not in vocabulary]
     if missing:
         raise ValueError(
             f"{where}the vocabulary lacks {', '.join(missing)}; "
             f"expected all of {', '.join(SPECIAL_TOKENS)}"
         )
+    return found
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a `tokenizer.json`, an uncased BERT `vocab.txt`, or a folder that holds one of them."""
+    """Read a `tokenizer.json`, a BERT `vocab.txt`, or a folder that holds one of them.
+
+    A `vocab.txt` is uncased, unless `tokenizer_config.json` beside it says otherwise.
+    """
     path = Path(path).expanduser()
-    candidates = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
+    names = ("tokenizer.json", "vocab.txt", "spiece.model")
+    candidates = [path / name for name in names] if path.is_dir() else [path]
     file = next(filter(Path.is_file, candidates), None)
     if file is None:
         raise ValueError(f"{path}: no tokenizer.json, no vocab.txt, no folder with either")
+    if file.suffix == ".model":
+        raise ValueError(
+            f"{file}: expected a tokenizer.json, found a model of sentencepiece, of which "
+            "save_pretrained of transformers' AutoTokenizer makes one"
+        )
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -85,8 +100,23 @@ def _from_vocabulary_file(file: Path, text: str) -> Tokenizer:
         if token in vocabulary:
             raise ValueError(f"{file}, line {number}: the token {token!r} stands there again")
         vocabulary[token] = len(vocabulary)
-    _require_special_tokens(vocabulary, f"{file}: ")
-    return bert_tokenizer(vocabulary)
+    _special_tokens(vocabulary, f"{file}: ")
+    tokenizer = bert_tokenizer(vocabulary)
+    tokenizer.normalizer = _normalizer(file.with_name("tokenizer_config.json"))
+    return tokenizer
+
+
+def _normalizer(file: Path) -> BertNormalizer:
+    """As a `tokenizer_config.json` says, or uncased."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return BertNormalizer(
+            lowercase=settings.get("do_lower_case", True),
+            strip_accents=settings.get("strip_accents"),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        )
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file}: damaged ({error})") from error
 
 
 def bert_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
@@ -124,8 +154,9 @@ def save_tokenizer(
 
     `max_length` counts the tokens that a model takes; None: no limit.
     """
-    SpecialTokens.from_tokenizer(tokenizer)
-    config = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS} | {
+    names = _special_tokens(tokenizer.get_vocab(), "")
+    roles = zip(SpecialTokens._fields, names, strict=True)
+    config = {f"{role}_token": name for role, name in roles} | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": int(1e30) if max_length is None else max_length,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],

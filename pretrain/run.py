@@ -31,7 +31,8 @@ import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ponet import PoNetForPreTraining
+from ponet import PoNetConfig, PoNetForPreTraining
+from ponet.checkpoint import CONFIG, model_folder
 from ponet.files import write_json, write_text
 from ponet.model import IGNORED_LABEL, PreTrainingOutput
 from ponet.run.cli import UsageError, errors_in_one_line, read_yaml
@@ -302,17 +303,31 @@ def run_folder(config: PretrainConfig, preset: str) -> Path:
 def build_model(
     config: PretrainConfig, tokenizer: Tokenizer, device: torch.device
 ) -> PoNetForPreTraining:
-    """A freshly initialised model, the same on all ranks."""
+    """A freshly initialised model or that of the checkpoint, the same on all ranks."""
     special = SpecialTokens.from_tokenizer(tokenizer)
+    fresh = config.model_config(tokenizer.get_vocab_size(), special.pad, special.cls, special.sep)
     torch.manual_seed(config.seed)
-    model = PoNetForPreTraining(
-        config.model_config(tokenizer.get_vocab_size(), special.pad, special.cls, special.sep)
-    ).to(device)
+    if config.checkpoint:
+        model = continued_model(config.checkpoint, fresh).to(device)
+    else:
+        model = PoNetForPreTraining(fresh).to(device)
     encoder = model.ponet.encoder
     encoder.half_residual = config.precision == "bf16-residual"
     if device.type == "cuda" if config.compile is None else config.compile:
         encoder.compile_layers()
     return model
+
+
+def continued_model(checkpoint: str, fresh: PoNetConfig) -> PoNetForPreTraining:
+    """The model of a checkpoint in training mode; a head for another objective is new."""
+    of_run = ("hidden_dropout_prob", "pad_token_id", "cls_token_id", "sep_token_id")
+    changes = {name: getattr(fresh, name) for name in (*of_run, "num_sentence_labels")}
+    held = PoNetConfig.from_file(model_folder(checkpoint) / CONFIG).max_position_embeddings
+    if held < fresh.max_position_embeddings:
+        changes["max_position_embeddings"] = fresh.max_position_embeddings
+    return PoNetForPreTraining.from_pretrained(
+        checkpoint, ignore_mismatched_sizes=True, **changes
+    ).train()
 
 
 def build_batches(

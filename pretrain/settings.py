@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
+from ponet.checkpoint import read_model
 from ponet.config import PoNetConfig
 from ponet.run.cli import UsageError, parse_arguments, read_yaml, require, require_at_least
-from ponet.tokenizer import SpecialTokens
+from ponet.tokenizer import SpecialTokens, load_tokenizer
 from pretrain.examples import OBJECTIVES, ExampleSettings
 
 PRESETS = Path(__file__).with_name("configs")
@@ -37,8 +38,12 @@ class PretrainConfig:
     """Stop reading after this many characters; None: read all."""
     validation_fraction: float = 0.02
     """Share of the documents held out for evaluation."""
+    checkpoint: str | None = None
+    """PoNet, BERT or FNet to go on from, a folder or a name on the hub: architecture, weights and
+    tokenizer, its position table repeated to --seq-len; None: new weights."""
     vocab: str | None = None
-    """A tokenizer.json, a BERT vocab.txt, or a folder with one; None: train one on the data."""
+    """A tokenizer.json, a BERT vocab.txt, or a folder with one; None: that of --checkpoint, or one
+    trained on the data."""
     vocab_size: int = 8192
     """Entries of a trained vocabulary."""
     cache_dir: str = "~/.cache/ponet"
@@ -201,7 +206,33 @@ def parse(argv: Sequence[str] | None = None) -> tuple[PretrainConfig, str]:
     )
     if flags.get("resume"):
         return _resumed(Path(flags["resume"]), flags), path.stem
-    return PretrainConfig(**preset | flags), path.stem
+    values = preset | flags
+    if values.get("checkpoint"):
+        values |= _continued(values["checkpoint"], flags)
+    return PretrainConfig(**values), path.stem
+
+
+def _continued(checkpoint: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint decides: architecture, and the tokenizer unless one is given.
+
+    Of a model on the hub they name the folder of the version at hand.
+    """
+    folder, model, _ = read_model(checkpoint)
+    shared = {field.name for field in dataclasses.fields(PretrainConfig)} - {"vocab_size"}
+    decided = {name: value for name, value in vars(model).items() if name in shared}
+    for name, value in decided.items():
+        if flags.get(name, value) != value:
+            raise UsageError(
+                f"--{name.replace('_', '-')} cannot change on --checkpoint: {checkpoint} has "
+                f"{value!r}, found {flags[name]!r}"
+            )
+    vocab = flags.get("vocab") or str(folder.resolve())
+    size = load_tokenizer(vocab).get_vocab_size()
+    if size > model.vocab_size:
+        raise UsageError(
+            f"--vocab {vocab} has {size} tokens, --checkpoint {checkpoint} {model.vocab_size}"
+        )
+    return decided | {"vocab": vocab, "checkpoint": str(folder.resolve())}
 
 
 def _resumed(folder: Path, flags: dict[str, Any]) -> PretrainConfig:

@@ -346,7 +346,7 @@ def test_own_pairs_with_numbers_and_other_settings(command):
         ("rte --dropout 1", "--dropout must be below 1, found 1.0"),
         ("rte --batch-size 8 0", "--batch-size must be at least 1, found 0"),
         ("rte --learning-rate 1e-4 0", "--learning-rate must be above 0, found 0.0"),
-        ("rte --checkpoint none", "config.json: no such file"),
+        ("rte --checkpoint none", "none: no such folder, nor is it on the hub"),
         ("rte --checkpoint run", "run: the folder of a run; its model is in run/model, give that"),
         ("rte --checkpoint bare", "bare: a checkpoint needs its tokenizer"),
         ("rte --checkpoint other", "[CLS] and [SEP] are 2 and 3 to the tokenizer, 5 and 3 to"),

@@ -4,6 +4,8 @@ import json
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
 
 from ponet.tokenizer import (
     SPECIAL_TOKENS,
@@ -35,6 +37,39 @@ def test_vocab_txt_is_uncased_bert_and_tokenizer_json_is_preferred(tmp_path, tok
     assert load_tokenizer(tmp_path).to_str() == tokenizer.to_str()
 
 
+def test_vocab_txt_is_split_as_the_file_beside_it_says(tmp_path):
+    words = [*SPECIAL_TOKENS, "The", "the", "caf\u00e9", "cafe"]
+    (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    settings = tmp_path / "tokenizer_config.json"
+    for content, expected in (
+        ({}, ["the", "cafe"]),
+        ({"do_lower_case": False}, ["The", "caf\u00e9"]),
+        ({"do_lower_case": False, "strip_accents": True}, ["The", "cafe"]),
+        ({"strip_accents": False}, ["the", "caf\u00e9"]),
+    ):
+        settings.write_text(json.dumps(content))
+        for path in (tmp_path, tmp_path / "vocab.txt"):
+            assert load_tokenizer(path).encode("The caf\u00e9").tokens[1:-1] == expected
+    settings.write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_sentence_pieces_with_their_names_of_special_tokens(tmp_path):
+    """As the published FNet has them."""
+    special = ["<unk>", "<pad>", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*((token, 0.0) for token in special), ("\u2581a", -1.0), ("\u2581cat", -2.0)]
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=0))
+    tokenizer.add_special_tokens(special)
+    tokenizer.pre_tokenizer = Metaspace()
+    assert SpecialTokens.from_tokenizer(tokenizer) == (1, 0, 2, 3, 4)
+    save_tokenizer(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).encode("a cat").ids == [5, 6]
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (loaded.pad_token, loaded.unk_token, loaded.mask_token) == ("<pad>", "<unk>", "[MASK]")
+
+
 def test_published_vocabulary(shared_data):
     tokenizer = load_tokenizer(shared_data / "vocab" / "bert-base-uncased-vocab.txt")
     assert tokenizer.get_vocab_size() == 30522
@@ -52,6 +87,11 @@ def test_published_vocabulary(shared_data):
         ("latin.txt", b"caf\xe9\n", r"latin\.txt: expected UTF-8"),
         ("few.txt", b"a\n[PAD]\n[UNK]\n[CLS]\n", r"few\.txt: .* lacks \[SEP\], \[MASK\]"),
         ("two.txt", b"b\na\nc\na\n", r"two\.txt, line 4: the token 'a' stands there again"),
+        (
+            "spiece.model",
+            b"\x0a\x0e",
+            r"spiece\.model: expected a tokenizer\.json, found a model of",
+        ),
     ],
 )
 def test_complaints(tmp_path, name, content, message):
