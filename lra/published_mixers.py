@@ -71,11 +71,11 @@ class PublishedMixer(QueryKeyValueMixer):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, layout: BatchLayout) -> Tensor:
         rows, wide = layout.rows, torch.promote_types(value.dtype, torch.float32)
-        projected = (x.to(wide) for x in (query, key, value))
+        parts = (query, key, value)
+        query, key, value = (self.heads(rows.from_stream(x.to(wide))) for x in parts)
         with torch.autocast(value.device.type, enabled=False):
-            rectangles = (self.heads(rows.from_stream(x)) for x in projected)
-            mixed = self.attend(*rectangles, rows.mask)
-        return rows.to_stream(mixed.transpose(1, 2).flatten(2)).to(value.dtype)
+            mixed = self.attend(query, key, value, rows.mask)
+        return rows.to_stream(mixed.transpose(1, 2).flatten(2)).to(parts[2].dtype)
 
 
 class PublishedLinearAttention(PublishedMixer):

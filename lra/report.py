@@ -121,7 +121,7 @@ def row_title(run: dict[str, Any]) -> str:
     if model in PUBLISHED_FORMS:
         published = run["mixer"] == PUBLISHED_FORMS[model]
         title += ", form of the published code" if published else ", form of its paper"
-    parts = [PARTS.get(part, part) for part in run["ablation"]]
+    parts = [str(PARTS.get(part, part)) for part in run["ablation"]]
     return f"{title} without {' and '.join(parts)}" if parts else title
 
 
