@@ -120,7 +120,7 @@ def row_title(run: dict[str, Any]) -> str:
         title += f" ({model})"
     if model in PUBLISHED_FORMS:
         published = run["mixer"] == PUBLISHED_FORMS[model]
-        title += ", form of the published code" if published else ", form of its paper"
+        title += ", as published" if published else ", as in its paper"
     parts = [str(PARTS.get(part, part)) for part in run["ablation"]]
     return f"{title} without {' and '.join(parts)}" if parts else title
 
@@ -205,7 +205,7 @@ def _incomplete_table(incomplete: Table) -> str:
             *(str(run[name]) for name in ("seed", "steps", "published_steps")),
             *(figure_text(run[name]) for name in ("test_accuracy", "majority_rate")),
             f"{run['step_ms']:.4g}",
-            ", ".join(run["differences"]) or "data",
+            ", ".join(x for x in run["differences"] if x not in run["ablation"]) or "data",
         ]
         for run in incomplete.to_dict("records")
     ]

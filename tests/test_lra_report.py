@@ -74,11 +74,14 @@ def test_incomplete_runs_are_listed_but_not_averaged(tmp_path: Path):
     changes = {"complete": False, "steps": 40, "data": {"digest": "tiny"}}
     save(tmp_path, seed=1, test_accuracy=0.10, differences=["steps", "dropout"], **changes)
     save(tmp_path, seed=2, **changes)
+    without = ["use_local"]
+    save(tmp_path, seed=2, ablation=without, differences=without, **changes)
     text = report(tmp_path)
     assert row(text, "PoNet")[1] == "70.00 (1)"
     assert "| Text | PoNet | 1 | 40 | 20000 | 10.00 | 50.00 | 4 | steps, dropout |" in text
-    # all settings are the published ones
-    assert "| Text | PoNet | 2 | 40 | 20000 | 70.00 | 50.00 | 4 | data |" in text
+    # all settings are the published ones, or the row says what is not
+    for name in ("PoNet", "PoNet without local max-pooling"):
+        assert f"| Text | {name} | 2 | 40 | 20000 | 70.00 | 50.00 | 4 | data |" in text
 
 
 def test_protocols_and_pretrained_runs_stay_apart(tmp_path: Path):
@@ -121,8 +124,8 @@ def test_forms_and_ablations_are_rows_of_their_own(tmp_path: Path):
     save(tmp_path, model="performer", test_accuracy=0.3)
     text = report(tmp_path)
     names = ["PoNet", "PoNet without the second stage of global aggregation and local max-pooling"]
-    names += ["*PoNet, PoNet paper*", "Performer, form of its paper"]
-    names += ["Performer, form of the published code", "*Performer, Nystromformer paper*"]
+    names += ["*PoNet, PoNet paper*", "Performer, as in its paper"]
+    names += ["Performer, as published", "*Performer, Nystromformer paper*"]
     assert rows(text)[1:7] == names
     figures = [row(text, name)[1] for name in (names[0], names[1], names[3], names[4])]
     assert figures == ["60.00 (1)", "50.00 ± 0.00 (2)", "30.00 ± 0.00 (2)", "40.00 (1)"]
