@@ -9,7 +9,7 @@ at absent tokens, padding and black pixels alike. All between the first and the 
 float32 outside autocast. None has dropout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Self
 
@@ -54,7 +54,8 @@ class ColumnLayout(BatchLayout):
     @classmethod
     def of(cls, layout: BatchLayout, places: Tensor, num_rows: int) -> Self:
         """Add the places to a layout whose `max_seqlen` is N."""
-        return cls(**vars(layout), places=places, num_rows=num_rows)
+        own = {field.name: getattr(layout, field.name) for field in fields(layout)}
+        return cls(**own, places=places, num_rows=num_rows)
 
     @cached_property
     def rows(self) -> Rows:
@@ -97,7 +98,8 @@ class PublishedPerformer(PublishedMixer):
         psi(k) = exp(W k - |k|^2 / 2 - max of W k over the batch) + 1e-4
         phi(Q) (psi(K)^T V m) / (phi(Q) sum_n psi(k_n))
 
-    Absent keys are zero and stay in the denominator.
+    Absent keys are zero and stay in the denominator. The code names ReLU as the kernel, but to a
+    class that does not use it.
     """
 
     def __init__(self, config: PoNetConfig) -> None:
