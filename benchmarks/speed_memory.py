@@ -28,6 +28,7 @@ from benchmarks import common, harness
 from benchmarks.common import NUMBER, Row
 from benchmarks.harness import FORCED, SDPA, Case
 from benchmarks.plot import draw_record
+from lra.published_mixers import PUBLISHED_FORMS
 from ponet.mixers import MIXERS
 from ponet.run.device import matmul_rate, training_flops
 
@@ -74,7 +75,8 @@ def parse_options() -> argparse.Namespace:
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     # the Transformers last
     known = sorted(MIXERS, key=lambda name: name.startswith(SDPA))
-    mixers = [PONET, SDPA] if quick else [PONET, SDPA, "fnet"] if pretraining else known
+    own = [name for name in known if name not in PUBLISHED_FORMS.values()]
+    mixers = [PONET, SDPA] if quick else [PONET, SDPA, "fnet"] if pretraining else own
     options.mixers = list(dict.fromkeys(options.mixers or mixers))
     lengths = [256, 1024, 2048, 4096] if quick else [512] if pretraining else LENGTHS
     options.seq_len = sorted(set(options.seq_len or lengths))

@@ -98,7 +98,7 @@ def read_batch(
         lengths,
         protocol=settings.protocol,
         task=TASKS[settings.task],
-        mixer=settings.model,
+        mixer=settings.mixer,
         num_segments=settings.num_segments,
     )
     return inputs, labels
@@ -141,7 +141,7 @@ class Classification:
         if resident:
             stream = resident_stream(data.train, device)
             self._resident = {
-                split: ResidentExamples(split, data.task, settings.model, stream)
+                split: ResidentExamples(split, data.task, settings.mixer, stream)
                 for split in (data.train, data.dev, data.test)
             }
         self._shapes: dict[Split, BatchShape] = {}
@@ -181,7 +181,7 @@ class Classification:
             inputs, others = inputs.to(self._device, {"labels": labels})
             return inputs, others["labels"]
         examples = self._resident[split]
-        form: dict[str, Any] = {"mixer": settings.model, "num_segments": settings.num_segments}
+        form: dict[str, Any] = {"mixer": settings.mixer, "num_segments": settings.num_segments}
         rows, shape = examples.rows(indices), self._shapes[split]
         inputs = resident_inputs(rows, shape, task=self._data.task, **form)
         return inputs, examples.labels.index_select(0, indices)
@@ -222,6 +222,8 @@ class Classification:
     def answers(self, split: Split, batches: Sequence[np.ndarray]) -> Iterator[Tensor]:
         """Whether the model is right on each example of each batch: `[B]` bool, until the next."""
         self.model.eval()
+        # some mixers draw at every forward: what came before has no say in it
+        torch.manual_seed(self._settings.seed)
         if self._resident is None:
             for indices in batches:
                 yield self._right(split, indices)

@@ -11,12 +11,14 @@ clean       All that is in an example and nothing else: no padding, black pixels
             the mean is over the tokens. What a sequence becomes does not depend on its batch.
 
 Tokens keep their column as position, and segments are chunks of the same number of columns, in
-both. FNet knows no mask: in both protocols it mixes rows of full length, padding included, and
-what comes out at absent tokens is dropped, as published.
+both. FNet and its *Linear* variant know no mask: in both protocols they mix rows of full length,
+padding included, and what comes out at absent tokens is dropped, as published.
 
-The mixers of `ponet.mixers` never see an absent token. For PoNet, softmax, linear and Performer
-attention this equals the published masking; the others (windows, blocks, hashes, landmarks,
-Linformer) count what is left, and so differ from a masked rectangle where black pixels are absent.
+No other mixer sees an absent token. For PoNet and softmax attention this equals the published
+masking. Linear attention, Performer, Linformer, Nystromformer and Reformer differ from their papers
+in the published code: in the protocol published they are those of `lra.published_mixers`, which
+count absent columns where that code does, in the clean one those of `ponet.mixers`. Longformer and
+BigBird, which that code lacks, lay windows and blocks over what is left.
 """
 
 from collections.abc import Mapping
@@ -27,13 +29,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.published_mixers import PUBLISHED_FORMS, ColumnLayout, share_projection
 from lra.tasks import ArenaTask, ProtocolName
 from ponet import PoNetConfig, PoNetModel
 from ponet.batch import HostBatch
 from ponet.packing import BatchLayout, TokenStream, layout_of
 from ponet_kernels import global_mean
 
-MIXERS_WITHOUT_MASK = ("fnet",)
+MIXERS_WITHOUT_MASK = ("fnet", "fnet_linear")
 """They see whole rows."""
 
 _HEAD_SIZE = 128
@@ -61,6 +64,18 @@ class ModelInputs:
         moved = HostBatch({**own, **others}, self.layout).to(device)
         moved_others = {name: moved.pop(name) for name in others}
         return replace(self, **moved), moved_others
+
+
+def mixer_of(model: str, protocol: ProtocolName) -> str:
+    """The mixer that a model has in a protocol, as a key of `ponet.mixers.MIXERS`."""
+    return PUBLISHED_FORMS.get(model, model) if protocol == "published" else model
+
+
+def keep_columns(layout: BatchLayout, mixer: str, places: Tensor, num_rows: int) -> BatchLayout:
+    """The layout as a mixer takes it, by the places `[T]` of tokens among those of all rows."""
+    if mixer not in PUBLISHED_FORMS.values():
+        return layout
+    return ColumnLayout.of(layout, places, num_rows)
 
 
 def segment_columns(task: ArenaTask, num_segments: int) -> int:
@@ -103,6 +118,8 @@ def model_inputs(
     )
     segments = columns // segment_columns(task, num_segments)
     layout = layout_of(stream, torch.zeros_like(columns, dtype=torch.bool), segments)
+    places = sequences * task.seq_len + columns
+    layout = keep_columns(layout, mixer, places, len(lengths))
     return ModelInputs(
         input_ids=ids, position_ids=columns, layout=layout, counted=counted, scale=lengths / divisor
     )
@@ -133,11 +150,12 @@ def model_config(task: ArenaTask, mixer: str, **changes: Any) -> PoNetConfig:
 
 
 @torch.no_grad()
-def initialise_linear_layers(module: nn.Module) -> None:
+def initialise_encoder(encoder: PoNetModel) -> None:
     """Give linear layers PyTorch's own initial weights, as published, in place of BERT's."""
-    for part in module.modules():
+    for part in encoder.modules():
         if isinstance(part, nn.Linear):
             part.reset_parameters()
+    share_projection(encoder)
 
 
 class LongRangeClassifier(nn.Module):
@@ -147,7 +165,7 @@ class LongRangeClassifier(nn.Module):
         super().__init__()
         self.num_inputs = num_inputs
         self.ponet = PoNetModel(config, add_pooler=False)
-        initialise_linear_layers(self.ponet)
+        initialise_encoder(self.ponet)
         features = config.hidden_size * (1 if num_inputs == 1 else 4)
         self.classifier = nn.Sequential(
             nn.Linear(features, _HEAD_SIZE), nn.ReLU(), nn.Linear(_HEAD_SIZE, config.num_labels)

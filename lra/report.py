@@ -1,15 +1,18 @@
 """Tables of finished runs beside published figures: `python lra/report.py [RUNS_DIR]`.
 
 Reads every `result.json` below the folder, prints Markdown and writes it to `report.md` there.
-Protocols, and runs with and without self-pretraining, are reported apart.
+Protocols, and runs with and without self-pretraining, are reported apart. A row is a model, in one
+of its forms, with or without parts of its block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from lra.published_mixers import PUBLISHED_FORMS
+from lra.settings import PARTS
 from lra.tasks import COMPARED, TASKS
 from ponet.run.report import (
     PLUS_MINUS,
@@ -29,17 +32,19 @@ Table = Any
 TITLES = {name: name.title() for name in TASKS} | {"listops": "ListOps", "pathx": "Path-X"}
 """Tasks in print."""
 
-_PUBLISHED = read_published(Path(__file__).with_name("published.yaml"))
-PUBLISHED: dict[str, dict[str, Any]] = {mixer: row for row in _PUBLISHED for mixer in row["mixers"]}
-"""Rows of the published table by token mixer, in the order of reports."""
+PUBLISHED: list[dict[str, Any]] = read_published(Path(__file__).with_name("published.yaml"))
+"""Rows of the published table, in the order of reports."""
+
+_MODELS = list(dict.fromkeys(model for row in PUBLISHED for model in row["models"]))
 
 _NOTES = (
-    f"Test accuracy in percent: mean {PLUS_MINUS} standard deviation over (n) seeds. "
-    "Published figures: PoNet, arXiv 2110.02442, Table 1, number of seeds not stated. The average "
-    "is over the five tasks, where all have complete runs."
+    f"Test accuracy in percent: mean {PLUS_MINUS} standard deviation over (n) seeds. Published "
+    "figures, *in italics*: PoNet, arXiv 2110.02442, Table 1, and the LRA repository; number of "
+    "seeds not stated. Those from other code and settings than the protocol published come last. "
+    "The average is over the five tasks, where all have complete runs."
 )
 
-_IDENTITY = ("protocol", "pretrain_epochs", "task", "model", "seed")
+_IDENTITY = ("protocol", "pretrain_epochs", "task", "model", "mixer", "ablation", "seed")
 
 
 @dataclass
@@ -70,10 +75,14 @@ class ArenaResult:
     device: str
     commit: str
     data: DataOfResult
+    mixer: str = ""
+    """The form of the model; results of earlier versions do not say it: the paper's own."""
+    ablation: list[str] = field(default_factory=list)
+    """Keys of `lra.settings.PARTS`."""
 
 
 def read_runs(folder: Path) -> Table:
-    """All results below a folder, accuracies in percent, tasks and models in the order of reports.
+    """All results below a folder, accuracies in percent, tasks and rows in the order of reports.
 
     Complete runs of a task on different data are refused.
     """
@@ -92,17 +101,28 @@ def read_runs(folder: Path) -> Table:
                 f"{task}: complete runs of the protocol {group} are on different data "
                 f"({', '.join(digests)}), expected one; report on them in separate folders"
             )
-    for column, known in (("task", TASKS), ("model", PUBLISHED)):
-        # models that no table has come last, by name
-        names = [*known, *sorted(set(runs[column]) - set(known))]
+    # models that no table has come last, by name
+    models = [*_MODELS, *sorted(set(runs["model"]) - set(_MODELS))]
+    for column, names in (("task", list(TASKS)), ("model", models)):
         runs[column] = pd.Categorical(runs[column], names, ordered=True)
-    return runs.sort_values(["task", "model", "seed"])
+    runs["row"] = [row_title(run) for run in runs.to_dict("records")]
+    rows = runs.sort_values(["model", "row"])["row"].unique()
+    runs["row"] = pd.Categorical(runs["row"], rows, ordered=True)
+    return runs.sort_values(["task", "row", "seed"])
 
 
-def model_title(model: str) -> str:
-    """A model in print: the mixer `attention` is `Transformer (attention)`."""
-    title = PUBLISHED[model]["title"] if model in PUBLISHED else model
-    return title if title.lower() == model.lower() else f"{title} ({model})"
+def row_title(run: dict[str, Any]) -> str:
+    """A model in print, `Transformer (attention)`, with its form and what it lacks."""
+    model = run["model"]
+    titles = [row["title"] for row in PUBLISHED if model in row["models"]]
+    title = titles[0] if titles else model
+    if title.lower() != model.lower():
+        title += f" ({model})"
+    if model in PUBLISHED_FORMS:
+        published = run["mixer"] == PUBLISHED_FORMS[model]
+        title += ", as published" if published else ", as in its paper"
+    parts = [str(PARTS.get(part, part)) for part in run["ablation"]]
+    return f"{title} without {' and '.join(parts)}" if parts else title
 
 
 def report(folder: Path) -> str:
@@ -115,7 +135,7 @@ def report(folder: Path) -> str:
         if len(complete):
             speeds = _cells(complete, "step_ms", lambda ms: f"{ms.median():.4g}")
             head = ["model", *map(TITLES.get, speeds.columns)]
-            rows = [[model_title(model), *row] for model, *row in speeds.itertuples()]
+            rows = [list(row) for row in speeds.itertuples()]
             parts += [_accuracy_table(group, complete), "Milliseconds per training step:"]
             parts.append(markdown_table(head, rows))
         else:
@@ -130,25 +150,36 @@ def report(folder: Path) -> str:
 
 
 def _cells(complete: Table, column: str, text: Any) -> Table:
-    """A text for the runs of each model (rows) on each task (columns)."""
-    grouped = complete.groupby(["model", "task"], observed=True)[column]
+    """A text for the runs of each row on each task (columns)."""
+    grouped = complete.groupby(["row", "task"], observed=True)[column]
     return grouped.agg(text).unstack(fill_value="")
 
 
 def _accuracy_table(group: Table, complete: Table) -> str:
     tasks = [str(task) for task in group["task"].unique()]
     majority = group.groupby("task", observed=True)["majority_rate"].last()
-    means = complete.groupby(["model", "task"], observed=True)["test_accuracy"].mean()
+    means = complete.groupby(["row", "task"], observed=True)["test_accuracy"].mean()
     texts = _cells(complete, "test_accuracy", scores_text).reindex(columns=tasks, fill_value="")
     rows = [["majority baseline", *(figure_text(majority[task]) for task in tasks), ""]]
-    for model, *row in texts.itertuples():
-        of_model = means[model]
-        has_all = set(COMPARED) <= set(of_model.index)
-        average = of_model[list(COMPARED)].mean() if has_all else None
-        rows.append([model_title(model), *row, figure_text(average)])
-        if model in PUBLISHED:
-            rows.append(_published_row(PUBLISHED[model], tasks))
+    models = dict(zip(complete["row"], complete["model"], strict=True))
+    known = list(dict.fromkeys(models[row] for row in texts.index))
+    for model in known:
+        for row, *cells in texts[texts.index.map(models) == model].itertuples():
+            of_row = means[row]
+            has_all = set(COMPARED) <= set(of_row.index)
+            average = of_row[list(COMPARED)].mean() if has_all else None
+            rows.append([row, *cells, figure_text(average)])
+        rows += [_published_row(row, tasks) for row in _published_of([model], comparable=True)]
+    rows += [_published_row(row, tasks) for row in _published_of(known, comparable=False)]
     return markdown_table(["model", *(TITLES[task] for task in tasks), "average"], rows)
+
+
+def _published_of(models: list[str], *, comparable: bool) -> list[dict[str, Any]]:
+    return [
+        row
+        for row in PUBLISHED
+        if row["comparable"] == comparable and set(row["models"]) & set(models)
+    ]
 
 
 def _published_row(published: dict[str, Any], tasks: list[str]) -> list[str]:
@@ -157,8 +188,11 @@ def _published_row(published: dict[str, Any], tasks: list[str]) -> list[str]:
         "fails" if task in accuracy and accuracy[task] is None else figure_text(accuracy.get(task))
         for task in tasks
     ]
-    row = [f"{published['title']}, {published['source']}", *cells]
-    row.append(figure_text(published["average"]))
+    name = f"{published['title']}, {published['source']}"
+    setting = "" if published["comparable"] else ", other setting"
+    learnt = [value for value in accuracy.values() if value is not None]
+    share = "" if len(learnt) == len(accuracy) else f" (mean of {len(learnt)})"
+    row = [name + setting, *cells, figure_text(published["average"]) + share]
     return [f"*{text}*" if text else "" for text in row]
 
 
@@ -167,11 +201,11 @@ def _incomplete_table(incomplete: Table) -> str:
     rows = [
         [
             TITLES[run["task"]],
-            model_title(run["model"]),
+            run["row"],
             *(str(run[name]) for name in ("seed", "steps", "published_steps")),
             *(figure_text(run[name]) for name in ("test_accuracy", "majority_rate")),
             f"{run['step_ms']:.4g}",
-            ", ".join(run["differences"]) or "data",
+            ", ".join(x for x in run["differences"] if x not in run["ablation"]) or "data",
         ]
         for run in incomplete.to_dict("records")
     ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.model import MIXERS_WITHOUT_MASK, ModelInputs, segment_columns
+from lra.model import MIXERS_WITHOUT_MASK, ModelInputs, keep_columns, segment_columns
 from lra.settings import ArenaSettings
 from lra.store import ArenaData, Split
 from lra.tasks import ArenaTask
@@ -42,8 +42,8 @@ def obstacle(settings: ArenaSettings, data: ArenaData, device: torch.device) -> 
     """Why the steps of a run cannot be captured; None when they can."""
     if settings.protocol != "published":
         return f"shapes differ from step to step in the protocol {settings.protocol}"
-    if settings.model in NOT_CAPTURED:
-        return f"mixer {settings.model} reads from the device"
+    if settings.mixer in NOT_CAPTURED:
+        return f"mixer {settings.mixer} reads from the device"
     if settings.compile:
         return "--compile was given"
     size = data.train.stream.nbytes
@@ -123,7 +123,7 @@ def resident_inputs(
     return ModelInputs(
         input_ids=ids.index_select(0, order),
         position_ids=order % length,
-        layout=layout,
+        layout=keep_columns(layout, mixer, order, num_rows),
         counted=counted,
         scale=layout.cu_seqlens.diff()[:num_rows] / length,
     )

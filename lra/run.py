@@ -31,7 +31,7 @@ from lra.model import LongRangeClassifier
 from lra.prepare import prepare_task
 from lra.resident import obstacle
 from lra.selfpretrain import MaskedPrediction
-from lra.settings import ArenaConfig, ArenaSettings, parse
+from lra.settings import PARTS, ArenaConfig, ArenaSettings, parse
 from lra.store import ArenaData, load_arena_data
 from lra.tasks import tasks_named
 from ponet.files import write_bytes
@@ -60,7 +60,12 @@ class ArenaRun(Run):
         return load_arena_data(settings.task, self.data_folder, settings.protocol)
 
     def identity(self) -> dict[str, Any]:
-        return {"data": self._load().manifest["digest"], **asdict(self.settings)}
+        settings = self.settings
+        fields = {"data": self._load().manifest["digest"], **asdict(settings)}
+        if settings.mixer != settings.model:
+            fields["mixer"] = settings.mixer
+        # a whole block says nothing of its parts, as before there was a choice
+        return {name: x for name, x in fields.items() if name not in PARTS or not x}
 
     def execute(self) -> dict[str, Any]:
         """Self-pretrain, train and test, or continue to."""
@@ -124,7 +129,9 @@ class ArenaRun(Run):
         names = ("task", "model", "protocol", "seed", "pretrain_epochs", "precision", "steps")
         return {
             **{name: getattr(settings, name) for name in names},
-            "complete": data.is_whole and not differences,
+            "mixer": settings.mixer,
+            "ablation": settings.ablation,
+            "complete": data.is_whole and set(differences) <= set(settings.ablation),
             "differences": differences,
             "published_steps": data.task.steps,
             "dev_accuracy": progress.best_score,

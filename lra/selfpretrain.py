@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lra.data import PRETRAIN, BatchOrder, read_batch
-from lra.model import ModelInputs, initialise_linear_layers
+from lra.model import ModelInputs, initialise_encoder
 from lra.settings import ArenaSettings
 from lra.steps import OneCycle, PlainStep, TrainingStep
 from lra.store import ArenaData
@@ -46,7 +46,7 @@ class MaskedPrediction:
     def __init__(self, data: ArenaData, settings: ArenaSettings, device: torch.device) -> None:
         """Build the model, the encoder initialised like a classifier's, and arrange batches."""
         self.model = PoNetForMaskedLM(settings.model_config())
-        initialise_linear_layers(self.model.ponet)
+        initialise_encoder(self.model.ponet)
         self.model.to(device)
         self._data = data
         self._settings = settings

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lra.model import model_config
+from lra.model import mixer_of, model_config
+from lra.published_mixers import PUBLISHED_FORMS
 from lra.steps import OneCycle
 from lra.store import DATA_DIR
 from lra.tasks import TASKS, ArenaTask, ProtocolName, tasks_named
@@ -23,6 +24,14 @@ _AT_LEAST = {
 }
 # the task decides where no flag does
 _OF_TASK = ("steps", "batch_size", "learning_rate", "eval_every", "num_segments")
+# switches of PoNet's block, by what a run without that part is called
+PARTS = {
+    "use_global": "global aggregation",
+    "use_global_second_stage": "the second stage of global aggregation",
+    "use_segment": "segment max-pooling",
+    "use_local": "local max-pooling",
+}
+_WITH_PARTS = ("ponet", "ponet_published")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +58,14 @@ class SharedSettings:
     """Dropout after the embedding, inside the feed-forward sub-layer and after each sub-layer."""
     attention_dropout: float = 0.1
     """Dropout of attention probabilities; on a CPU softmax attention is much faster without."""
+    use_global: bool = True
+    """PoNet's global aggregation (GA); other models have nothing to leave out, here and below."""
+    use_global_second_stage: bool = True
+    """Second stage of GA."""
+    use_segment: bool = True
+    """Segment max-pooling (SMP)."""
+    use_local: bool = True
+    """Local max-pooling (LMP)."""
     pretrain_epochs: float = 0.0
     """Passes over the training set in which hidden tokens are predicted, before the task."""
     pretrain_learning_rate: float = 1e-3
@@ -73,9 +90,20 @@ class ArenaSettings(SharedSettings):
     num_segments: int
 
     @property
+    def ablation(self) -> list[str]:
+        """Switches of the parts of the block that the run leaves out."""
+        return [part for part in PARTS if not getattr(self, part)]
+
+    @property
+    def mixer(self) -> str:
+        """Key of `ponet.mixers.MIXERS`: the form of the model that belongs to the protocol."""
+        return mixer_of(self.model, self.protocol)
+
+    @property
     def name(self) -> str:
         """Folder of the run below its protocol."""
-        return f"{self.task}-{self.model}-seed{self.seed}"
+        without = "".join(f"-no-{part}" for part in self.ablation).replace("_", "-")
+        return f"{self.task}-{self.model}{without}-seed{self.seed}"
 
     @property
     def group(self) -> str:
@@ -95,8 +123,8 @@ class ArenaSettings(SharedSettings):
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         return model_config(
             TASKS[self.task],
-            self.model,
-            **{name: getattr(self, name) for name in (*names, "num_segments")},
+            self.mixer,
+            **{name: getattr(self, name) for name in (*names, "num_segments", *PARTS)},
             hidden_dropout_prob=self.dropout,
             intermediate_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.attention_dropout,
@@ -118,7 +146,7 @@ class ArenaConfig(SharedSettings):
     task: tuple[str, ...] = ("listops",)
     """Tasks: listops, text, retrieval, image, pathfinder, pathx, or all (without pathx)."""
     model: tuple[str, ...] = ("ponet",)
-    """Token mixers: ponet, attention, fnet, linear, linformer, nystromformer, ..."""
+    """Token mixers: ponet, attention, fnet, fnet_linear, linear, linformer, performer, ..."""
     seeds: int = 1
     """Runs of each task and model, with seeds from 0: of weights, order of examples, dropout."""
     steps: int | None = None
@@ -152,7 +180,8 @@ class ArenaConfig(SharedSettings):
     """Minutes between checkpoints, besides those after each evaluation."""
 
     def __post_init__(self) -> None:
-        for names, known in (("task", (*TASKS, "all")), ("model", tuple(MIXERS))):
+        models = tuple(name for name in MIXERS if name not in PUBLISHED_FORMS.values())
+        for names, known in (("task", (*TASKS, "all")), ("model", models)):
             for name in getattr(self, names):
                 require(name in known, names, f"one of {', '.join(known)}", name)
         require_at_least(self, _AT_LEAST)
@@ -181,6 +210,8 @@ class ArenaConfig(SharedSettings):
             value = getattr(self, name)
             from_task = value is None and name in (*_OF_TASK, *of_protocol)
             values[name] = getattr(task, name) if from_task else value
+        if model not in _WITH_PARTS:
+            values |= dict.fromkeys(PARTS, True)
         if self.precision == "auto":
             half = "fp16" if self.protocol == "published" else "bf16"
             values["precision"] = half if device == "cuda" else "fp32"

@@ -6,7 +6,7 @@ without weight decay under the published schedule, and either continues a state 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, cast
 
@@ -143,20 +143,27 @@ class CapturedStep(TrainingStep):
     @contextmanager
     def _undone(self) -> Iterator[None]:
         tensors, scale = self._flat.tensors, self.scaler.state_dict()
-        kept, seed = [tensor.detach().clone() for tensor in tensors], torch.initial_seed()
-        yield
+        kept = [tensor.detach().clone() for tensor in tensors]
+        with draws_undone():
+            yield
         with torch.no_grad():
             for tensor, value in zip(tensors, kept, strict=True):
                 tensor.copy_(value)
         self.scaler.load_state_dict(scale)
-        # the generator stands where `__call__` had put it
-        torch.manual_seed(seed)
 
 
 def put_rows(rows: Sequence[np.ndarray | tuple[float, ...]], device: torch.device) -> Tensor:
     """A table of numbers on a device, without a wait for what it is doing."""
     table = torch.from_numpy(np.array(rows))
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+@contextmanager
+def draws_undone() -> Iterator[None]:
+    """Put PyTorch's generators back to where the last seed had put them."""
+    seed = torch.initial_seed()
+    yield
+    torch.manual_seed(seed)
 
 
 @dataclass
@@ -171,8 +178,8 @@ class Replay:
     work: Callable[[], Tensor]
     """Its result is overwritten by the next call."""
     device: torch.device
-    undone: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Takes back what the work changes."""
+    undone: Callable[[], AbstractContextManager[None]] = draws_undone
+    """Takes back what the work changes and draws."""
     _graph: torch.cuda.CUDAGraph | None = field(default=None, init=False)
     _result: Tensor | None = field(default=None, init=False)
 

@@ -157,10 +157,12 @@ def test_an_interrupted_run_continues_bit_for_bit(
         assert entries(folder / path.relative_to(kept)) == entries(path)
 
 
-@pytest.mark.parametrize("task", ["image", "retrieval"])
-def test_a_run_of_captured_steps_is_the_same_run(tiny, capsys, task):
+@pytest.mark.parametrize(
+    ("task", "model"), [("image", "ponet"), ("retrieval", "ponet"), ("image", "performer")]
+)
+def test_a_run_of_captured_steps_is_the_same_run(tiny, capsys, task, model):
     # what is dropped depends on the shape of the batch
-    flags = ["--task", task, *EIGHT, "--dropout", "0", "--attention-dropout", "0"]
+    flags = ["--task", task, "--model", model, *EIGHT, "--dropout", "0", "--attention-dropout", "0"]
     flags += ["--learning-rate", "1e-3"]
     found, figures = [], []
     for capture in ("off", "on"):
@@ -187,6 +189,23 @@ def test_finished_runs_are_skipped_and_others_refused(tiny, capsys):
     assert re.search("with other settings .data '.*; learning_rate 0.0001, now 0.001", other["log"])
 
 
+def test_what_a_block_leaves_out_is_a_run_of_its_own(tiny, capsys):
+    flags = ["--task", "listops", "--model", "ponet", "performer", *TINY]
+    results = run(capsys, *flags)["runs"]
+    results += run(capsys, *flags, "--no-use-local", "--no-use-global-second-stage")["runs"]
+    names = ["listops-ponet-seed0", "listops-performer-seed0"]
+    # the others have no such parts
+    without = "listops-ponet-no-use-global-second-stage-no-use-local-seed0"
+    assert sorted({Path(result["run"]).name for result in results}) == sorted([*names, without])
+    ablations = {Path(result["run"]).name: result["ablation"] for result in results}
+    parts = ["use_global_second_stage", "use_local"]
+    assert ablations == {name: [] for name in names} | {without: parts}
+    record = json.loads((tiny / "runs" / "published" / without / "config.json").read_text())
+    assert [record["model"][part] for part in ("use_local", "use_segment")] == [False, True]
+    mixers = {result["model"]: result["mixer"] for result in results}
+    assert mixers == {"ponet": "ponet", "performer": "performer_published"}
+
+
 def settings(device: str = "cpu", **changes: Any) -> ArenaSettings:
     return ArenaConfig(**changes).runs(device)[0]
 
@@ -199,6 +218,7 @@ def test_defaults_are_the_published_settings():
             assert getattr(found, field) == getattr(task, field)
         assert settings(task=(name,), protocol="clean").eval_batches is None
     assert settings(dropout=0.0).differences() == ["dropout"]
+    assert settings(use_segment=False).differences() == ["use_segment"]
     assert [run.precision for run in ArenaConfig(task=("all",)).runs("cuda")] == ["fp16"] * 5
     assert settings("cuda", protocol="clean").precision == "bf16"
     # a preset gives way to flags
@@ -211,6 +231,8 @@ def test_defaults_are_the_published_settings():
     [
         ("--task imdb", "--task must be one of listops, text"),
         ("--model transformer", "--model must be one of ponet"),
+        ("--model linear_published", "--model must be one of ponet"),
+        ("--no-use-global --no-use-segment --no-use-local", "are all off: nothing mixes"),
         ("--protocol own", "--protocol: expected one of published, clean"),
         ("--steps 0", "--steps must be at least 1, found 0"),
         ("--dropout 1", "--dropout must be at least 0 and below 1"),

@@ -12,6 +12,7 @@ from torch import nn
 
 from lra.data import Classification
 from lra.model import LongRangeClassifier
+from lra.published_mixers import PUBLISHED_FORMS
 from lra.resident import NOT_CAPTURED, obstacle
 from lra.selfpretrain import MaskedPrediction
 from lra.settings import ArenaConfig, ArenaSettings
@@ -54,7 +55,8 @@ def test_operators_are_looked_into():
 
 
 CPU = torch.device("cpu")
-CAPTURED = [mixer for mixer in MIXERS if mixer not in NOT_CAPTURED]
+MODELS = [name for name in MIXERS if name not in PUBLISHED_FORMS.values()]
+CAPTURED = [model for model in MODELS if model not in NOT_CAPTURED]
 SMALL = dataclasses.replace(TASKS["image"], seq_len=32, max_tokens=32, num_segments=5)
 SCHEDULE = OneCycle(steps=20, warmup_steps=5, peak=1e-2)
 
@@ -142,7 +144,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "image", SMALL)
 
 
-HOSTED = [mixer for mixer in MIXERS if mixer != "ponet_published"]  # which looks at its layout
+HOSTED = [model for model in MODELS if model != "ponet_published"]  # which looks at its layout
 CASES = [(mixer, "published", True) for mixer in CAPTURED]
 CASES += [(mixer, protocol, False) for mixer in HOSTED for protocol in ("published", "clean")]
 

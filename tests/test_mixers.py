@@ -11,7 +11,7 @@ from tests.streams import packed, padded
 SOFTMAX = ("attention", "attention_naive", "attention_checkpointed")
 SPARSE = ("nystromformer", "reformer", "longformer", "bigbird")
 ATTENTION = (*SOFTMAX, "linear", "linformer", "performer", *SPARSE)
-ALL = (*ATTENTION, "fnet")
+ALL = (*ATTENTION, "fnet", "fnet_linear")
 LENGTHS = [37, 0, 1, 5, 64, 3, 16]
 
 

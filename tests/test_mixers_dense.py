@@ -1,4 +1,4 @@
-"""Baseline mixers on whole rows: softmax, Fourier, linear, Linformer, Performer.
+"""Baseline mixers on whole rows: softmax, Fourier, dense, linear, Linformer, Performer.
 
 Each against other code or its formula in float64, values and gradients.
 """
@@ -14,6 +14,7 @@ from transformers.models.fnet.modeling_fnet import FNetBasicFourierTransform
 from ponet.mixers import attention
 from ponet.mixers.attention import CheckpointedAttention, NaiveAttention, SoftmaxAttention
 from ponet.mixers.fnet import FNetMixer
+from ponet.mixers.fnet_linear import FNetLinearMixer
 from ponet.mixers.linear_attention import LinearAttention
 from ponet.mixers.linformer import LinformerAttention
 from ponet.mixers.performer import PerformerAttention, orthogonal_features
@@ -51,6 +52,19 @@ def test_fnet_is_that_of_transformers():
     alone = [fourier(part[None])[0][0] for part in hidden.split(LENGTHS) if len(part)]
     compare(mixer, packed(LENGTHS), hidden, torch.cat(alone), 1e-12)
     assert not list(mixer.parameters())
+
+
+def test_fnet_linear_is_two_matrices_on_rows_of_full_length():
+    """By the published contraction of rows extended with zero vectors."""
+    mixer, hidden = build(FNetLinearMixer), states(sum(LENGTHS))
+    rows = F.pad(in_rows(hidden), (0, 0, 0, 150 - max(LENGTHS)))
+    shapes = [tuple(p.shape) for p in mixer.parameters()]
+    assert shapes == [(150, 150), (12, 12)]
+    mixed = torch.einsum("bij,jk,ni->bnk", rows, mixer.channel_weight, mixer.token_weight)
+    compare(mixer, packed(LENGTHS), hidden, mixed[:, : max(LENGTHS)][REAL], 1e-12)
+    fresh = FNetLinearMixer(CONFIG.replace(initializer_range=0.02))
+    for weight in fresh.parameters():
+        assert float(weight.std()) == pytest.approx(0.02, rel=0.15)
 
 
 def normalised(weights: Tensor) -> Tensor:
@@ -161,9 +175,10 @@ def test_packed_kernel_gets_the_stream(monkeypatch):
     assert len(calls) == 1
 
 
-def test_linformer_refuses_long_rows():
+@pytest.mark.parametrize("cls", [LinformerAttention, FNetLinearMixer])
+def test_long_rows_are_refused(cls):
     with pytest.raises(ValueError, match="rows have 151 tokens, max_position_embeddings is 150"):
-        build(LinformerAttention)(states(152), packed([151, 1]))
+        build(cls)(states(152), packed([151, 1]))
 
 
 def test_performer_features_are_orthogonal_and_the_same_in_every_run():

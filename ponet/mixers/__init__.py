@@ -10,6 +10,7 @@ from ponet.config import ConfigError
 from ponet.mixers.attention import CheckpointedAttention, NaiveAttention, SoftmaxAttention
 from ponet.mixers.bigbird import BigBirdAttention
 from ponet.mixers.fnet import FNetMixer
+from ponet.mixers.fnet_linear import FNetLinearMixer
 from ponet.mixers.linear_attention import LinearAttention
 from ponet.mixers.linformer import LinformerAttention
 from ponet.mixers.longformer import SlidingWindowAttention
@@ -26,6 +27,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "attention_naive": NaiveAttention,
     "attention_checkpointed": CheckpointedAttention,
     "fnet": FNetMixer,
+    "fnet_linear": FNetLinearMixer,
     "linear": LinearAttention,
     "linformer": LinformerAttention,
     "nystromformer": NystromAttention,

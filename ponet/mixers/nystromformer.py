@@ -28,14 +28,8 @@ class NystromAttention(QueryKeyValueProjections):
 
     def __init__(self, config: PoNetConfig) -> None:
         super().__init__(config)
-        size = config.landmark_conv_size
         self.num_landmarks = config.num_landmarks
-        self.conv = None
-        if size is not None:
-            if size % 2 == 0:
-                raise ConfigError(f"landmark_conv_size must be odd, found {size}")
-            heads, padding = self.num_heads, (size // 2, 0)
-            self.conv = nn.Conv2d(heads, heads, (size, 1), 1, padding, groups=heads, bias=False)
+        self.conv = value_convolution(config)
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
@@ -89,16 +83,30 @@ class NystromAttention(QueryKeyValueProjections):
         # in half precision the iteration would not converge
         with torch.autocast(scores.device.type, enabled=False):
             precise = torch.promote_types(scores.dtype, torch.float32)
-            inverse = _pseudo_inverse(scores.softmax(dim=-1, dtype=precise))
+            matrix = scores.softmax(dim=-1, dtype=precise)
+            norm = matrix.sum(dim=-2).amax(dim=-1)
+            inverse = pseudo_inverse(matrix, norm[..., None, None])
             summary = (inverse @ summary.to(precise)).to(query.dtype)
         return F.scaled_dot_product_attention(query, keys, summary)
 
 
-def _pseudo_inverse(matrix: Tensor) -> Tensor:
-    """Six steps of third order; rows of `matrix` sum to one, so its infinity norm is 1."""
+def value_convolution(config: PoNetConfig) -> nn.Conv2d | None:
+    """One filter per head along the tokens, over values `[B, H, N, D]`; None: without."""
+    size, heads = config.landmark_conv_size, config.num_attention_heads
+    if size is None:
+        return None
+    if size % 2 == 0:
+        raise ConfigError(f"landmark_conv_size must be odd, found {size}")
+    return nn.Conv2d(heads, heads, (size, 1), 1, (size // 2, 0), groups=heads, bias=False)
+
+
+def pseudo_inverse(matrix: Tensor, norm: Tensor) -> Tensor:
+    """Six steps of third order from the transposed matrix over a norm.
+
+    Rows of `matrix` sum to one, so its infinity norm is 1; `norm` is its 1-norm or a larger number.
+    """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    norm = matrix.sum(dim=-2).amax(dim=-1)
-    inverse = matrix.mT / norm[..., None, None]
+    inverse = matrix.mT / norm
     for _ in range(6):
         product = matrix @ inverse
         inner = 15 * identity - product @ (7 * identity - product)

@@ -60,28 +60,13 @@ class LSHAttention(nn.Module):
         lengths = layout.cu_seqlens.diff().long().view(-1, 1, 1, 1)
         vectors = self._heads(rows.from_stream(self.query_key(hidden)))  # [B, H, N, D]
         values = self._heads(rows.from_stream(self.value(hidden)))
-        keys = vectors * (vectors.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
-        keys = keys / keys.shape[-1] ** 0.5
-
-        order = self._sorted(vectors.detach(), lengths)  # [B, H, R, N]
-        queried = order.unflatten(3, (-1, self.chunk_size))
+        chunks = self._sorted(vectors.detach(), lengths).unflatten(3, (-1, self.chunk_size))
         num_chunks = (-(-lengths // self.chunk_size)).clamp(min=1)
-        last = queried.take_along_dim(num_chunks.unsqueeze(4) - 1, dim=3)
-        before = torch.cat([last.roll(1, dims=2), queried[:, :, :, :-1]], dim=3)
-        seen = torch.cat([before, queried], dim=4)  # [B, H, R, M, 2 L]
-
-        scores = _take(vectors, queried) @ _take(keys, seen).mT
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        scores = scores.masked_fill((seen >= lengths.unsqueeze(4)).unsqueeze(4), -1e9)
-        scores = scores.masked_fill(queried.unsqueeze(5) == seen.unsqueeze(4), -1e5)
-        sums = scores.logsumexp(dim=5, keepdim=True)  # [B, H, R, M, L, 1]
-        weights = F.dropout(scores.softmax(dim=5), self.dropout, self.training)
-        mixed = weights.to(values.dtype) @ _take(values, seen)
-
-        back = order.argsort(dim=3).unsqueeze(4)
-        shares = sums.flatten(3, 4).take_along_dim(back, dim=3).softmax(dim=2)
-        mixed = (mixed.flatten(3, 4).take_along_dim(back, dim=3) * shares).sum(dim=2)
-        mixed = mixed.to(values.dtype).transpose(1, 2).flatten(2)[:, : rows.length]
+        last = chunks.take_along_dim(num_chunks.unsqueeze(4) - 1, dim=3)
+        padding = torch.arange(vectors.shape[2], device=vectors.device).unsqueeze(1) >= lengths
+        dropout = self.dropout if self.training else 0.0
+        mixed = attend_in_chunks(vectors, values, chunks, last, padding, dropout)
+        mixed = mixed.transpose(1, 2).flatten(2)[:, : rows.length]
         return self.dense(rows.to_stream(mixed))
 
     def _heads(self, rows: Tensor) -> Tensor:
@@ -101,6 +86,43 @@ class LSHAttention(nn.Module):
         places = torch.arange(vectors.shape[2], device=vectors.device)
         buckets = buckets.masked_fill(places >= lengths, 2 * num_columns)
         return buckets.argsort(dim=3, stable=True)
+
+
+def attend_in_chunks(
+    vectors: Tensor,
+    values: Tensor,
+    chunks: Tensor,
+    last: Tensor,
+    padding: Tensor,
+    dropout_prob: float = 0.0,
+) -> Tensor:
+    """Attention within the chunks of all rounds, summed over the rounds: `[B, H, N, D]`.
+
+    Args:
+        vectors: `[B, H, N, D]`, queries, and keys before they are normalised.
+        values: `[B, H, N, D]`.
+        chunks: `[B, H, R, M, L]` int64, tokens by bucket in M chunks of each of R rounds.
+        last: `[B, H, R, 1, L]`, the chunk that the first one of the next round sees.
+        padding: `[B, 1, N, 1]` bool, tokens that no other one attends to.
+        dropout_prob: of the probabilities.
+    """
+    keys = vectors * (vectors.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+    keys = keys / keys.shape[-1] ** 0.5
+    before = torch.cat([last.roll(1, dims=2), chunks[:, :, :, :-1]], dim=3)
+    seen = torch.cat([before, chunks], dim=4)  # [B, H, R, M, 2 L]
+
+    scores = _take(vectors, chunks) @ _take(keys, seen).mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.masked_fill(_take(padding, seen).mT, -1e9)
+    scores = scores.masked_fill(chunks.unsqueeze(5) == seen.unsqueeze(4), -1e5)
+    sums = scores.logsumexp(dim=5, keepdim=True)  # [B, H, R, M, L, 1]
+    weights = F.dropout(scores.softmax(dim=5), dropout_prob)
+    mixed = weights.to(values.dtype) @ _take(values, seen)
+
+    back = chunks.flatten(3).argsort(dim=3).unsqueeze(4)
+    shares = sums.flatten(3, 4).take_along_dim(back, dim=3).softmax(dim=2)
+    mixed = (mixed.flatten(3, 4).take_along_dim(back, dim=3) * shares).sum(dim=2)
+    return mixed.to(values.dtype)
 
 
 def _take(vectors: Tensor, places: Tensor) -> Tensor:
