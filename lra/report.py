@@ -47,6 +47,8 @@ class DataOfResult:
     """What a report takes from the data of a result."""
 
     digest: str
+    source: str = ""
+    generator: int = 1
 
 
 @dataclass
@@ -84,6 +86,9 @@ def read_runs(folder: Path) -> Table:
     pretrained = runs["pretrain_epochs"] > 0
     runs["group"] = runs["protocol"] + pretrained.map({True: ", self-pretrained", False: ""})
     runs["digest"] = runs["data"].map(lambda data: data.digest)
+    notes = zip(runs["task"], runs["data"], strict=True)
+    runs["note"] = [TASKS[task].note(data.source, data.generator) for task, data in notes]
+    runs["complete"] &= runs["note"] == ""
     runs[["test_accuracy", "majority_rate"]] *= 100
     for (group, task), cell in runs[runs["complete"]].groupby(["group", "task"]):
         digests = sorted(set(cell["digest"]))
@@ -171,7 +176,7 @@ def _incomplete_table(incomplete: Table) -> str:
             *(str(run[name]) for name in ("seed", "steps", "published_steps")),
             *(figure_text(run[name]) for name in ("test_accuracy", "majority_rate")),
             f"{run['step_ms']:.4g}",
-            ", ".join(run["differences"]) or "data",
+            ", ".join([*run["differences"], *filter(None, [run["note"]])]) or "data",
         ]
         for run in incomplete.to_dict("records")
     ]
