@@ -1,30 +1,29 @@
 """Pathfinder images: do the two discs lie on the ends of the same dashed path?
 
-The law is that of the generator behind Long Range Arena (Linsley et al. 2018, arXiv 1805.08315; Kim
-et al. 2020) with LRA's parameters. Two target paths set out a fixed distance apart near the middle
-of the image and grow in turns, paddle by paddle; a paddle turns away from the one before by an
-angle that weighs `cos^2` and keeps its margin. When one is stuck both begin anew. Short distractor
-paths fill the rest as far as they find room. One disc lies on the tail of a random target, the
-other on the head of the same one (label 1) or of the other one (label 0).
+The law is that of the program behind Long Range Arena (Linsley et al. 2018, arXiv 1805.08315; Kim
+et al. 2020) with LRA's parameters and SciPy's scaling of its day. Two target paths begin a fixed
+distance apart and grow in turns; when one is stuck both begin anew. Then short distractor paths are
+tried. One disc lies on the tail of a random target, the other on the head of the same one (label 1)
+or of the other one (label 0). In detail:
 
-Three things differ. The margin holds between any two paths: the published program overlooks the
-newest paddle of the other target, so that paths may cross there, which makes labels ambiguous. A
-paddle is drawn among those that have room, where the published program gives up after three that
-have none. And places round to the nearest, not up in one step and down in the next.
+- Places are rounded up, ends of the circle around a pivot down.
+- An end weighs `cos^2` of the turn, and less the more of it is masked. Whether the whole paddle has
+  room is seen after the draw; three that have none end the path.
+- The newest paddles are not masked yet: targets may cross. The first target's head never is.
+- Where a path may begin is looked up a pixel too far down and right, and a direction in which a
+  corner of the image would see nothing fails. At 32 pixels 330 of 360 do: paths begin up and left.
 
-An image lies in a frame so wide that no paddle on it crosses the frame's edge. A set of pixels of
-the frame is one integer: bit `row * stride + column`. A place `(y, x)` of the image is one number
-too, `y * stride + x`: the shift that moves a template from the frame's first corner there.
+Many paths grow at once, each in a frame so wide that nothing that is looked at lies outside. Frames
+lie end to end: a place is one number, and so is the shift to another.
 """
 
 import math
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
+from functools import cache, lru_cache
+from random import Random
 
 import numpy as np
+from numpy.random import Generator, default_rng
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_dilation
 
@@ -35,48 +34,38 @@ TARGET_LENGTH, DISTRACTOR_LENGTH = 14, 4
 
 # shapes are drawn this much larger, then scaled down
 _ANTIALIAS = 2
-# a pixel belongs to a paddle when it is covered by a quarter or at one of its ends; thin strokes
-# cover none by much more than half
-_COVERED = 0.25
 # the first trial and as many more as published
-_SEED_TRIALS = 3
-_DISTRACTOR_TRIALS = 5
+_PADDLE_TRIALS, _DISTRACTOR_TRIALS = 3, 5
+_DIRECTIONS = np.arange(-180, 180) * np.pi / 180
+# masks are 0 to 255: two clash whose sum is this, and no path begins on this
+_CLASH, _TAKEN = 459, 77
+# pairs of targets that grow at once
+_PAIRS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class PathfinderSpec:
-    """Parameters of a set of images, LRA's hard one; lengths are in pixels."""
+    """Parameters of a set of images, LRA's hard one of 32 pixels; lengths are in pixels."""
 
-    size: int
-    seed_distance: int
+    size: int = 32
+    seed_distance: int = 7
     """Between the tails of the targets; the first is twice as far from the edges."""
-    num_distractors: int
+    num_distractors: int = 5
     """Paths that are tried."""
-    paddle_length: int
-    paddle_thickness: float
-    margins: tuple[int, ...]
+    paddle_length: int = 2
+    paddle_thickness: float = 0.5
+    margins: tuple[int, ...] = (1,)
     """Half the gap between two paddles of a path; each image has one of these."""
-    continuity: float
+    continuity: float = 1.0
     """How straight paths are: `continuity * turn` is below a right angle."""
-    disc_radius: float
-    target_contrast: float
+    disc_radius: float = 1.5
+    target_contrast: float = 0.75 * 2
     """Brightness of targets; a disc has 1."""
-    distractor_contrast: float
+    distractor_contrast: float = 2.0
 
 
 SPECS = {
-    32: PathfinderSpec(
-        size=32,
-        seed_distance=7,
-        num_distractors=5,
-        paddle_length=2,
-        paddle_thickness=0.5,
-        margins=(1,),
-        continuity=1.0,
-        disc_radius=1.5,
-        target_contrast=0.75 * 2,
-        distractor_contrast=2.0,
-    ),
+    32: PathfinderSpec(),
     128: PathfinderSpec(
         size=128,
         seed_distance=20,
@@ -93,248 +82,259 @@ SPECS = {
 """The published sets of the tasks Pathfinder and Path-X, by the size of their images."""
 
 
-class Paddle(NamedTuple):
-    """A paddle in one direction, laid out from a place; its anchor is one of its ends."""
-
-    ink: np.ndarray
-    """Coverage of the pixels, 0 to 1, with the anchor in the centre: `[side, side]`."""
-    core: int
-    """Set of the paddle's pixels, seen from the anchor."""
-    claimed: int
-    """Set of the pixels within a margin, where no other has its core, seen from the place."""
-    to_anchor: int
-    """Shift from the place to the anchor."""
-    to_pivot: int
-    """Shift from the anchor to the pivot behind the paddle, the place of the next one."""
-    turns: dict[int, float]
-    """What may follow: number in `Paddles.onward`, and how likely that is, not normalised."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Paddles:
-    """Paddles of one length, thickness and margin, and the frame that they are drawn in."""
+    """All paddles of a set with one of its margins, as shifts in a frame.
 
-    radius: int
-    """Pixels from the frame to the image, and from a paddle's anchor to the edge of its ink."""
-    stride: int
-    """Pixels in a row of the frame."""
-    inside: int
-    """Set of the places of the image."""
-    border: int
-    """Set of the pixels outside of the image and in its padding."""
-    first: tuple[Paddle, ...]
-    """A path's first paddle is anchored at its tail: 360 directions, a degree apart."""
-    onward: tuple[Paddle, ...]
-    """The others go on from a pivot, in the middle of the gap; the far end, also the anchor, is a
-    pixel of the circle around the pivot."""
+    First those that go on from a pivot, to each pixel of the circle around it, then those that
+    begin at a tail in 360 directions; the anchor is that pixel or the tail. A path is
+    `[paddles, 3]`: numbers, anchors and the pivots ahead.
+    """
+
+    def __init__(self, spec: PathfinderSpec, margin: int) -> None:
+        self.spec, length, step = spec, spec.paddle_length, spec.paddle_length + margin
+        radius, wide = step + math.ceil(spec.paddle_thickness), 3 * length + 5 * margin + 2
+        self.stride = stride = spec.size + 2 * wide
+        """Pixels in a row of a frame."""
+        image = np.pad(np.ones((spec.size,) * 2, bool), wide)
+        inner = np.pad(np.ones((spec.size - 2 * PADDING,) * 2, bool), wide + PADDING)
+        self.image, self.border = image.reshape(-1), (image & ~inner).reshape(-1) * np.uint8(255)
+        """Whether a place is in the image, and the mask of its padding: `[frame]`."""
+        reach = np.arange(-radius, radius + 1)
+        self.patch = (reach[:, None] * stride + reach).reshape(-1)
+        """From an anchor to all pixels that a paddle may reach."""
+        self.near = (np.argwhere(_ball(margin)) - margin) @ [stride, 1]
+        """To the pixels within a margin."""
+        arcs = np.arange(0, 2 * np.pi, 1 / step)
+        ends = np.unique(np.floor(_away(step, arcs)).astype(int), axis=0)
+        self.circle = ends @ [stride, 1]
+        """From a pivot to the anchors around it: `[onward]`."""
+        onward, first = np.arctan2(ends[:, 0], ends[:, 1]), _DIRECTIONS
+        angles = np.concatenate([onward, first])
+        turns = np.abs((onward - angles[:, None] + np.pi) % (2 * np.pi) - np.pi)
+        self.turns = np.cos(np.minimum(spec.continuity * turns, np.pi / 2)) ** 2
+        """Weights of what may follow a paddle: `[paddles, onward]`."""
+        middle = spec.size // 2
+        moves = [_up(middle, distance, first) @ [stride, 1] for distance in (length, -step)]
+        self.inside = np.cumsum(moves, axis=0)
+        """From a tail to the head and the pivot behind, which must be in the image: `[2, 360]`."""
+        self.ahead = _up(middle, length + 2 * margin, angles) @ [stride, 1]
+        """From the pivot or tail behind a paddle to the pivot ahead: `[paddles]`."""
+        self.ahead[len(onward) :] += self.inside[1]
+        # the stroke of a paddle that goes on is drawn back towards the pivot
+        strokes = [_stroke(spec, margin, radius, angle) for angle in (*(onward + np.pi), *first)]
+        self.ink, self.mask = np.array(strokes).reshape(len(angles), 2, -1).swapaxes(0, 1).copy()
+        """Coverage, up to 255, by paddles, and with their margin: `[paddles, patch]`, uint8."""
+        self.free = []
+        """For each direction, from a tail to what must not be taken; none: the direction fails."""
+        corners = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)])[:, None]
+        for _, mask in strokes[len(onward) :]:
+            full = np.argwhere(mask[: radius + step, : radius + step] == 255) - radius + 1
+            seen = (full * corners >= 0).all(2).any(1).all()
+            self.free.append(full[: None if seen else 0] @ [stride, 1])
+
+    def tails(self, taken: np.ndarray, direction: int) -> np.ndarray:
+        """Places where a path may begin in a frame of what is taken, `[frame]`."""
+        if not len(self.free[direction]):
+            return self.patch[:0]
+        low, high = np.flatnonzero(self.image)[[0, -1]] + [0, 1]
+        blocked = ~self.image[low:high]
+        for shift in self.free[direction]:
+            blocked |= taken[low + shift : high + shift]
+        for shift in self.inside[:, direction]:
+            blocked |= ~self.image[low + shift : high + shift]
+        return np.flatnonzero(~blocked) + low
+
+    def begin(self, directions: np.ndarray, tails: np.ndarray) -> np.ndarray:
+        """The first paddles of paths: `[paths, 3]`."""
+        numbers = directions + len(self.circle)
+        return np.stack([numbers, tails, tails + self.ahead[numbers]], axis=1)
+
+    def extend(
+        self, masks: np.ndarray, newest: np.ndarray, rng: Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the next paddle after each of `[paths, 3]`: which paths go on, and theirs.
+
+        Where a path goes on its newest paddle, not in `masks` until then, gets into it.
+        """
+        ends = newest[:, 2, None] + self.circle
+        masked = masks[ends[..., None] + self.near].max(-1)
+        weights = self.turns[newest[:, 0]] * (255 - masked) * self.image[ends % len(self.image)]
+        sums, drawn = weights.cumsum(1), np.full(len(newest), -1)
+        waiting = np.flatnonzero(sums[:, -1] >= 255e-4)
+        for _ in range(_PADDLE_TRIALS):
+            points = rng.random(len(waiting)) * sums[waiting, -1]
+            numbers = (sums[waiting] <= points[:, None]).sum(1)
+            pixels = masks[ends[waiting, numbers, None] + self.patch].astype(np.uint16)
+            fits = (pixels + self.mask[numbers]).max(-1) < _CLASH
+            drawn[waiting[fits]] = numbers[fits]
+            waiting = waiting[~fits]
+        on = np.flatnonzero(drawn >= 0)
+        self.stamp(masks, self.mask, newest[on])
+        numbers, pivots = drawn[on], newest[on, 2]
+        shifts = [self.circle[numbers], self.ahead[numbers]]
+        return on, np.stack([numbers, *(pivots + shift for shift in shifts)], axis=1)
+
+    def stamp(self, frames: np.ndarray, shapes: np.ndarray, paddles: np.ndarray) -> None:
+        """Lay the ink or masks of paddles far from each other, `[paddles, 3]`, into frames."""
+        pixels = paddles[:, 1, None] + self.patch
+        frames[pixels] = np.maximum(frames[pixels], shapes[paddles[:, 0]])
 
 
-@cache
-def make_paddles(spec: PathfinderSpec, margin: int) -> Paddles:
-    """Draw all paddles of a set for one of its margins."""
-    size, reach = spec.size, spec.paddle_length + margin
-    radius = reach + math.ceil(spec.paddle_thickness) + margin
-    stride = size + 2 * radius
-    # one pixel for each pixel of arc
-    arcs = np.arange(0, 2 * np.pi, 1 / reach)
-    circle = np.rint(reach * np.stack([np.sin(arcs), np.cos(arcs)], axis=1)).astype(int)
-    circle = np.unique(circle, axis=0)
-    angles = np.arctan2(circle[:, 0], circle[:, 1])
-    across = np.arange(-margin, margin + 1) ** 2
-    near = across[:, None] + across <= margin**2
-
-    def paddle(angle: float, stroke: float, to_anchor: int, beyond: int) -> Paddle:
-        ink, core = _draw(spec, stroke, radius)
-        claimed = _pixels(binary_dilation(core, near), stride)
-        turns = np.abs((angles - angle + np.pi) % (2 * np.pi) - np.pi)
-        weights = np.cos(np.minimum(spec.continuity * turns, np.pi / 2)) ** 2
-        return Paddle(
-            ink=ink,
-            core=_pixels(core, stride),
-            claimed=claimed << to_anchor if to_anchor >= 0 else claimed >> -to_anchor,
-            to_anchor=to_anchor,
-            to_pivot=round(beyond * math.sin(angle)) * stride + round(beyond * math.cos(angle)),
-            # the cosine of pi / 2 is not quite 0
-            turns={int(n): float(weights[n]) for n in np.flatnonzero(weights > 1e-9)},
-        )
-
-    edge = np.pad(np.zeros((size - 2 * PADDING,) * 2, bool), radius + PADDING, constant_values=True)
-    return Paddles(
-        radius=radius,
-        stride=stride,
-        inside=_pixels(np.ones((size, size), bool), stride),
-        border=_pixels(edge, stride),
-        first=tuple(paddle(angle, angle, 0, reach) for angle in np.deg2rad(np.arange(360))),
-        # the stroke goes back towards the pivot
-        onward=tuple(
-            paddle(angle, angle + np.pi, int(y * stride + x), margin)
-            for angle, (y, x) in zip(angles, circle, strict=True)
-        ),
-    )
+make_paddles = cache(Paddles)
 
 
-def _draw(spec: PathfinderSpec, angle: float, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ink and core, a mask, of a stroke from the centre."""
-    length = spec.paddle_length
-    centre, reach = radius * _ANTIALIAS, length * _ANTIALIAS
+def _stroke(spec: PathfinderSpec, margin: int, radius: int, angle: float) -> list[np.ndarray]:
+    """Ink and mask of a stroke from the centre: `[side, side]`."""
+    centre = radius * _ANTIALIAS
     canvas = Image.new("L", (2 * centre + 1, 2 * centre + 1))
-    end = (round(centre + reach * math.cos(angle)), round(centre + reach * math.sin(angle)))
+    y, x = centre + _up(centre, spec.paddle_length * _ANTIALIAS, np.array(angle))
     width = round(spec.paddle_thickness * _ANTIALIAS)
-    ImageDraw.Draw(canvas).line([(centre, centre), end], fill=1, width=width)
-    ink = _shrink(np.asarray(canvas) > 0, 2 * radius + 1)
-    core = ink >= _COVERED
-    core[radius, radius] = True
-    core[radius + round(length * math.sin(angle)), radius + round(length * math.cos(angle))] = True
-    return ink, core
+    ImageDraw.Draw(canvas).line([(centre, centre), (x, y)], fill=1, width=width)
+    stroke = np.asarray(canvas) > 0
+    mask = binary_dilation(stroke, _ball(margin * _ANTIALIAS))
+    return [_shrink(shape, 2 * radius + 1) for shape in (stroke, mask)]
 
 
-def _disc(radius: float) -> np.ndarray:
-    """Coverage, 0 to 1, of pixels with a disc in their centre: `[side, side]`, an odd side."""
-    reach = math.ceil(radius) + 1
-    across = np.arange(-reach * _ANTIALIAS, reach * _ANTIALIAS + 1) ** 2
-    return _shrink(across[:, None] + across <= (radius * _ANTIALIAS) ** 2, 2 * reach + 1)
+def _up(place: int, distance: int, angles: np.ndarray) -> np.ndarray:
+    """Rows and columns, `[..., 2]`, to go from a place, which decides on the error of a sine."""
+    return np.ceil(place + _away(distance, angles)).astype(int) - place
+
+
+def _away(distance: int, angles: np.ndarray) -> np.ndarray:
+    return distance * np.stack([np.sin(angles), np.cos(angles)], axis=-1)
+
+
+def _ball(radius: int) -> np.ndarray:
+    across = np.arange(-radius, radius + 1) ** 2
+    return across[:, None] + across <= radius**2
 
 
 def _shrink(shape: np.ndarray, side: int) -> np.ndarray:
     picture = Image.fromarray(shape.astype(np.uint8) * 255)
-    small = picture.resize((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(small, dtype=np.float32) / 255
+    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
 
 
-def _pixels(mask: np.ndarray, stride: int) -> int:
-    """The set of a mask's pixels, its first corner in the frame's."""
-    rows = np.zeros((len(mask), stride), bool)
-    rows[:, : mask.shape[1]] = mask
-    return int.from_bytes(np.packbits(rows, bitorder="little").tobytes(), "little")
+@lru_cache(maxsize=1024)
+def _disc(spec: PathfinderSpec, *place: int) -> np.ndarray:
+    """Coverage of the pixels of an image by a disc, up to 255: `[size, size]`."""
+    pixels = np.arange(spec.size * _ANTIALIAS)
+    y, x = ((pixels - at * _ANTIALIAS) ** 2 for at in place)
+    return _shrink(y[:, None] + x <= (spec.disc_radius * _ANTIALIAS) ** 2, spec.size)
 
 
-def _bits(pixels: int) -> list[int]:
-    """Numbers of the bits that are set, in order."""
-    content = np.frombuffer(pixels.to_bytes((pixels.bit_length() + 7) // 8, "little"), np.uint8)
-    return np.flatnonzero(np.unpackbits(content, bitorder="little")).tolist()
+def _grow_targets(paddles: Paddles, count: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs `[count, 2, TARGET_LENGTH, 3]`, and masks `[count, frame]` with them."""
+    spec = paddles.spec
+    outer = paddles.image.reshape(paddles.stride, -1).copy()
+    edge = 2 * spec.seed_distance + (paddles.stride - spec.size) // 2
+    outer[edge:-edge, edge:-edge] = False
+    rooms = [paddles.tails(outer.reshape(-1), direction) for direction in range(360)]
+    aside = np.rint(_away(spec.seed_distance, _DIRECTIONS)).astype(int) @ [paddles.stride, 1]
+    masks = np.empty((_PAIRS, len(paddles.image)), np.uint8)
+    flat, paths = masks.reshape(-1), np.zeros((_PAIRS, 2, TARGET_LENGTH, 3), int)
+    fresh = pairs = np.arange(_PAIRS)
+    lengths, found, missing = np.zeros(_PAIRS, int), [], count
+    while missing > 0:
+        starts = rng.choice(np.flatnonzero([len(room) for room in rooms]), len(fresh))
+        tails = np.array([rng.choice(rooms[n]) for n in starts], int) + fresh * masks.shape[1]
+        directions, sides = rng.integers(360, size=(2, len(fresh)))
+        paths[fresh, 0, 0] = paddles.begin(starts, tails)
+        paths[fresh, 1, 0] = paddles.begin(directions, tails + aside[sides])
+        masks[fresh], lengths[fresh] = paddles.border, 2
+        which, length = lengths % 2, lengths // 2
+        on, newest = paddles.extend(flat, paths[pairs, which, length - 1], rng)
+        paths[on, which[on], length[on]] = newest
+        lengths[on] += 1
+        whole = on[lengths[on] == 2 * TARGET_LENGTH][:missing]
+        paddles.stamp(flat, paddles.mask, paths[whole, 1, -1])
+        found.append((paths[whole], masks[whole]))
+        missing -= len(whole)
+        fresh = np.append(np.delete(pairs, on), whole)
+    return np.concatenate([paths for paths, _ in found]), np.concatenate([x for _, x in found])
 
 
-PaddlePath = list[tuple[int, Paddle]]
-"""Anchor of each paddle of a path, and the paddle, from its tail on."""
-
-
-def _newest(path: PaddlePath) -> int:
-    """Pixels of the newest paddle, kept apart because the next one may come near it."""
-    anchor, paddle = path[-1]
-    return paddle.core << anchor
-
-
-class Scene:
-    """The paths and discs of one image."""
-
-    def __init__(self, spec: PathfinderSpec, rng: random.Random) -> None:
-        self.spec = spec
-        self.paddles = make_paddles(spec, rng.choice(spec.margins))
-        self._rng = rng
-        self._claims = [paddle.claimed for paddle in self.paddles.onward]
-        self.targets = self._grow_targets()
-        tried = [self._grow_distractor() for _ in range(spec.num_distractors)]
-        self.distractors = [path for path in tried if path is not None]
-        tail_of, head_of = rng.randrange(2), rng.randrange(2)
-        self.label = int(tail_of == head_of)
-        """1 when both discs are on one path."""
-        self.discs = self.targets[tail_of][0][0], self.targets[head_of][-1][0]
-        """Places of the discs."""
-
-    def _grow_targets(self) -> tuple[PaddlePath, PaddlePath]:
-        """Two paths whose tails lie a distance apart."""
-        while True:
-            self._taken = self.paddles.border
-            pair = self._begin_targets()
-            if pair is None:
-                continue
-            turns = (pair, pair[::-1]) * (TARGET_LENGTH - 1)
-            if all(self._extend(path, _newest(other)) for path, other in turns):
-                self._taken |= _newest(pair[0]) | _newest(pair[1])
-                return pair
-
-    def _begin_targets(self) -> tuple[PaddlePath, PaddlePath] | None:
-        rng, distance = self._rng, self.spec.seed_distance
-        y, x = (rng.randrange(2 * distance, self.spec.size - 2 * distance) for _ in range(2))
-        first = self._begin(y, x, 0)
-        if first is None:
-            return None
-        for _ in range(_SEED_TRIALS):
-            angle = rng.uniform(0, 2 * math.pi)
-            down, right = round(distance * math.sin(angle)), round(distance * math.cos(angle))
-            second = self._begin(y + down, x + right, _newest(first))
-            if second is not None:
-                return first, second
-        return None
-
-    def _begin(self, y: int, x: int, others: int) -> PaddlePath | None:
-        """A path of one paddle in a random direction; None when it has no room."""
-        tail, paddle = y * self.paddles.stride + x, self._rng.choice(self.paddles.first)
-        blocked = paddle.claimed << tail & (self._taken | others)
-        return None if blocked else [(tail, paddle)]
-
-    def _extend(self, path: PaddlePath, others: int) -> bool:
-        """Add a paddle where there is room beside what is taken and `others`; False if stuck."""
-        (anchor, newest), claims = path[-1], self._claims
-        pivot = anchor + newest.to_pivot
-        around = (self._taken | others) >> pivot
-        free = [number for number in newest.turns if not around & claims[number]]
-        if not free:
-            return False
-        (number,) = self._rng.choices(free, [newest.turns[number] for number in free])
-        self._taken |= newest.core << anchor
-        paddle = self.paddles.onward[number]
-        path.append((pivot + paddle.to_anchor, paddle))
-        return True
-
-    def _grow_distractor(self) -> PaddlePath | None:
-        """A path anywhere; None when none found room."""
-        before = self._taken
+def _grow_distractors(paddles: Paddles, masks: np.ndarray, rng: Generator) -> list[np.ndarray]:
+    """For each of `[count, frame]` masks, which get them, `[paths, DISTRACTOR_LENGTH, 3]`."""
+    found: list[list[np.ndarray]] = [[] for _ in masks]
+    for _ in range(paddles.spec.num_distractors):
+        waiting = np.arange(len(masks))
         for _ in range(_DISTRACTOR_TRIALS):
-            path = self._begin_anywhere()
-            if path and all(self._extend(path, 0) for _ in range(DISTRACTOR_LENGTH - 1)):
-                self._taken |= _newest(path)
-                return path
-            self._taken = before
-        return None
+            frames, directions = masks[waiting], rng.integers(360, size=len(waiting))
+            rooms = list(map(paddles.tails, frames >= _TAKEN, directions))
+            on = np.flatnonzero([len(room) for room in rooms])
+            tails = np.array([rng.choice(rooms[n]) for n in on], int) + on * frames.shape[1]
+            path = [paddles.begin(directions[on], tails)]
+            for _ in range(DISTRACTOR_LENGTH - 1):
+                went, newest = paddles.extend(frames.reshape(-1), path[-1], rng)
+                on, path = on[went], [*(paddle[went] for paddle in path), newest]
+            paddles.stamp(frames.reshape(-1), paddles.mask, path[-1])
+            masks[waiting[on]] = frames[on]
+            for n, each in zip(waiting[on], np.stack(path, axis=1), strict=True):
+                found[n].append(each)
+            waiting = np.delete(waiting, on)
+    return [np.array(paths, int).reshape(-1, DISTRACTOR_LENGTH, 3) for paths in found]
 
-    def _begin_anywhere(self) -> PaddlePath | None:
-        """A path of one paddle in a random direction, on any place where it has room."""
-        paddle, blocked = self._rng.choice(self.paddles.first), 0
-        for bit in _bits(paddle.claimed):
-            blocked |= self._taken >> bit
-        places = _bits(self.paddles.inside & ~blocked)
-        return [(self._rng.choice(places), paddle)] if places else None
+
+@dataclass(frozen=True)
+class Scene:
+    """The paths of one image, from their tails on, and its discs."""
+
+    paddles: Paddles
+    targets: np.ndarray
+    """Numbers and anchors of paddles: `[2, TARGET_LENGTH, 2]`."""
+    distractors: np.ndarray
+    """The same: `[paths, DISTRACTOR_LENGTH, 2]`."""
+    disc_of: tuple[int, int]
+    """The target that has one on its tail, and the target that has one on its head."""
+
+    @property
+    def label(self) -> int:
+        """1 when both discs are on one path."""
+        return int(self.disc_of[0] == self.disc_of[1])
+
+    @property
+    def discs(self) -> np.ndarray:
+        """Their pixels: `[2, 2]`."""
+        return self.pixels(self.targets[self.disc_of, (0, -1), 1])
+
+    def pixels(self, places: np.ndarray) -> np.ndarray:
+        """Rows and columns in the image: `[..., 2]`."""
+        wide = (self.paddles.stride - self.paddles.spec.size) // 2
+        return np.stack(np.divmod(places, self.paddles.stride), axis=-1) - wide
 
     def render(self) -> np.ndarray:
         """The image, its darkest pixel 0 and its brightest 255: `[size, size]`, uint8."""
-        targets = self.spec.target_contrast * self.ink(self.targets)
-        distractors = self.spec.distractor_contrast * self.ink(self.distractors)
-        shape = _disc(self.spec.disc_radius)
-        discs = self._stamped([(place, shape) for place in self.discs])
-        light = np.maximum(np.maximum(targets, distractors), discs)
+        spec, discs = self.paddles.spec, self.discs.tolist()
+        targets = spec.target_contrast * self.ink(self.targets)
+        distractors = spec.distractor_contrast * self.ink(self.distractors)
+        light = np.maximum.reduce([targets, distractors, *(_disc(spec, *at) for at in discs)])
         low, high = light.min(), light.max()
         return ((light - low) * (255 / (high - low)) + 0.5).astype(np.uint8)
 
-    def ink(self, paths: Sequence[PaddlePath]) -> np.ndarray:
-        """Coverage of pixels by paths: `[size, size]`."""
-        placed = [(anchor, paddle.ink) for path in paths for anchor, paddle in path]
-        return self._stamped(placed)
-
-    def _stamped(self, shapes: list[tuple[int, np.ndarray]]) -> np.ndarray:
-        """Shapes around places: `[size, size]`."""
-        radius, stride = self.paddles.radius, self.paddles.stride
-        frame = np.zeros((stride, stride), np.float32)
-        for place, shape in shapes:
-            y, x = (at + radius - len(shape) // 2 for at in divmod(place, stride))
-            window = frame[y : y + len(shape), x : x + len(shape)]
-            np.maximum(window, shape, out=window)
-        return frame[radius:-radius, radius:-radius]
+    def ink(self, paths: np.ndarray) -> np.ndarray:
+        """Coverage of pixels by paths, up to 255: `[size, size]`, uint8."""
+        frame = np.zeros_like(self.paddles.border)
+        for paddle in paths.reshape(-1, 1, 2):
+            self.paddles.stamp(frame, self.paddles.ink, paddle)
+        return frame[self.paddles.image].reshape(self.paddles.spec.size, -1)
 
 
-def draw_images(
-    spec: PathfinderSpec, count: int, rng: random.Random
-) -> list[tuple[int, np.ndarray]]:
-    """Random images: labels, a fair coin deciding on each, and `[size, size]` uint8 pixels."""
-    scenes = [Scene(spec, rng) for _ in range(count)]
-    return [(scene.label, scene.render()) for scene in scenes]
+def draw_scenes(spec: PathfinderSpec, count: int, rng: Random) -> list[Scene]:
+    """Random scenes, a fair coin deciding on each label."""
+    numbers, scenes = default_rng(rng.getrandbits(128)), []
+    margins = rng.choices(spec.margins, k=count)
+    for margin in sorted(set(margins)):
+        paddles = make_paddles(spec, margin)
+        pairs, masks = _grow_targets(paddles, margins.count(margin), numbers)
+        # from many frames to one
+        wrap = np.array([len(paddles.mask), masks.shape[1]])
+        for targets, others in zip(pairs, _grow_distractors(paddles, masks, numbers), strict=True):
+            paths = (of[..., :2] % wrap for of in (targets, others))
+            scenes.append(Scene(paddles, *paths, (rng.randrange(2), rng.randrange(2))))
+    rng.shuffle(scenes)
+    return scenes
+
+
+def draw_images(spec: PathfinderSpec, count: int, rng: Random) -> list[tuple[int, np.ndarray]]:
+    """Random images: labels, and `[size, size]` uint8 pixels."""
+    return [(scene.label, scene.render()) for scene in draw_scenes(spec, count, rng)]

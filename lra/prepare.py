@@ -27,7 +27,7 @@ from lra.listops import draw_trees
 from lra.pathfinder import SPECS, draw_images
 from lra.sources import HUB, SOURCES, encode_listops, examples_of_hub, read_source
 from lra.store import DATA_DIR, SPLITS, ArenaError, Example, load_arena_data, write_task
-from lra.tasks import TASKS, ArenaTask, tasks_named
+from lra.tasks import GENERATED, TASKS, ArenaTask, tasks_named
 from ponet.run.cli import errors_in_one_line, require_at_least
 from ponet.run.log import set_up_logging
 
@@ -67,7 +67,7 @@ def prepare_task(
     found = Path(source) if source else raw if raw.exists() else None
     if found and not found.exists():
         raise ArenaError(f"--source {found}: not found; expected {SOURCES[name]}")
-    if num_examples is not None and (found or not task.is_generated):
+    if num_examples is not None and (found or not task.law):
         logger.warning("%s is read whole: --num-examples is for generated tasks", name)
         num_examples = None
     origin = str(found.resolve()) if found else None
@@ -101,8 +101,8 @@ def _prepare(task: ArenaTask, folder: Path, settings: dict[str, Any], workers: i
     advice += SOURCES[task.name]
     if origin:
         described, examples = origin, read_source(task, Path(origin), skipped, seed)
-    elif task.is_generated:
-        described, examples = "generated", _generate(task, settings, workers)
+    elif task.law:
+        described, examples = GENERATED, _generate(task, settings, workers)
     elif task.name in HUB:
         described, examples = f"hub: {HUB[task.name]}", examples_of_hub(task, advice)
     else:
@@ -155,7 +155,9 @@ def _draw_chunk(draw: Callable[[random.Random], Drawn], seed: int, number: int) 
 def _summary(name: str, folder: Path, *, verify: bool) -> dict[str, Any]:
     """What was prepared, for the last line; numbers other than the published are pointed out."""
     data = load_arena_data(name, folder, verify=verify)
-    if not data.is_whole:
+    if data.note:
+        logger.warning("%s: %s; delete %s to generate it by today's", name, data.note, folder)
+    elif not data.is_whole:
         message = "%s has %s training, development and test examples, the published set %s"
         logger.warning(message, name, data.sizes, data.task.split_sizes)
     keys = ("source", "digest", "splits", "skipped")

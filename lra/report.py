@@ -52,6 +52,8 @@ class DataOfResult:
     """What a report takes from the data of a result."""
 
     digest: str
+    source: str = ""
+    generator: int = 1
 
 
 @dataclass
@@ -93,6 +95,9 @@ def read_runs(folder: Path) -> Table:
     pretrained = runs["pretrain_epochs"] > 0
     runs["group"] = runs["protocol"] + pretrained.map({True: ", self-pretrained", False: ""})
     runs["digest"] = runs["data"].map(lambda data: data.digest)
+    notes = zip(runs["task"], runs["data"], strict=True)
+    runs["note"] = [TASKS[task].note(data.source, data.generator) for task, data in notes]
+    runs["complete"] &= runs["note"] == ""
     runs[["test_accuracy", "majority_rate"]] *= 100
     for (group, task), cell in runs[runs["complete"]].groupby(["group", "task"]):
         digests = sorted(set(cell["digest"]))
@@ -196,6 +201,12 @@ def _published_row(published: dict[str, Any], tasks: list[str]) -> list[str]:
     return [f"*{text}*" if text else "" for text in row]
 
 
+def _reasons(run: dict[str, Any]) -> list[str]:
+    """Why a run is in no mean; its row tells the ablation."""
+    differences = [name for name in run["differences"] if name not in run["ablation"]]
+    return [*differences, *filter(None, [run["note"]])]
+
+
 def _incomplete_table(incomplete: Table) -> str:
     head = ["task", "model", "seed", "steps", "of", "accuracy", "majority baseline", "ms/step"]
     rows = [
@@ -205,7 +216,7 @@ def _incomplete_table(incomplete: Table) -> str:
             *(str(run[name]) for name in ("seed", "steps", "published_steps")),
             *(figure_text(run[name]) for name in ("test_accuracy", "majority_rate")),
             f"{run['step_ms']:.4g}",
-            ", ".join(x for x in run["differences"] if x not in run["ablation"]) or "data",
+            ", ".join(_reasons(run)) or "data",
         ]
         for run in incomplete.to_dict("records")
     ]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lra.tasks import TASKS, ArenaTask, ProtocolName
+from lra.tasks import GENERATED, TASKS, ArenaTask, ProtocolName
 from ponet.files import write_json
 
 DATA_DIR = "data/lra"
@@ -84,9 +84,9 @@ class ArenaData:
     """To select a checkpoint on."""
     test: Split
     manifest: dict[str, Any]
-    """`source`, `settings` and `skipped` of the preparation, `digest` (the same for the same
-    examples on any machine), `variant`, and by split the `examples`, `label_counts`,
-    `majority_rate` and `mean_tokens`."""
+    """`source`, `settings` and `skipped` of the preparation, `generator` (version of the law) of a
+    generated task, `digest` (the same for the same examples on any machine), `variant`, and by
+    split the `examples`, `label_counts`, `majority_rate` and `mean_tokens`."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -95,17 +95,26 @@ class ArenaData:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the splits have the published sizes."""
+        """Whether the splits have the published sizes, and generated ones follow today's law."""
         train, dev, test = self.sizes
+        if self.note:
+            return False
         if self.manifest["variant"] == "clean" and self.task.dev_from == "test":
             # published, the development set is the test set; clean, a part of the training set
             return (train + dev, test) == (self.task.split_sizes[0], self.task.split_sizes[2])
         return self.sizes == self.task.split_sizes
 
+    @property
+    def note(self) -> str:
+        """What sets generated examples apart from those of today's law."""
+        return self.task.note(self.manifest["source"], self.manifest.get("generator", 1))
+
     def describe(self) -> dict[str, Any]:
         """What a result says of its data."""
-        origin = {name: self.manifest[name] for name in ("digest", "source")}
-        return origin | dict(zip(SPLITS, self.sizes, strict=True))
+        names = ("digest", "source", "generator")
+        origin = {name: self.manifest[name] for name in names if name in self.manifest}
+        note = {"note": self.note} if self.note else {}
+        return origin | dict(zip(SPLITS, self.sizes, strict=True)) | note
 
 
 def write_task(
@@ -140,6 +149,7 @@ def write_task(
             "format_version": FORMAT_VERSION,
             "task": task.name,
             "source": source,
+            **({"generator": task.law} if source == GENERATED else {}),
             "settings": settings or {},
             **_write_arrays(unfinished, task, examples, source, seed),
             "skipped": {"records": len(skipped), "first": list(skipped[:5])},
@@ -334,6 +344,8 @@ def _advice(name: str) -> str:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """Of the examples; where they came from does not count."""
+    """Of the examples; where they came from does not count, but for the law that changed."""
     content = [manifest[key] for key in ("format_version", "task", "variants", "files")]
+    if (generator := manifest.get("generator", 1)) > 1:
+        content.append(generator)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
