@@ -87,6 +87,8 @@ class TaskExamples:
     train: TextExamples
     evaluation: Mapping[str, TextExamples]
     """Labelled splits to score, by name."""
+    tests: Mapping[str, TextExamples]
+    """The same, to score at the end alone."""
     submissions: Mapping[str, TextExamples]
     """Splits without labels, by name of their submission file."""
     differences: tuple[str, ...]
@@ -96,7 +98,7 @@ class TaskExamples:
     def digest(self) -> str:
         """Hash of what decides figures: 16 hexadecimal digits."""
         digest = hashlib.sha256()
-        for examples in (self.train, *self.evaluation.values()):
+        for examples in (self.train, *self.evaluation.values(), *self.tests.values()):
             for text in (text for column in examples.texts for text in column):
                 digest.update(text.encode() + b"\0")
             assert examples.labels is not None
@@ -393,6 +395,10 @@ def _read(task: TextTask, data_dir: Path) -> tuple[dict[str, TextExamples], list
         files, paths = found
         splits = {s: read_table(x, files.columns(s), task.labels) for s, x in paths.items()}
         difference, rows = files.difference, files.rows
+    whole = splits["train"] if task.parts_of_train else None
+    for split, (begin, end) in task.parts_of_train.items():
+        assert whole is not None
+        splits[split] = whole.take(range(round(begin * len(whole)), round(end * len(whole))))
     expected = task.rows if difference is None else rows
     differences = [] if difference is None else [difference]
     differences += [
@@ -428,14 +434,16 @@ def _joined(
 ) -> TaskExamples:
     """What the model of the first task learns from, and what it is asked of all of them."""
     task, splits = parts[0]
-    evaluation, submissions = {}, {}
+    evaluation, tests, submissions = {}, {}, {}
     for asked, found in parts:
         evaluation |= {name: found[name] for name in asked.evaluation if name in found}
+        tests |= {name: found[name] for name in asked.tests if name in found}
         submissions |= {n: found[split] for n, split in asked.submissions.items() if split in found}
     return TaskExamples(
         task=task,
         train=splits["train"],
         evaluation=evaluation,
+        tests=tests,
         submissions=submissions,
         differences=tuple(differences),
     )

@@ -52,53 +52,55 @@ logger = logging.getLogger(__name__)
 cached_checkpoint = lru_cache(maxsize=1)(read_checkpoint)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodedTask:
-    """A task in the tokens of a checkpoint."""
+@lru_cache(maxsize=1)
+def encode_training_set(
+    config: GlueConfig, task: str, max_length: int, segments: Segments, limit: int | None, seed: int
+) -> EncodedExamples:
+    """Tokenise what a run learns from, and log what it holds.
 
-    train: EncodedExamples
-    """No more than asked for."""
-    evaluation: Mapping[str, EncodedExamples]
-    submissions: Mapping[str, EncodedExamples]
+    With a `limit` these are the first of all examples in an order that the seed draws.
+    """
+    data = load_examples(task, config)
+    train = data.train
+    if limit is not None:
+        order = np.random.default_rng((_SUBSET_SEED, seed)).permutation(len(train))
+        train = train.take(np.sort(order[:limit]))
+    counts = class_counts(data.task, train)
+    logger.info("%s | train: %d examples, %s", task, len(train), counts)
+    return _encode(config, task, "train", train, max_length, segments)
 
 
 @lru_cache(maxsize=1)
-def encode_task(
-    task: str, config: GlueConfig, max_length: int, segments: Segments, max_train: int | None
-) -> EncodedTask:
-    """Tokenise a task as a run sees it, and log what its training set holds."""
+def encode_other_sets(
+    config: GlueConfig, task: str, max_length: int, segments: Segments
+) -> Mapping[str, EncodedExamples]:
+    """Tokenise what a task scores, by split, and what it predicts, by `submission/NAME`."""
     data = load_examples(task, config)
+    sets = {**data.evaluation, **data.tests}
+    sets |= {f"submission/{name}": examples for name, examples in data.submissions.items()}
+    return {n: _encode(config, task, n, x, max_length, segments) for n, x in sets.items()}
+
+
+def _encode(
+    config: GlueConfig,
+    task: str,
+    split: str,
+    examples: TextExamples,
+    max_length: int,
+    segments: Segments,
+) -> EncodedExamples:
     tokenizer = cached_checkpoint(Path(config.checkpoint)).tokenizer
-    encoder = ExampleEncoder(tokenizer, max_length=max_length, segments=segments)
-
-    def encode(split: str, examples: TextExamples) -> EncodedExamples:
-        encoded = encoder.encode(examples)
-        if encoded.num_truncated:
-            logger.warning(
-                "%s | %s: %.1f %% of %d examples are cut to %d tokens (see --max-length)",
-                task,
-                split,
-                100 * encoded.num_truncated / len(encoded),
-                len(encoded),
-                max_length,
-            )
-        return encoded
-
-    train = _subset(data.train, max_train)
-    counts = class_counts(data.task, train)
-    logger.info("%s | train: %d examples, %s", task, len(train), counts)
-    return EncodedTask(
-        train=encode("train", train),
-        evaluation={name: encode(name, examples) for name, examples in data.evaluation.items()},
-        submissions={name: encode(name, examples) for name, examples in data.submissions.items()},
-    )
-
-
-def _subset(examples: TextExamples, limit: int | None) -> TextExamples:
-    if limit is None or limit >= len(examples):
-        return examples
-    chosen = np.random.default_rng(_SUBSET_SEED).permutation(len(examples))[:limit]
-    return examples.take(np.sort(chosen))
+    encoded = ExampleEncoder(tokenizer, max_length=max_length, segments=segments).encode(examples)
+    if encoded.num_truncated:
+        logger.warning(
+            "%s | %s: %.1f %% of %d examples are cut to %d tokens (see --max-length)",
+            task,
+            split,
+            100 * encoded.num_truncated / len(encoded),
+            len(encoded),
+            max_length,
+        )
+    return encoded
 
 
 class FineTuningStep:
@@ -172,23 +174,23 @@ class FineTuningRun(Run):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         data = load_examples(settings.task, self.config)
-        encoded = encode_task(
-            settings.task,
-            self.config,
-            settings.max_length,
-            settings.segments,
-            settings.max_train_examples,
-        )
+        of_task = self.config, settings.task, settings.max_length, settings.segments
+        limit = settings.max_train_examples
+        train = encode_training_set(*of_task, limit, 0 if limit is None else settings.seed)
+        encoded = encode_other_sets(*of_task)
         checkpoint = cached_checkpoint(Path(self.config.checkpoint))
         self.begin({"data": data.train.origin, "from": str(checkpoint.folder)})
         torch.manual_seed(settings.seed)
         model = build_classifier(checkpoint, settings, len(data.task.labels) or 1).to(device)
         model.ponet.encoder.recomputes = settings.max_length > _LONG
-        step = FineTuningStep(model, encoded.train, settings, device)
+        step = FineTuningStep(model, train, settings, device)
 
         def evaluate(number: int) -> dict[str, float | None]:
-            evaluation = encoded.evaluation.items()
-            return _scores(data, {name: self._predict(model, x) for name, x in evaluation})
+            return scores_on(data.evaluation)
+
+        def scores_on(sets: Mapping[str, TextExamples]) -> dict[str, float | None]:
+            predictions = {name: self._predict(model, encoded[name]) for name in sets}
+            return _scores(data, sets, predictions)
 
         trainer = Trainer(
             model,
@@ -203,10 +205,11 @@ class FineTuningRun(Run):
         # a run that was stopped after its last step has its weights, but no scores
         metrics = trainer.scores or evaluate(0)
         began = time.perf_counter()
-        for name, examples in encoded.submissions.items():
-            path = self.folder / "submission" / f"{name}.tsv"
-            predictions = self._predict(model, examples)
-            write_submission(path, data.task, data.submissions[name], predictions)
+        metrics = metrics | scores_on(data.tests)
+        for name, examples in data.submissions.items():
+            file = f"submission/{name}"
+            predictions = self._predict(model, encoded[file])
+            write_submission(self.folder / f"{file}.tsv", data.task, examples, predictions)
         if self.config.save_models:
             spec = LabelSpec(
                 task=settings.task,
@@ -222,7 +225,7 @@ class FineTuningRun(Run):
                 **asdict(settings),
                 "checkpoint": checkpoint.name,
                 "mixer": checkpoint.config.mixer,
-                **_compared(metrics, data, encoded),
+                **_compared(metrics, data, len(train)),
                 "steps": step.steps,
                 "seconds": seconds,
                 "step_ms": 1e3 * trainer.progress.train_seconds / step.steps,
@@ -251,38 +254,39 @@ class FineTuningRun(Run):
         return outputs[:, 0].astype(np.float64) if is_regression else outputs.argmax(axis=1)
 
 
-def _scores(data: TaskExamples, predictions: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+def _scores(
+    data: TaskExamples, sets: Mapping[str, TextExamples], predictions: Mapping[str, np.ndarray]
+) -> dict[str, float | None]:
     scores: dict[str, float | None] = {}
-    for name, predicted in predictions.items():
+    for name, examples in sets.items():
+        assert examples.labels is not None
         # a set of another task, as the diagnostic one, has metrics of its own
-        owner = TASKS.get(name, data.task)
-        labels = data.evaluation[name].labels
-        assert labels is not None
-        prefix = f"{name}_" if len(data.task.evaluation) > 1 or owner is not data.task else ""
-        scores |= score(owner.metrics, predicted, labels, prefix=prefix)
+        metrics = TASKS.get(name, data.task).metrics
+        prefix = "" if name == "dev" else f"{name}_"
+        scores |= score(metrics, predictions[name], examples.labels, prefix=prefix)
     return scores
 
 
 def _compared(
-    metrics: dict[str, float | None], data: TaskExamples, encoded: EncodedTask
+    metrics: dict[str, float | None], data: TaskExamples, num_train: int
 ) -> dict[str, Any]:
     """The scores, those of a constant prediction, and how far either are the published task's."""
-    assert data.train.labels is not None
-    constant = {
-        name: constant_prediction(data.train.labels, len(examples))
-        for name, examples in data.evaluation.items()
-    }
-    majority = _scores(data, constant)
+    labels = data.train.labels
+    assert labels is not None
+    sets = {**data.evaluation, **data.tests}
+    constant = {name: constant_prediction(labels, len(x)) for name, x in sets.items()}
+    majority = _scores(data, sets, constant)
     differences = list(data.differences)
-    if len(encoded.train) < len(data.train):
-        differences.append(f"trained on {len(encoded.train):,} of {len(data.train):,} rows")
-    scored = [encoded.evaluation[n] for n in data.task.evaluation if n in encoded.evaluation]
+    if num_train < len(data.train):
+        differences.append(f"trained on {num_train:,} of {len(data.train):,} rows")
+    scored = [data.evaluation[n] for n in data.task.evaluation if n in data.evaluation]
     return {
         "metrics": metrics,
         "score": mean_of(metrics, data.task.headline),
         "majority_metrics": majority,
         "majority": mean_of(majority, data.task.headline),
-        "num_train": len(encoded.train),
+        "num_train": num_train,
         "num_eval": sum(map(len, scored)),
+        "num_test": sum(map(len, data.tests.values())),
         "differences": differences,
     }

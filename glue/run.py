@@ -28,6 +28,7 @@ def fine_tune_tasks() -> tuple[dict[str, Any], list[str]]:
     config = parse()
     options = run_options(config)
     checkpoint = cached_checkpoint(Path(config.checkpoint))
+    config = config.within(checkpoint.config.num_hidden_layers)
     for pooler in config.poolers():
         check_pooler(checkpoint.config, pooler)
     scratch = "-scratch" if config.from_scratch else ""
@@ -45,7 +46,7 @@ def fine_tune_tasks() -> tuple[dict[str, Any], list[str]]:
                 folder=folder / settings.name,
                 options=options,
             )
-            for settings in config.runs_of(data.task, options.device.type)
+            for settings in config.runs_of(data.task, len(data.train), options.device.type)
         ]
     results, failures = run_all("glue", runs, jobs=config.jobs)
     summary = []

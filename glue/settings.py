@@ -1,14 +1,16 @@
 """What a command is told, and what each of its runs is: recipe < YAML < flags."""
 
+import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from glue.tasks import NINE_COLUMNS, TASKS, Segments, TextTask
+from glue.tasks import TASKS, TWELVE_COLUMNS, Segments, TextTask
 from ponet import PoolerConfig
-from ponet.poolers import POOLERS
+from ponet.poolers import POOLERS, essential
 from ponet.run.cli import UsageError, parse_arguments, require, require_at_least
 
 PRESETS = Path(__file__).with_name("configs")
@@ -18,8 +20,9 @@ _USUAL: dict[str, Any] = {
     "learning_rate": (5e-5,),
     "warmup_fraction": 0.1,
     "weight_decay": 0.01,
+    "seeds": 1,
 }
-# what a grid has instead
+# what a grid has instead; CS475 states neither learning rate nor decay
 _GRIDS: dict[str, dict[str, Any]] = {
     "single": {},
     "published": {
@@ -28,7 +31,8 @@ _GRIDS: dict[str, dict[str, Any]] = {
         "warmup_fraction": 0.0,
         "weight_decay": 0.0,
     },
-    "poolers": {"batch_size": (16, 32, 64), "learning_rate": (2e-5,), "epochs": 3},
+    "maxpoolbert": {"learning_rate": (2e-5,), "epochs": 4, "seeds": 3},
+    "cs475": {"batch_size": (16, 32, 64), "learning_rate": (2e-5,), "epochs": 3},
 }
 # for documents, longer than the positions of a published checkpoint
 _PUBLISHED_FOR_LONG = {"batch_size": (32,), "learning_rate": (3e-5, 5e-5)}
@@ -44,12 +48,13 @@ _MARKS = {
     "precision": "",
 }
 _AT_LEAST = {
-    **dict.fromkeys(("pooler_layers", "pooler_heads", "seeds", "epochs", "max_train_examples"), 1),
-    **dict.fromkeys(("jobs", "threads", "log_every"), 1),
+    **dict.fromkeys(("pooler_heads", "seeds", "epochs", "jobs", "threads", "log_every"), 1),
     **dict.fromkeys(("warmup_fraction", "weight_decay", "dropout", "checkpoint_minutes"), 0),
     # room for the special tokens of a pair and a token of each text
     "max_length": 5,
 }
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ class GlueConfig:
 
     task: tuple[str, ...] = ("mrpc",)
     """Tasks: cola, sst2, mrpc, stsb, qqp, mnli (which scores ax, too), qnli, rte, wnli, hnd, imdb,
-    yelp5, arxiv11, or all (the nine columns of the published average); or, with --train-file, a
+    yelp5, arxiv11, or all (the columns of the published averages: GLUE); or, with --train-file, a
     name for a task of your own."""
     checkpoint: str = ""
     """Pre-trained PoNet, BERT or FNet: a folder, or a name on the Hugging Face hub."""
@@ -66,20 +71,21 @@ class GlueConfig:
     """Take nothing but sizes and tokenizer from the checkpoint: a randomly initialised encoder, to
     see what pre-training is worth."""
     pooler: tuple[str, ...] = ("cls",)
-    """Sentence poolers: cls, meanmax, mswap, stochastic, max_cls, mha, maxseq_mha, meanseq_mha,
-    mean, max."""
+    """Sentence poolers: cls, first, meanmax, mswap, stochastic, max_cls, mha, maxseq_mha,
+    meanseq_mha, mean, max."""
     reading: Literal["literal", "sound"] = "sound"
     """Poolers as their source has them, or untouched by padding and scale."""
-    pooler_layers: int = 3
-    """Last layers that poolers of several layers read."""
+    pooler_layers: tuple[int, ...] = (3,)
+    """Last layers that poolers of several layers read, one number or several."""
     pooler_heads: int = 4
     """Heads of poolers with attention."""
-    grid: Literal["single", "published", "poolers"] = "single"
-    """single: one batch size and learning rate; published: PoNet's 20 runs per task; poolers: the
-    three batch sizes of the pooler study. A flag for either takes the place of its values, each
-    batch size meets each rate."""
-    seeds: int = 1
-    """Runs per point of the grid, with seeds from 0: of new weights, order of examples, dropout."""
+    grid: Literal["single", "published", "maxpoolbert", "cs475"] = "single"
+    """Recipe. single: one batch size and learning rate; published: PoNet's 20 runs per task;
+    maxpoolbert, cs475: those of the two studies of poolers. Flags take the place of its values,
+    each batch size meets each rate."""
+    seeds: int | None = None
+    """Runs per point of the grid, with seeds from 0: of new weights, order of examples, dropout,
+    and which examples --max-train-examples takes."""
     batch_size: tuple[int, ...] | None = None
     """Examples per step, one size or several."""
     learning_rate: tuple[float, ...] | None = None
@@ -97,8 +103,9 @@ class GlueConfig:
     table is repeated, beyond 512 tokens layers are computed again in the backward pass."""
     segments: Literal["published", "texts", "sentences", "paragraphs"] = "published"
     """What PoNet pools by segment: texts whole, their sentences, or their paragraphs."""
-    max_train_examples: int | None = None
-    """Examples to learn from at most, the same for every seed."""
+    max_train_examples: tuple[int, ...] | None = None
+    """Examples to learn from at most, one number or several: the smaller sets are parts of the
+    larger, and the same for every pooler."""
     train_file: str | None = None
     """A task of your own: .tsv (unquoted), .csv or .jsonl to learn from."""
     dev_file: str | None = None
@@ -135,8 +142,9 @@ class GlueConfig:
         if not self.checkpoint:
             raise UsageError("--checkpoint is missing: the folder of a pre-trained model")
         require_at_least(self, _AT_LEAST)
-        for size in self.batch_size or ():
-            require(size >= 1, "batch_size", "at least 1", size)
+        for name in ("batch_size", "pooler_layers", "max_train_examples"):
+            for number in getattr(self, name) or ():
+                require(number >= 1, name, "at least 1", number)
         for rate in self.learning_rate or ():
             require(rate > 0, "learning_rate", "above 0", rate)
         warmup = self.warmup_fraction
@@ -165,30 +173,38 @@ class GlueConfig:
         """Each once; the diagnostic set is scored with the task whose model it needs."""
         if self.train_file is not None:
             return list(self.task)
-        nine = [task for task, _ in NINE_COLUMNS.values()]
-        names = [n for name in self.task for n in (nine if name == "all" else [name])]
+        all_tasks = [task for task, _ in TWELVE_COLUMNS.values()]
+        names = [n for name in self.task for n in (all_tasks if name == "all" else [name])]
         return list(dict.fromkeys(TASKS[name].trained_on or name for name in names))
 
-    def poolers(self) -> list[PoolerConfig]:
-        """Each pooler that is asked for."""
-        return [
-            PoolerConfig(
-                name=name,
-                reading=self.reading,
-                num_layers=self.pooler_layers,
-                num_heads=self.pooler_heads,
-            )
-            for name in dict.fromkeys(self.pooler)
-        ]
+    def within(self, num_layers: int) -> "GlueConfig":
+        """Without the --pooler-layers that an encoder of so many layers lacks, unless all are."""
+        fitting = tuple(k for k in self.pooler_layers if k <= num_layers)
+        if not fitting or fitting == self.pooler_layers:
+            return self
+        beyond = " ".join(str(k) for k in self.pooler_layers if k > num_layers)
+        logger.warning("--pooler-layers %s left out: the encoder has %d", beyond, num_layers)
+        return replace(self, pooler_layers=fitting)
 
-    def runs_of(self, task: TextTask, device: str) -> "list[FineTuningSettings]":
-        """All runs of a task on "cpu" or "cuda", seeds innermost."""
+    def poolers(self) -> list[PoolerConfig]:
+        """Each pooler that is asked for, those of several layers with each number of them."""
+        poolers = [
+            PoolerConfig(
+                name=name, reading=self.reading, num_layers=number, num_heads=self.pooler_heads
+            )
+            for name in self.pooler
+            for number in self.pooler_layers
+        ]
+        return list(dict.fromkeys(map(essential, poolers)))
+
+    def runs_of(self, task: TextTask, num_train: int, device: str) -> "list[FineTuningSettings]":
+        """All runs of a task with so many training examples on "cpu" or "cuda", seeds innermost."""
         usual = _USUAL | {
             "epochs": task.epochs,
             "dropout": GlueConfig.dropout,
             "max_length": task.max_length,
             "segments": task.segments,
-            "max_train_examples": None,
+            "max_train_examples": (None,),
             "precision": "bf16" if device == "cuda" else "fp32",
         }
         grid = _GRIDS[self.grid]
@@ -197,29 +213,35 @@ class GlueConfig:
         given = {name: getattr(self, name) for name in usual}
         said = {name: x for name, x in given.items() if x not in (None, "published", "auto")}
         chosen = usual | grid | said
-        sizes, rates = chosen.pop("batch_size"), chosen.pop("learning_rate")
-        changes = [
-            f"{mark}{chosen[name]}".removesuffix(".0")
-            for name, mark in _MARKS.items()
-            if chosen[name] != usual[name]
-        ]
-        return [
-            FineTuningSettings(
-                **chosen,
-                name="-".join([*point, *changes, f"seed{seed}"]),
-                task=task.name,
-                from_scratch=self.from_scratch,
-                pooler=pooler,
-                batch_size=size,
-                learning_rate=rate,
-                seed=seed,
-            )
-            for pooler in self.poolers()
-            for size in dict.fromkeys(sizes)
-            for rate in dict.fromkeys(rates)
-            for point in [(task.name, pooler_label(pooler), f"b{size}", f"lr{rate:g}")]
-            for seed in range(self.seeds)
-        ]
+        sizes, rates, seeds = (chosen.pop(n) for n in ("batch_size", "learning_rate", "seeds"))
+        # as many as there are, or more, are all
+        limits = [n if n and n < num_train else None for n in chosen.pop("max_train_examples")]
+        settings = []
+        # the set is read once for all runs on as many examples
+        for limit, pooler, size, rate in product(
+            *map(dict.fromkeys, (limits, self.poolers(), sizes, rates))
+        ):
+            of_run = chosen | {"max_train_examples": limit}
+            changes = [
+                f"{mark}{of_run[name]}".removesuffix(".0")
+                for name, mark in _MARKS.items()
+                if of_run[name] not in (usual[name], None)
+            ]
+            point = (task.name, pooler_label(pooler), f"b{size}", f"lr{rate:g}", *changes)
+            settings += [
+                FineTuningSettings(
+                    **of_run,
+                    name="-".join([*point, f"seed{seed}"]),
+                    task=task.name,
+                    from_scratch=self.from_scratch,
+                    pooler=pooler,
+                    batch_size=size,
+                    learning_rate=rate,
+                    seed=seed,
+                )
+                for seed in range(seeds)
+            ]
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +267,7 @@ class FineTuningSettings:
 
 
 def pooler_label(pooler: PoolerConfig) -> str:
-    """A pooler's name and what distinguishes it from its published form."""
+    """A pooler's name and what distinguishes it from the default of its kind."""
     usual, parts = PoolerConfig(name=pooler.name), [pooler.name]
     for name, mark in (("reading", ""), ("num_layers", "k"), ("num_heads", "h")):
         if getattr(pooler, name) != getattr(usual, name):

@@ -84,8 +84,12 @@ class TextTask:
     """Where the files may lie below the data folder; none: in that of the title."""
     hub: HubData | None = None
     """Where else the data are."""
+    parts_of_train: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Splits that are parts of the file or hub's training set: its shares where they begin, end."""
     evaluation: tuple[str, ...] = ("dev",)
-    """Splits that are scored; with more than one, their names stand before those of metrics."""
+    """Splits that are scored; their names, but for "dev", stand before those of metrics."""
+    tests: tuple[str, ...] = ()
+    """Labelled splits that are scored at the end alone, as `evaluation` is."""
     submissions: Mapping[str, str] = field(default_factory=dict)
     """Name of a submission file -> split without labels."""
     bounds: tuple[float, float] | None = None
@@ -274,6 +278,7 @@ _WNLI = _glue_task("wnli", "WNLI", _BINARY, ("accuracy",), (635, 71, 146), _PAIR
 
 _LONG: dict[str, Any] = {"max_length": 4096, "segments": "sentences", "epochs": 10}
 _BY_NAME = FileColumns(texts=("text",), label="label")
+_JSONL = TaskFiles(names={split: f"{split}.jsonl*" for split in _SPLITS}, labelled=_BY_NAME)
 
 _HND = TextTask(
     name="hnd",
@@ -282,8 +287,9 @@ _HND = TextTask(
     metrics=("accuracy", "f1"),
     headline=("f1",),
     folders=("hyperpartisan", "hyperpartisan_news_detection"),
-    files=(TaskFiles(names={"train": "train.jsonl", "dev": "dev.jsonl"}, labelled=_BY_NAME),),
-    rows={"train": 516, "dev": 64},
+    files=(_JSONL,),
+    tests=("test",),
+    rows={"train": 516, "dev": 64, "test": 65},
     **_LONG,
 )
 _IMDB = TextTask(
@@ -293,7 +299,7 @@ _IMDB = TextTask(
     metrics=("accuracy", "f1"),
     headline=("f1",),
     folders=("imdb",),
-    # as published, the test set is what is scored
+    # as published, the test set is the development set
     files=(TaskFiles(names={"train": "train.jsonl*", "dev": "test*.jsonl*"}, labelled=_BY_NAME),),
     hub=HubData(name="stanfordnlp/imdb", splits={"train": "train", "dev": "test"}, texts=("text",)),
     rows={"train": 25000, "dev": 25000},
@@ -308,19 +314,19 @@ _YELP5 = TextTask(
     folders=("yelp5", "yelp_review_full_csv"),
     files=(
         TaskFiles(
-            names={"train": "train.csv*", "dev": "test.csv*"},
+            names={"train": "train.csv*", "test": "test.csv*"},
             labelled=FileColumns(texts=(1,), label=0),
-            difference="scored on the test set, published on a part of the training set",
-            rows={"train": 650000, "dev": 50000},
         ),
     ),
     hub=HubData(
         name="Yelp/yelp_review_full",
-        # a tenth of the reviews is in neither part, as published
-        splits={"train": "train[20%:]", "dev": "train[:10%]"},
+        splits={"train": "train", "test": "test"},
         texts=("text",),
     ),
-    rows={"train": 520000, "dev": 65000},
+    # a tenth is in neither part, as published
+    parts_of_train={"train": (0.2, 1.0), "dev": (0.0, 0.1)},
+    tests=("test",),
+    rows={"train": 520000, "dev": 65000, "test": 50000},
     **dict(_LONG, epochs=2),
 )
 _ARXIV11 = TextTask(
@@ -330,10 +336,11 @@ _ARXIV11 = TextTask(
     metrics=("accuracy",),
     headline=("accuracy",),
     folders=("arxiv11",),
-    files=(TaskFiles(names={"train": "train.jsonl*", "dev": "dev.jsonl*"}, labelled=_BY_NAME),),
+    files=(_JSONL,),
+    tests=("test",),
     hub=HubData(
         name="ccdv/arxiv-classification",
-        splits={"train": "train", "dev": "validation"},
+        splits={"train": "train", "dev": "validation", "test": "test"},
         texts=("text",),
         difference="split as on the hub, not as published",
     ),
@@ -356,4 +363,7 @@ NINE_COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
         for name in ("qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte")
     },
 }
-"""Columns of the published average: title -> task, and names of metrics to take the mean of."""
+"""Columns of PoNet's published average: title -> task, and names of metrics to take the mean of."""
+
+TWELVE_COLUMNS = NINE_COLUMNS | {"WNLI": ("wnli", _WNLI.headline)}
+"""Columns of MaxPoolBERT's average, where each metric of QQP and MRPC counts as one."""

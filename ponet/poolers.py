@@ -2,6 +2,7 @@
 
     name          vector                                                            source
     cls           tanh(W h + b), h the first token                                  BERT
+    first         h                                                                 MaxPoolBERT
     max_cls       element-wise maximum of the first token over the last k layers    MaxPoolBERT
     mha           multi-head attention of the first token over all tokens           MaxPoolBERT
     maxseq_mha    mha on the element-wise maximum of the last k layers              MaxPoolBERT
@@ -61,6 +62,8 @@ class SentencePooler(nn.Module):
 
     divisor: str | None = None
     """Field of the configuration that divides the hidden size."""
+    own_fields: tuple[str, ...] = ()
+    """Fields of the configuration that it reads, besides the choice of layers."""
 
     def __init__(
         self, config: PoolerConfig, hidden_size: int, rule: LayerRule, dense: nn.Linear | None
@@ -111,7 +114,7 @@ class SentencePooler(nn.Module):
 
 
 class FirstTokenPooler(SentencePooler):
-    """The first token: cls and max_cls."""
+    """The first token: cls, first and max_cls."""
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         # chosen before layers are joined, which then costs B states and not T
@@ -122,6 +125,7 @@ class SwapPooler(FirstTokenPooler):
     """mswap: each feature weighted by a softmax over its window, then ReLU."""
 
     divisor = "window"
+    own_fields = ("window",)
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         vectors = super()._pool(layers, layout)
@@ -149,6 +153,8 @@ class MaxPooler(SentencePooler):
 class MeanMaxPooler(SentencePooler):
     """meanmax: the mean, or literally the sum, beside the token with the longest vector."""
 
+    own_fields = ("reading",)
+
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         tokens = self._join(layers)
         average = global_mean(tokens, layout)
@@ -162,6 +168,8 @@ class MeanMaxPooler(SentencePooler):
 
 class StochasticPooler(SentencePooler):
     """stochastic: for each feature the activation of a token, drawn in proportion to it."""
+
+    own_fields = ("reading", "num_draws")
 
     def _pool(self, layers: Sequence[Tensor], layout: BatchLayout) -> Tensor:
         activations = F.relu(self._join(layers))
@@ -189,6 +197,7 @@ class AttentionPooler(SentencePooler):
     """mha, maxseq_mha, meanseq_mha: attention of the first token, without residual or norm."""
 
     divisor = "num_heads"
+    own_fields = ("reading", "num_heads")
 
     def __init__(self, *settings: Any) -> None:
         super().__init__(*settings)
@@ -214,6 +223,7 @@ class PoolerKind(NamedTuple):
 
 POOLERS: dict[str, PoolerKind] = {
     "cls": PoolerKind(FirstTokenPooler, "last", 1),
+    "first": PoolerKind(FirstTokenPooler, "last", 0),
     "meanmax": PoolerKind(MeanMaxPooler, "last", 2),
     "mswap": PoolerKind(SwapPooler, "last", 0),
     "stochastic": PoolerKind(StochasticPooler, "last", 1),
@@ -224,6 +234,18 @@ POOLERS: dict[str, PoolerKind] = {
     "mean": PoolerKind(MeanPooler, "last", 0),
     "max": PoolerKind(MaxPooler, "last", 0),
 }
+
+
+def essential(config: PoolerConfig) -> PoolerConfig:
+    """The configuration with all that its pooler does not read at the defaults.
+
+    Configurations of the same pooler are equal then.
+    """
+    kind = POOLERS[config.name]
+    read = {"name", "layer_choice", *kind.build.own_fields}
+    if kind.layer_rule != "last" or config.layer_choice == "norm":
+        read.add("num_layers")
+    return PoolerConfig(**{name: getattr(config, name) for name in read})
 
 
 def build_pooler(

@@ -186,6 +186,21 @@ class TestSources:
         with pytest.raises(DataError, match=r"--task rte has no data: no train\.tsv .*no network"):
             load_task(TASKS["rte"], tmp_path)
 
+    def test_yelp_is_cut_as_published(self, tmp_path):
+        """The first tenth to develop on, the last eight to learn from, and the test set."""
+        folder = tmp_path / "yelp_review_full_csv"
+        for split, size in (("train", 30), ("test", 4)):
+            written(
+                folder / f"{split}.csv", "".join(f'"{i % 5 + 1}","no {i}"\n' for i in range(size))
+            )
+        data = load_task(TASKS["yelp5"], tmp_path)
+        assert data.evaluation["dev"].texts[0] == ["no 0", "no 1", "no 2"]
+        assert data.train.texts[0] == [f"no {i}" for i in range(6, 30)]
+        assert data.train.labels.tolist() == [i % 5 for i in range(6, 30)]
+        assert data.tests["test"].texts[0] == [f"no {i}" for i in range(4)]
+        short = "train has 24 of 520,000 rows, dev has 3 of 65,000 rows, test has 4 of 50,000 rows"
+        assert sorted(data.differences) == sorted(short.split(", "))
+
 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=300))

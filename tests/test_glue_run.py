@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from glue import finetune
-from glue.data import load_examples, load_task
+from glue.data import TextExamples, load_examples, load_task
 from glue.encoding import ExampleEncoder
 from glue.finetune import FineTuningStep
 from glue.model import build_classifier, load_classifier, outputs_of, read_checkpoint
@@ -29,6 +29,12 @@ from tests.tiny import BAD, FILLERS, GOOD, WORDS, checkpoint_at
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 TINY = ["--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3", "--device", "cpu"]
+CACHES = (
+    finetune.cached_checkpoint,
+    load_examples,
+    finetune.encode_training_set,
+    finetune.encode_other_sets,
+)
 TIMES = {"seconds", "step_ms", "peak_memory_mib", "run"}
 
 
@@ -79,7 +85,7 @@ def command(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> An
         arguments = ["--checkpoint", checkpoint, "--threads", "1", *flags]
         monkeypatch.setattr(sys, "argv", ["glue/run.py", *arguments])
         # files may differ from those of an earlier call
-        for cache in (finetune.cached_checkpoint, load_examples, finetune.encode_task):
+        for cache in CACHES:
             cache.cache_clear()
         with pytest.raises(SystemExit) as ended:
             run_program("glue", fine_tune_tasks)
@@ -102,7 +108,7 @@ def metrics_of(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def test_all_tasks_from_data_to_submission(command, workplace):
-    found = command("--task", "all", "wnli", "ax", "--pooler", "maxseq_mha", *TINY)
+    found = command("--task", "all", "ax", "--pooler", "maxseq_mha", *TINY)
     assert (found["status"], found["failures"], len(found["runs"])) == (0, [], 9)
     results = {run["task"]: run for run in found["runs"]}
     for name, result in results.items():
@@ -128,7 +134,8 @@ def test_all_tasks_from_data_to_submission(command, workplace):
     assert set(columns) == {*NINE_COLUMNS, "WNLI", "AX"}
     # CoLA is undefined where a model says the same of all sentences
     nine = [columns[title] for title in NINE_COLUMNS]
-    assert summary["average"] == (None if None in nine else pytest.approx(np.mean(nine)))
+    mean = None if None in nine else pytest.approx(np.mean(nine))
+    assert summary["averages"]["9"] == mean
     assert columns["RTE"] == 100 * results["rte"]["metrics"]["accuracy"]
 
 
@@ -167,7 +174,7 @@ class Interrupted(Exception):
 
 
 def test_interrupted_grid_continues(command, workplace, monkeypatch):
-    grid = ["--task", "rte", "cola", "--grid", "poolers", "--epochs", "2", "--learning-rate"]
+    grid = ["--task", "rte", "cola", "--grid", "cs475", "--epochs", "2", "--learning-rate"]
     grid += ["1e-3", "--device", "cpu", "--pooler", "cls", "stochastic", "--log-every", "1"]
     grid += ["--checkpoint-minutes", "0", "--no-save-models"]
     whole = command(*grid, "--output-dir", "whole")
@@ -227,15 +234,21 @@ def test_programs_run_from_any_folder_and_jobs_change_no_figure(command):
 
 def test_grids(tmp_path):
     """The published one, and one's own: each size meets each rate once, from flags or a file."""
-    runs = parse(["--checkpoint", "x", "--grid", "published"]).runs_of(TASKS["wnli"], "cpu")
+    runs = parse(["--checkpoint", "x", "--grid", "published"]).runs_of(TASKS["wnli"], 635, "cpu")
     assert [(run.warmup_fraction, run.weight_decay) for run in runs] == [(0.0, 0.0)] * 20
     points = {(run.batch_size, run.learning_rate) for run in runs}
     assert points == set(product((8, 16, 32, 64, 128), (3e-5, 5e-5, 1e-4, 3e-4)))
+    for name, sizes, epochs, seeds in (("maxpoolbert", (32,), 4, 3), ("cs475", (16, 32, 64), 3, 1)):
+        runs = parse(["--checkpoint", "x", "--grid", name]).runs_of(TASKS["rte"], 2490, "cpu")
+        points = product(sizes, range(seeds))
+        assert [(run.batch_size, run.seed) for run in runs] == [*points]
+        recipe = {(x.learning_rate, x.epochs, x.warmup_fraction, x.weight_decay) for x in runs}
+        assert recipe == {(2e-5, epochs, 0.1, 0.01)}
     path = tmp_path / "mine.yaml"
     path.write_text("batch_size: [8, 16, 8]\nlearning_rate: 1e-3\n")
     flags = ["--config", str(path), "--checkpoint", "x"]
     for more, rates in (([], [1e-3]), (["--learning-rate", "1e-4", "3e-4"], [1e-4, 3e-4])):
-        runs = parse([*flags, *more]).runs_of(TASKS["rte"], "cpu")
+        runs = parse([*flags, *more]).runs_of(TASKS["rte"], 2490, "cpu")
         assert [(run.batch_size, run.learning_rate) for run in runs] == [*product((8, 16), rates)]
     path.write_text("batch_size: [8, many]\n")
     with pytest.raises(UsageError, match=r"mine\.yaml: batch_size: expected int, found 'many'"):
@@ -250,11 +263,14 @@ def test_grids(tmp_path):
         ("--warmup-fraction 0 --dropout 0.2", "cls-b32-lr5e-05-w0-d0.2"),
         ("--segments sentences --max-train-examples 9", "cls-b32-lr5e-05-sentences-t9"),
         ("--pooler mha --reading literal --precision bf16", "mha-literal-b32-lr5e-05-bf16"),
+        # what a pooler does not read is no part of its name
+        ("--pooler mean --reading literal --pooler-layers 2 --pooler-heads 2", "mean-b32-lr5e-05"),
+        ("--pooler max_cls --pooler-layers 2 --pooler-heads 2", "max_cls-k2-b32-lr5e-05"),
         ("--grid published --batch-size 8 --learning-rate 1e-4", "cls-b8-lr0.0001-w0-wd0"),
     ],
 )
 def test_folder_names_hold_what_departs_from_the_usual(flags, name):
-    (run,) = parse(["--checkpoint", "x", *flags.split()]).runs_of(TASKS["rte"], "cpu")
+    (run,) = parse(["--checkpoint", "x", *flags.split()]).runs_of(TASKS["rte"], 2490, "cpu")
     assert run.name == f"rte-{name}-seed0"
 
 
@@ -263,7 +279,7 @@ def test_classifiers_from_a_checkpoint(workplace):
     built = []
     for flags in ([], ["--from-scratch"]):
         config = parse(["--checkpoint", "tiny", "--max-length", "40", "--pooler", "mean", *flags])
-        (settings,) = config.runs_of(TASKS["rte"], "cpu")
+        (settings,) = config.runs_of(TASKS["rte"], 2490, "cpu")
         torch.manual_seed(5)
         built.append(build_classifier(read_checkpoint(Path("tiny")), settings, 2))
     words = [model.ponet.embeddings.word.weight for model in built]
@@ -298,21 +314,82 @@ def test_checkpoints_of_all_kinds(command, workplace):
     assert "holds a run with other settings (checkpoint '" in found["log"]
 
 
-def test_long_texts_and_recomputed_layers(command, workplace, monkeypatch):
-    """Texts beyond the checkpoint's 32 positions; recomputing layers changes no figure."""
+def long_texts(data: Path, **sizes: int) -> None:
+    """HND, with texts beyond the checkpoint's 32 positions."""
     text = " ".join(["{a}", "{b}"] * 7)
     row = f'{{{{"text": "{text}", "label": "{{label}}"}}}}'
-    for split, size in (("train", 8), ("dev", 4)):
-        path = workplace / "data" / "hyperpartisan" / f"{split}.jsonl"
-        put(path, size, None, row, ("false", "true"))
+    for split, size in sizes.items():
+        put(data / "hyperpartisan" / f"{split}.jsonl", size, None, row, ("false", "true"))
+
+
+def test_long_texts_and_recomputed_layers(command, workplace, monkeypatch):
+    """Recomputing layers changes no figure."""
+    long_texts(workplace / "data", train=8, dev=4)
     losses = []
     for longest in (512, 4096):
         monkeypatch.setattr(finetune, "_LONG", longest)
         (result,) = command("--task", "hnd", *TINY, "--output-dir", str(longest))["runs"]
         assert (result["max_length"], result["segments"]) == (4096, "sentences")
+        assert (result["metrics"].keys(), result["num_test"]) == ({"accuracy", "f1"}, 0)
         entries = metrics_of(result["run"])
         losses.append([entry["loss"] for entry in entries if entry["kind"] == "train"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_test_documents_are_scored_once_and_apart(command, workplace):
+    """What the saved model says of them, and nothing before the end of training."""
+    data = workplace / "data"
+    long_texts(data, train=8, dev=4, test=5)
+    flags = ["--task", "hnd", "--pooler", "max", *TINY]
+    (result,) = command(*flags)["runs"]
+    folder = Path(result["run"])
+    model, tokenizer, spec = load_classifier(folder / "model", CPU)
+    encoder = ExampleEncoder(tokenizer, max_length=spec.max_length, segments=spec.segments)
+    loaded = load_task(TASKS["hnd"], data)
+    for prefix, examples in (("", loaded.evaluation["dev"]), ("test_", loaded.tests["test"])):
+        right = outputs_of(model, encoder.encode(examples)).argmax(axis=1) == examples.labels
+        assert result["metrics"][f"{prefix}accuracy"] == pytest.approx(right.mean())
+    assert result["majority_metrics"]["test_accuracy"] == 3 / 5
+    assert (result["num_eval"], result["num_test"]) == (4, 5)
+    assert result["score"] == result["metrics"]["f1"]
+    evaluations = [entry for entry in metrics_of(folder) if entry["kind"] == "eval"]
+    assert len(evaluations) == 2
+    assert not any("test_accuracy" in entry for entry in evaluations)
+    # scores of other test documents are not those of this run
+    long_texts(data, test=6)
+    assert "holds a run with other settings (data '" in command(*flags)["log"]
+
+
+def test_learning_curve(command, workplace):
+    """Small sets are parts of larger ones and the same for every pooler, but not for every seed."""
+    seen: dict[Any, Any] = {}
+    encode = ExampleEncoder.encode
+
+    def noted(self: ExampleEncoder, examples: TextExamples) -> Any:
+        seen.setdefault(len(examples), []).append(set(zip(*examples.texts, strict=True)))
+        return encode(self, examples)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExampleEncoder, "encode", noted)
+        flags = ["--task", "rte", "--pooler", "first", "maxseq_mha", "--pooler-layers", "1", "12"]
+        flags += ["--max-train-examples", "7", "11", "18", "99", "--seeds", "2", "--no-save-models"]
+        found = command(*flags, *TINY)
+    assert found["status"] == 0
+    assert "--pooler-layers 12 left out: the encoder has 3" in found["log"]
+    names = [run["name"] for run in found["runs"]]
+    # 18 and 99 are all there are
+    points = product(("-t7", "-t11", ""), ("first", "maxseq_mha-k1"), (0, 1))
+    assert names == [f"rte-{p}-b8-lr0.001-e2{limit}-seed{seed}" for limit, p, seed in points]
+    assert [run["num_train"] for run in found["runs"]] == [7] * 4 + [11] * 4 + [18] * 4
+    assert [run["max_train_examples"] for run in found["runs"]][7:9] == [11, None]
+    small, large = seen[7], seen[11]
+    assert (len(small), len(large)) == (4, 4)
+    assert small[:2] == small[2:]
+    assert large[:2] == large[2:]
+    assert small[0] != small[1]
+    assert all(a < b for a, b in zip(small, large, strict=True))
+    # the whole set is read once
+    assert len(seen[18]) == 1
 
 
 def test_own_pairs_with_numbers_and_other_settings(command):
@@ -328,7 +405,8 @@ def test_own_pairs_with_numbers_and_other_settings(command):
     assert "mine | train: 100.0 % of 9 examples are cut to 9 tokens" in found["log"]
     assert "trained on 9 of 18 rows" in result["differences"]
     assert result["segments"] == "sentences"
-    assert (result["pooler"]["reading"], result["pooler"]["num_layers"]) == ("literal", 2)
+    # the number of layers, which it does not read, is no part of what it is
+    assert (result["pooler"]["reading"], result["pooler"]["num_layers"]) == ("literal", 3)
     folder = Path(result["run"])
     assert len((folder / "submission" / "mine.tsv").read_text().splitlines()) == 2
     spec = load_classifier(folder / "model", CPU)[2]
@@ -344,6 +422,8 @@ def test_own_pairs_with_numbers_and_other_settings(command):
         ("../x --train-file x.csv", "--task must be letters"),
         ("rte --dev-file x.csv", "--dev-file and --test-file belong to"),
         ("rte --dropout 1", "--dropout must be below 1, found 1.0"),
+        ("rte --max-train-examples 8 0", "--max-train-examples must be at least 1, found 0"),
+        ("rte --pooler-layers 0 1", "--pooler-layers must be at least 1, found 0"),
         ("rte --batch-size 8 0", "--batch-size must be at least 1, found 0"),
         ("rte --learning-rate 1e-4 0", "--learning-rate must be above 0, found 0.0"),
         ("rte --checkpoint none", "none: no such folder, nor is it on the hub"),
@@ -351,7 +431,7 @@ def test_own_pairs_with_numbers_and_other_settings(command):
         ("rte --checkpoint bare", "bare: a checkpoint needs its tokenizer"),
         ("rte --checkpoint other", "[CLS] and [SEP] are 2 and 3 to the tokenizer, 5 and 3 to"),
         ("rte --checkpoint small", f"the tokenizer has {len(WORDS)} tokens"),
-        ("hnd", "--task hnd has no data: expected train.jsonl in"),
+        ("hnd", "--task hnd has no data: expected train.jsonl* in"),
         ("rte --pooler mha --pooler-heads 3", "pooler num_heads 3"),
         ("rte --pooler max_cls --pooler-layers 4", "the last 4 layers"),
         ("rte --device cuda", "PyTorch finds no GPU"),

@@ -17,7 +17,7 @@ from ponet import (
     PoolerConfig,
 )
 from ponet.packing import BatchLayout, layout_of, stream_of_packed
-from ponet.poolers import POOLERS, build_pooler
+from ponet.poolers import POOLERS, build_pooler, essential
 from ponet_kernels.testing import assert_close
 from tests import tiny
 
@@ -90,6 +90,7 @@ MEANMAX = ([[1, 1, 0.25, 0], [0, 6, 0, 1]], [0, 0.5])
     ("name", "settings", "expected"),
     [
         ("cls", {"dense": ([[1, 0], [0, 2]], [0, 1])}, [[1, -3], [0.5, 5]]),
+        ("first", {}, [LAST[0], LAST[3]]),
         ("max_cls", {"num_layers": 2}, [[2, -2], [0.5, 3]]),
         ("max_cls", {"num_layers": 1}, [LAST[0], LAST[3]]),
         ("mean", {}, [[0, -0.5 / 3], [0.5, 2]]),
@@ -264,7 +265,7 @@ def test_what_does_not_fit_is_refused():
     for fields, message in (
         ({"name": "mha", "num_heads": 5}, "12 is not a multiple of pooler num_heads 5"),
         ({"name": "mswap", "window": 5}, "12 is not a multiple of pooler window 5"),
-        ({"name": "avg"}, "one of cls, meanmax, .*found 'avg'"),
+        ({"name": "avg"}, "one of cls, first, .*found 'avg'"),
         ({"num_layers": 0}, "pooler num_layers must be at least 1, found 0"),
         ({"window": 0}, "pooler window must be at least 1, found 0"),
         ({"reading": "loud"}, "reading must be literal or sound, found 'loud'"),
@@ -272,6 +273,33 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             build_pooler(PoolerConfig(**fields), 12, 0.02)
+
+
+@layer_choices
+@names
+def test_essential_settings_are_those_that_change_vectors(name, layer_choice):
+    states, offsets = random_batch([5, 2])
+    # every rule takes something from the third layer from the end
+    states[1] = 3 * states[1]
+    usual = PoolerConfig(name=name, layer_choice=layer_choice, num_layers=2, num_heads=3)
+
+    def vectors(config: PoolerConfig) -> Tensor:
+        torch.manual_seed(0)
+        pooler = build_pooler(config, 12, 0.5).double()
+        drawn = pooler.train()(states, layout(offsets, row_length=9))
+        return torch.cat([drawn, pooler.eval()(states, layout(offsets, row_length=9))])
+
+    assert torch.equal(vectors(essential(usual)), vectors(usual))
+    for change in (
+        {"reading": "literal"},
+        {"num_layers": 3},
+        {"num_heads": 2},
+        {"window": 3},
+        {"num_draws": 2},
+    ):
+        changed = replace(usual, **change)
+        is_same = torch.equal(vectors(changed), vectors(usual))
+        assert is_same == (essential(changed) == essential(usual)), change
 
 
 def test_initial_weights():

@@ -90,7 +90,7 @@ def test_fine_tuning_steps_and_predictions(mixer, pooler, precision, monkeypatch
     )
     classify = PoNetForSequenceClassification(config)
     flags = ["--checkpoint", "x", "--batch-size", "8", "--precision", precision]
-    (settings,) = parse(flags).runs_of(TASKS["rte"], "cpu")
+    (settings,) = parse(flags).runs_of(TASKS["rte"], 2490, "cpu")
     do_step = finetune.FineTuningStep(classify, examples, settings, CPU)
     with as_on_a_gpu() as found:
         for step in range(2):

@@ -80,7 +80,12 @@ def write_report(folder: Path, text: str, figure: Any = None) -> None:
     """Write `report.md`, and `report.png` of a figure of matplotlib, each whole or not at all."""
     write_text(folder / "report.md", text)
     if figure is not None:
-        write_atomically(folder / "report.png", partial(figure.savefig, format="png", dpi=130))
+        write_figure(folder / "report.png", figure)
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib as PNG, whole or not at all."""
+    write_atomically(path, partial(figure.savefig, format="png", dpi=130))
 
 
 def report_program(
