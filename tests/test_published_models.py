@@ -483,7 +483,7 @@ def test_bert_with_a_cased_vocabulary_is_fine_tuned(tmp_path, caplog):
     checkpoint = read_checkpoint(folder)
     assert (checkpoint.config.cls_token_id, checkpoint.config.sep_token_id) == (2, 3)
     config = parse_glue(["--checkpoint", str(folder), "--max-length", "100"])
-    (settings,) = config.runs_of(TASKS["mrpc"], "cpu")
+    (settings,) = config.runs_of(TASKS["mrpc"], 100, "cpu")
     caplog.clear()
     model = build_classifier(checkpoint, settings, 3)
     assert not warnings_of(caplog)
