@@ -146,16 +146,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for file in _weight_files(folder):
         try:
             if file.suffix == ".safetensors":
-                entries |= load_file(file)
+                part = load_file(file)
             else:
-                entries |= torch.load(file, map_location="cpu", weights_only=True)
-            named = module_entries(entries)
-        # what is no dictionary of tensors may be anything
+                part = torch.load(file, map_location="cpu", weights_only=True)
         except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
             raise CheckpointError(f"{file}: damaged or not a checkpoint: {error}") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file}: expected a dictionary of tensors: {error}") from error
-    return named
+        if not isinstance(part, dict) or not all(isinstance(x, Tensor) for x in part.values()):
+            raise CheckpointError(f"{file}: damaged or not a checkpoint: no dictionary of tensors")
+        entries |= part
+    return module_entries(entries)
 
 
 class StoredModel(NamedTuple):
@@ -189,11 +188,15 @@ def model_folder(source: str | Path, revision: str | None = None) -> Path:
         return folder
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) is None:
         raise CheckpointError(f"{source}: no such folder, expected a model folder")
-    patterns = [CONFIG, *TOKENIZER_FILES]
+    found = folder
     try:
-        found = download(str(source), [*patterns, "model*.safetensors*"], revision)
-        if not any(found.glob("model*.safetensors")):
-            found = download(str(source), [*patterns, "pytorch_model*.bin*"], revision)
+        for name in (WEIGHTS, PICKLED_WEIGHTS):
+            stem, ending = name.split(".")
+            weights = [name, f"{stem}-*.{ending}", f"{name}.index.json"]
+            found = download(str(source), [CONFIG, *TOKENIZER_FILES, *weights], revision)
+            # the slower form is fetched where there is no other
+            if any(found.glob(f"{stem}*.{ending}")):
+                break
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(

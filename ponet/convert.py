@@ -59,7 +59,9 @@ def write_published(source: str | Path, target: Path) -> None:
     if model_type == "fnet":
         model = _with_projection(model)
     entries = {published_name(n, model_type): tensor for n, tensor in model.entries.items()}
-    if not model.config.tie_word_embeddings and "cls.predictions.bias" in entries:
+    if model.config.tie_word_embeddings:
+        entries.pop("cls.predictions.decoder.weight", None)
+    elif "cls.predictions.bias" in entries:
         entries[DECODER_BIAS] = entries["cls.predictions.bias"].clone()
     write_weights(target, entries)
     architectures = {"architectures": [name]} if name else {}

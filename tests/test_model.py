@@ -430,7 +430,9 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
     refused(CheckpointError, r"model\.safetensors: damaged")
     weights.unlink()
     refused(CheckpointError, "found neither")
-    for content in (b"not a checkpoint", exploit.read_bytes()):
+    torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "nested")
+    nested = (tmp_path / "nested").read_bytes()
+    for content in (b"not a checkpoint", exploit.read_bytes(), nested):
         pickled.write_bytes(content)
         refused(CheckpointError, r"pytorch_model\.bin: damaged or not a checkpoint")
     for damage, message in (("{", "not a JSON document"), ("[]", "found list")):

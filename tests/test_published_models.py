@@ -439,6 +439,19 @@ def test_architectures_that_are_refused(tmp_path, changes, message):
         PoNetConfig.from_file(path)
 
 
+@pytest.mark.parametrize("kind", ["Bert", "FNet"])
+def test_what_a_configuration_leaves_unsaid(tmp_path, kind):
+    """Is as in transformers, field by field."""
+    theirs = getattr(transformers, f"{kind}Config")()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": theirs.model_type}))
+    ours = PoNetConfig.from_file(path)
+    shared = {name for name in vars(ours) if hasattr(theirs, name)} - {"cls_token_id"}
+    assert len(shared) > 12
+    for name in shared - {"sep_token_id"}:
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
 def test_names_of_the_tanh_gelu(tmp_path):
     path = tmp_path / "config.json"
     for name in ("gelu_new", "gelu_pytorch_tanh"):
@@ -447,13 +460,30 @@ def test_names_of_the_tanh_gelu(tmp_path):
         assert (config.hidden_act, config.pad_token_id) == ("gelu_new", 3)
 
 
+def test_tied_parameters_that_share_memory_in_a_pickle(tmp_path):
+    """As transformers wrote for years; the file that is written holds them once."""
+    theirs = published("Bert", "ForPreTraining")
+    theirs.save_pretrained(tmp_path / "theirs")
+    write_folder(tmp_path / "old", theirs.state_dict(), tmp_path / "theirs", "bin")
+    assert "cls.predictions.decoder.weight" in theirs.state_dict()
+    write_published(tmp_path / "old", tmp_path / "back")
+    expected = load_file(tmp_path / "theirs" / "model.safetensors")
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_hub_names_come_from_the_cache_by_revision(tmp_path, monkeypatch):
     """The cache of huggingface_hub as a download leaves it; nothing reaches for the network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--org--bert"
     for branch, seed in (("main", "a"), ("other", "b")):
         snapshot = repository / "snapshots" / (seed * 40)
-        published("Bert", "Model", "tiny" if seed == "a" else "odd").save_pretrained(snapshot)
+        model = published("Bert", "Model", "tiny" if seed == "a" else "odd")
+        model.save_pretrained(snapshot)
+        if seed == "b":
+            (snapshot / "model.safetensors").unlink()
+            torch.save(model.state_dict(), snapshot / "pytorch_model.bin")
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / branch).write_text(seed * 40)
     assert PoNetModel.from_pretrained("org/bert").config.hidden_size == 8
