@@ -66,17 +66,15 @@ def _max_windows(x: Tensor, neighbours: Tensor, out: Tensor, argmax: Tensor) -> 
     """Write maxima, and into an `argmax` `[T, C]` the place of each in its window."""
     padded = _padded(x, float("-inf"))
     for part in chunks(x):
-        best, *others = neighbours[:, part].flip(0).unbind()
-        best = padded.index_select(0, best)
-        places = torch.full_like(best, len(others), dtype=argmax.dtype)
-        for place, tokens in zip(reversed(range(len(others))), others, strict=True):
-            values = padded.index_select(0, tokens)
-            if argmax.ndim == 2:
+        last = len(neighbours) - 1
+        best = padded.index_select(0, neighbours[last, part])
+        places = argmax[part].fill_(last) if argmax.ndim == 2 else None
+        for place in reversed(range(last)):
+            values = padded.index_select(0, neighbours[place, part])
+            if places is not None:
                 places.masked_fill_(values >= best, place)
             torch.maximum(best, values, out=best)
         out[part] = best
-        if argmax.ndim == 2:
-            argmax[part] = places
 
 
 def _sum_windows(
