@@ -70,26 +70,34 @@ class Part:
     """What a program does for a variant."""
 
     name: str
+    """Of the program."""
     folder: Path
     """Of the variant."""
-    command: list[str]
-    is_run: bool
-    """Its folder is one run, which --resume continues and other flags are not for."""
+    flags: list[str]
+    """What decides the figures."""
+    places: list[str]
+    """Flags that say where things are."""
 
     def record(self) -> Row:
-        """Its command and the JSON document that it printed last; empty until it is finished."""
+        """Its flags and the JSON document that it printed last; empty until it is finished."""
         path = self.folder / f"{self.name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
+    def figures(self) -> Row:
+        """The record, unless that is by other flags."""
+        record = self.record()
+        return record if record.get("flags") == self.flags else {}
+
     def perform(self) -> str:
         """Run it, unless that is done; returns what went wrong."""
-        log, command = self.folder / f"{self.name}.log", [sys.executable, *self.command]
-        began_with = self.record().get("command", self.command)
-        if self.record() and began_with == self.command:
+        if self.figures():
             return ""
-        if self.is_run and began_with != self.command:
-            return f"{self.folder} holds a run by {shlex.join(began_with)}; give another --output"
-        if self.is_run and (self.folder / self.name / "config.yaml").is_file():
+        log, is_pretrain = self.folder / f"{self.name}.log", self.name == "pretrain"
+        if is_pretrain and self.record():
+            found = shlex.join(self.record()["flags"])
+            return f"{self.folder} is by {found or 'no flags'}; give another --output"
+        command = [sys.executable, str(ROOT / self.name / "run.py"), *self.flags, *self.places]
+        if is_pretrain and (self.folder / self.name / "config.yaml").is_file():
             command += ["--resume", str(self.folder / self.name)]
         print(f"{self.folder.name}: {self.name}, log: {log}", flush=True)
         state = run_command(command, None, log, folder=Path.cwd())
@@ -98,22 +106,22 @@ class Part:
             reasons = [line for line in lines if "error:" in line] or lines
             return f"{state}: {reasons[-1] if reasons else 'printed nothing'}"
         document = json.loads(next(line for line in reversed(lines) if line.startswith('{"')))
-        write_json(self.folder / f"{self.name}.json", {"command": self.command, **document})
+        write_json(self.folder / f"{self.name}.json", {"flags": self.flags, **document})
         return ""
 
 
-def parts_of(variant: str, options: argparse.Namespace) -> tuple[Part, Part]:
+def parts_of(variant: str, options: argparse.Namespace) -> list[Part]:
     """Pre-training and fine-tuning."""
     folder = options.output / variant
-    run, tuned = folder / "pretrain", folder / "glue"
-    pretrain = [*shlex.split(VARIANTS[variant][1]), *options.pretrain, f"--output-dir={run}"]
-    glue = ["--task", *_TASKS, "--no-save-models", f"--checkpoint={run / 'model'}"]
-    glue += [f"--data-dir={options.data_dir}", f"--output-dir={tuned}", *options.glue]
-    programs = (str(ROOT / name / "run.py") for name in ("pretrain", "glue"))
-    return (
-        Part(name="pretrain", folder=folder, command=[next(programs), *pretrain], is_run=True),
-        Part(name="glue", folder=folder, command=[next(programs), *glue], is_run=False),
-    )
+    pretrain = [*shlex.split(VARIANTS[variant][1]), *options.pretrain]
+    tasks = ["--task", *_TASKS, "--no-save-models", *options.glue]
+    model = [f"--checkpoint={folder / 'pretrain' / 'model'}", f"--data-dir={options.data_dir}"]
+    return [
+        Part(
+            name=name, folder=folder, flags=flags, places=[*places, f"--output-dir={folder / name}"]
+        )
+        for name, flags, places in (("pretrain", pretrain, []), ("glue", tasks, model))
+    ]
 
 
 def perform(variant: str, options: argparse.Namespace) -> Iterator[str]:
@@ -132,17 +140,24 @@ def perform(variant: str, options: argparse.Namespace) -> Iterator[str]:
 
 def row_of(variant: str, options: argparse.Namespace) -> Row:
     """The figures of a variant, in per cent, as far as there are any."""
-    pretrain, glue = (part.record() for part in parts_of(variant, options))
+    pretrain, glue = (part.figures() for part in parts_of(variant, options))
     row: Row = {"variant": variant, "tokens": pretrain.get("tokens")}
     for name in ("mlm", "sso"):
         for kind in ("accuracy", "baseline", "length_baseline"):
             if f"{name}_{kind}" in pretrain:
                 row[f"{name}_{kind}".removesuffix("_accuracy")] = 100 * pretrain[f"{name}_{kind}"]
     for task in _TASKS:
-        scores = [run["score"] for run in glue.get("runs", []) if run["task"] == task]
+        points: dict[tuple[int, float], list[float | None]] = {}
+        for run in (run for run in glue.get("runs", []) if run["task"] == task):
+            points.setdefault((run["batch_size"], run["learning_rate"]), []).append(run["score"])
         # undefined where a model gives one answer only
-        if scores and None not in scores:
-            row[f"{task}_scores"] = [100 * score for score in scores]
+        defined = [
+            [100 * x for x in scores if x is not None]
+            for scores in points.values()
+            if None not in scores
+        ]
+        if defined:
+            row[f"{task}_scores"] = max(defined, key=statistics.mean)
             row[task] = statistics.mean(row[f"{task}_scores"])
     return row
 
@@ -167,9 +182,6 @@ def text_of(rows: Sequence[Row], trends: Sequence[Row], options: argparse.Namesp
         said = [figure_text(row[key]) for key in baselines if key in row]
         return f"{figure_text(row[name])} ({', '.join(said)})" if name in row else ""
 
-    def published(row: Row, task: str) -> str:
-        return figure_text(_PUBLISHED[task]) if row["variant"] == FULL else ""
-
     head = ["variant", "million tokens", "masked LM (majority)"]
     head += ["sentences (majority, lengths alone)", *(_FIGURES[task] for task in _TASKS)]
     head += [f"published {_FIGURES[task]}" for task in _TASKS]
@@ -180,7 +192,7 @@ def text_of(rows: Sequence[Row], trends: Sequence[Row], options: argparse.Namesp
             beside(row, "mlm", "mlm_baseline"),
             beside(row, "sso", "sso_baseline", "sso_length_baseline"),
             *(scores_text(row[f"{task}_scores"]) if task in row else "" for task in _TASKS),
-            *(published(row, task) for task in _TASKS),
+            *(figure_text(_PUBLISHED[t] if row["variant"] == FULL else None) for t in _TASKS),
         ]
         for row in rows
     ]
@@ -201,8 +213,8 @@ Pre-training: `{shlex.join(options.pretrain)}`, fine-tuning: `{shlex.join(option
 
 Accuracies in per cent of held-out text: all tokens to predict, and sentence pairs, of three classes
 or with NSP of two. CoLA: 100 x Matthews correlation, STS-B: 100 x Spearman's, on the development
-sets, with the number of seeds; a model that gives one answer only has neither. Published: the base
-model after 340,000 steps.
+sets, at the best of several recipes if there are, with the number of seeds; a model that gives one
+answer only has neither. Published: the base model after 340,000 steps.
 
 {markdown_table(["stated on the poster", "PoNet", "variant", "here"], stated)}
 """
@@ -211,26 +223,29 @@ model after 340,000 steps.
 def figure_of(output: Path) -> Figure:
     """Accuracies on held-out text over the steps of every variant."""
     figure = Figure(layout="constrained", figsize=(12, 4.5))
-    panels = figure.subplots(1, 2)
-    for axes, (name, title) in zip(panels, list(_FIGURES.items())[:2], strict=True):
-        for variant, (label, _, colour, line) in VARIANTS.items():
-            path = output / variant / "pretrain" / "metrics.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            # a run that is at work may have written half of the last one
-            entries = [json.loads(line) for line in lines if line.endswith("}")]
+    panels = dict(zip(("mlm", "sso"), figure.subplots(1, 2), strict=True))
+    for variant, (label, _, colour, line) in VARIANTS.items():
+        path = output / variant / "pretrain" / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        # a run that is at work may have written half of the last one
+        entries = [json.loads(line) for line in lines if line.endswith("}")]
+        look = {
+            "color": colour,
+            "ls": line,
+            "lw": 2.6 if variant == FULL else 1.4,
+            "label": label if lines else "_",
+        }
+        for name, axes in panels.items():
             key = f"{name}_accuracy"
-            points = [
-                (e["step"], 100 * e[key]) for e in entries if e["kind"] == "eval" and key in e
-            ]
-            width = 2.6 if variant == FULL else 1.4
-            axes.plot(
-                *zip(*points, strict=True), color=colour, ls=line, lw=width, label=label
-            ) if points else None
-        axes.set_title(f"{title}: held-out accuracy, per cent", loc="left")
+            found = [entry for entry in entries if entry["kind"] == "eval" and key in entry]
+            axes.plot([e["step"] for e in found], [100 * e[key] for e in found], **look)
+    for name, axes in panels.items():
+        axes.set_title(f"{_FIGURES[name]}: held-out accuracy, per cent", loc="left")
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    labels = panels["mlm"].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside right center", frameon=False)
     return figure
 
 
@@ -249,13 +264,11 @@ def parse_options() -> argparse.Namespace:
     """The command line; what it does not know is for pretrain/run.py."""
     parser = argparse.ArgumentParser(description="PoNet's ablation table", allow_abbrev=False)
     add = parser.add_argument
-    names = list(VARIANTS)
-    add(
-        "--variants", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names)
-    )
+    names: Row = {"choices": list(VARIANTS), "default": list(VARIANTS), "nargs": "+"}
+    add("--variants", **names, metavar="NAME", help=", ".join(VARIANTS))
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="of GLUE [data]")
     add("--seeds", default=1, **NUMBER, help="of fine-tuning [1]")
-    text = "what else glue/run.py is told, in quotes: '--epochs 3 --learning-rate 1e-4'"
+    text = "what else glue/run.py is told: --glue='--epochs 3 --learning-rate 1e-4'"
     add("--glue", type=shlex.split, default=[], metavar="FLAGS", help=text)
     add("--output", type=Path, default=RUNS / "ablation", metavar="DIR", help="[%(default)s]")
     options, options.pretrain = parser.parse_known_args()

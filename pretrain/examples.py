@@ -255,8 +255,11 @@ def length_baseline(plan: ExamplePlan) -> float:
     """Share of the sentence labels that the lengths of A and B tell: near that of the commonest.
 
     It guesses every other label: the commonest among the rest in the same of 8 x 8 quantile bins.
+    Zero where there is none to guess.
     """
     labelled = plan.take(np.flatnonzero(plan.label != IGNORED_LABEL))
+    if len(labelled) < 2:
+        return 0.0
     bins = np.zeros(len(labelled), dtype=np.int64)
     for sizes in (labelled.a_end - labelled.a_start, labelled.b_end - labelled.b_start):
         edges = np.quantile(sizes, np.arange(1, 8) / 8)

@@ -68,6 +68,7 @@ ONLY_PARSED = {
     r"^pytest": "is what runs here",
     r"--data wikitext|--checkpoint bert-": "reads the hub over the network",
     r"--zero-stage 2": "needs GPUs",
+    r"ablation.py": "18 runs; it has a test of its own",
     r"gpu_report.py": "needs a GPU; with --tiny it has a test of its own",
 }
 """Commands that do not run here, by pattern, and why."""
