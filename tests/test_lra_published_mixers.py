@@ -19,6 +19,7 @@ from lra.resident import BatchShape, resident_inputs
 from lra.tasks import TASKS
 from ponet import PoNetConfig
 from ponet.mixers import mixer_class
+from ponet.packing import BatchLayout
 from ponet_kernels.testing import assert_close
 from tests.mixing import build, compare, states
 
@@ -103,9 +104,9 @@ def reformer(mixer, rows: Tensor, mask: Tensor) -> Tensor:
     return published(rows, attention_mask=mask.double()).hidden_states
 
 
-FORMULAS = {
-    model: of_projections(f) for model, f in list(globals().items()) if model in PUBLISHED_FORMS
-}
+ATTEND = {"linear": linear, "performer": performer, "linformer": linformer}
+ATTEND |= {"nystromformer": nystromformer}
+FORMULAS = {model: of_projections(attend) for model, attend in ATTEND.items()}
 FORMULAS["reformer"] = reformer
 CASES = [(model, {}) for model in FORMULAS]
 CASES += [("nystromformer", {"num_landmarks": LENGTH}), ("reformer", {"lsh_chunk_size": LENGTH})]
@@ -123,22 +124,24 @@ def some_rows(zeros: float) -> Tensor:
     return ids
 
 
+def layout_of(model: str, rows: Tensor, resident: bool = False) -> BatchLayout:
+    """As made on the host, or in a fixed shape with ghosts behind the tokens."""
+    form = {"task": TASK, "mixer": PUBLISHED_FORMS[model], "num_segments": 5}
+    if resident:
+        shape = BatchShape(num_tokens=int(rows.count_nonzero()) + 40, num_ghosts=2)
+        return resident_inputs(rows, shape, **form).layout
+    lengths = torch.full((len(rows),), LENGTH)
+    return model_inputs(rows.flatten(), lengths, protocol="published", **form).layout
+
+
 @pytest.mark.parametrize("zeros", [0.3, 0.0], ids=["absent", "full"])
 @pytest.mark.parametrize("resident", [False, True], ids=["host", "resident"])
 @pytest.mark.parametrize(("model", "changes"), CASES)
 def test_formula_of_the_published_code(monkeypatch, model, changes, resident, zeros):
     monkeypatch.setattr("lra.published_mixers.draw_features", lambda *_: FEATURES)
-    name, rows = PUBLISHED_FORMS[model], some_rows(zeros)
-    mask = rows != 0
-    form = {"task": TASK, "mixer": name, "num_segments": 5}
-    if resident:
-        # ghosts among the tokens
-        shape = BatchShape(num_tokens=int(mask.sum()) + 40, num_ghosts=2)
-        layout = resident_inputs(rows, shape, **form).layout
-    else:
-        lengths = torch.full((5,), LENGTH)
-        layout = model_inputs(rows.flatten(), lengths, protocol="published", **form).layout
-    mixer = build(mixer_class(name), config_of(model, **changes))
+    rows = some_rows(zeros)
+    mask, layout = rows != 0, layout_of(model, rows, resident)
+    mixer = build(mixer_class(PUBLISHED_FORMS[model]), config_of(model, **changes))
     mixer.register_forward_pre_hook(lambda *_: torch.manual_seed(7) and None)
     hidden, total = states(layout.num_tokens), int(mask.sum())
     absent = states(mask.numel(), seed=9).detach().view(*mask.shape, -1)
@@ -148,6 +151,23 @@ def test_formula_of_the_published_code(monkeypatch, model, changes, resident, ze
     expected = mixer.dense(mixed)
     # Reformer's sums are of scores of -1e5
     compare(mixer, layout, hidden, expected, 1e-11)
+
+
+@pytest.mark.parametrize("model", ATTEND)
+def test_between_the_projections_all_is_float32(monkeypatch, model):
+    monkeypatch.setattr("lra.published_mixers.draw_features", lambda *_: FEATURES.float())
+    cls, config, rows = mixer_class(PUBLISHED_FORMS[model]), config_of(model), some_rows(0.3)
+    exact, mixer, given = build(cls, config), build(cls, config).float(), []
+    mixer.dense.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    layout = layout_of(model, rows)
+    hidden = states(layout.num_tokens).detach().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixer(hidden, layout)
+        projected = [part(hidden) for part in (mixer.query, mixer.key, mixer.value)]
+    q, k, v = (heads(layout.rows.from_stream(x.double())) for x in projected)
+    expected = ATTEND[model](exact, q, k, v, (rows != 0)[:, None, :, None].double())
+    # nothing but the last rounding
+    assert_close(given[0], expected.transpose(1, 2).flatten(2)[rows != 0], 2**-8)
 
 
 def test_features_have_the_law_of_the_published_draw():
