@@ -102,11 +102,11 @@ class Paddles:
         reach = np.arange(-radius, radius + 1)
         self.patch = (reach[:, None] * stride + reach).reshape(-1)
         """From an anchor to all pixels that a paddle may reach."""
-        self.near = (np.argwhere(_ball(margin)) - margin) @ [stride, 1]
+        self.near: np.ndarray = (np.argwhere(_ball(margin)) - margin) @ [stride, 1]
         """To the pixels within a margin."""
         arcs = np.arange(0, 2 * np.pi, 1 / step)
         ends = np.unique(np.floor(_away(step, arcs)).astype(int), axis=0)
-        self.circle = ends @ [stride, 1]
+        self.circle: np.ndarray = ends @ [stride, 1]
         """From a pivot to the anchors around it: `[onward]`."""
         onward, first = np.arctan2(ends[:, 0], ends[:, 1]), _DIRECTIONS
         angles = np.concatenate([onward, first])
@@ -129,7 +129,7 @@ class Paddles:
         corners = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)])[:, None]
         for _, mask in strokes[len(onward) :]:
             full = np.argwhere(mask[: radius + step, : radius + step] == 255) - radius + 1
-            seen = (full * corners >= 0).all(2).any(1).all()
+            seen = (full * corners >= 0).all(-1).any(-1).all()
             self.free.append(full[: None if seen else 0] @ [stride, 1])
 
     def tails(self, taken: np.ndarray, direction: int) -> np.ndarray:
@@ -329,8 +329,8 @@ def draw_scenes(spec: PathfinderSpec, count: int, rng: Random) -> list[Scene]:
         # from many frames to one
         wrap = np.array([len(paddles.mask), masks.shape[1]])
         for targets, others in zip(pairs, _grow_distractors(paddles, masks, numbers), strict=True):
-            paths = (of[..., :2] % wrap for of in (targets, others))
-            scenes.append(Scene(paddles, *paths, (rng.randrange(2), rng.randrange(2))))
+            disc_of = rng.randrange(2), rng.randrange(2)
+            scenes.append(Scene(paddles, targets[..., :2] % wrap, others[..., :2] % wrap, disc_of))
     rng.shuffle(scenes)
     return scenes
 

@@ -320,8 +320,9 @@ def build_model(
 
 def continued_model(checkpoint: str, fresh: PoNetConfig) -> PoNetForPreTraining:
     """The model of a checkpoint in training mode; a head for another objective is new."""
-    of_run = ("hidden_dropout_prob", "pad_token_id", "cls_token_id", "sep_token_id")
-    changes = {name: getattr(fresh, name) for name in (*of_run, "num_sentence_labels")}
+    dropout = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    of_run = (*dropout, "pad_token_id", "cls_token_id", "sep_token_id", "num_sentence_labels")
+    changes = {name: getattr(fresh, name) for name in of_run}
     held = PoNetConfig.from_file(model_folder(checkpoint) / CONFIG).max_position_embeddings
     if held < fresh.max_position_embeddings:
         changes["max_position_embeddings"] = fresh.max_position_embeddings

@@ -220,6 +220,9 @@ def _continued(checkpoint: str, flags: dict[str, Any]) -> dict[str, Any]:
     folder, model, _ = read_model(checkpoint)
     shared = {field.name for field in dataclasses.fields(PretrainConfig)} - {"vocab_size"}
     decided = {name: value for name, value in vars(model).items() if name in shared}
+    if "attention_probs_dropout_prob" in flags:
+        # a matter of training, not of the architecture
+        del decided["attention_probs_dropout_prob"]
     for name, value in decided.items():
         if flags.get(name, value) != value:
             raise UsageError(

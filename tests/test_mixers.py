@@ -12,6 +12,8 @@ SOFTMAX = ("attention", "attention_naive", "attention_checkpointed")
 SPARSE = ("nystromformer", "reformer", "longformer", "bigbird")
 ATTENTION = (*SOFTMAX, "linear", "linformer", "performer", *SPARSE)
 ALL = (*ATTENTION, "fnet", "fnet_linear")
+# the mixer of the package has tests of its own
+EDGE = (*ALL, "ponet_published")
 LENGTHS = [37, 0, 1, 5, 64, 3, 16]
 
 
@@ -34,11 +36,11 @@ def test_neighbours_and_padding_change_nothing(name, lengths, layout):
     compare(mixer, layout, hidden, alone, 1e-12)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EDGE)
 @pytest.mark.parametrize(
     ("lengths", "length"),
-    [([1], 1), ([0, 3, 1], 4), ([0, 0], 2), ([0, 0], 0)],
-    ids=["one-token", "a-row-of-padding", "padding-only", "empty-rows"],
+    [([1], 1), ([0, 3, 1], 4), ([0, 0], 2), ([0, 0], 0), ([], 3)],
+    ids=["one-token", "a-row-of-padding", "padding-only", "empty-rows", "no-rows"],
 )
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_edge_cases_are_finite_and_differentiable(name, lengths, length):

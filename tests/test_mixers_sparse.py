@@ -239,3 +239,17 @@ def test_contradictory_configurations():
         NystromAttention(CONFIG.replace(landmark_conv_size=4))
     with pytest.raises(ConfigError, match="at least 2, found 1"):
         SlidingWindowAttention(CONFIG.replace(attention_window=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
+def test_reformer_hashes_in_float32(dtype, autocast):
+    """No token leaves its bucket of float64; of half-precision hashes 3 to 25 % of them do."""
+    mixer, layout = build(LSHAttention).float(), packed([64] * 20)
+    hidden = states(1280).detach().float()
+    if not autocast:
+        mixer, hidden = mixer.to(dtype), hidden.to(dtype)
+    expected = mixer.double()(hidden.double(), layout)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        found = mixer.to(hidden.dtype)(hidden, layout)
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()

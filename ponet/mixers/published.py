@@ -33,6 +33,9 @@ class PublishedPoNetMixer(PoNetMixer):
                 )
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
+        if not len(hidden):
+            # rows without columns have no windows
+            return self.dense(hidden)
         rows, config = layout.rows.from_stream(hidden), self.config
         mixed = torch.zeros_like(rows)
         if config.use_global:

@@ -10,17 +10,19 @@ published. One chunk is full attention. Time and memory are O(N L C R), chunks o
 
 The rotations are drawn once with a fixed seed and kept, so a model is a function; the published
 code draws at each step. There are 2 N / L buckets, rounded down to a power of two and at most 2 L,
-where the published code begins to factorise the hash. Padding is sorted last and masked, and the
+where the published code begins to factorise the hash. Hashes take at least float32, also under
+autocast: rounded vectors fall into other buckets. Padding is sorted last and masked, and the
 number of buckets and the last chunk are those of each sequence, so padding changes nothing.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from ponet.config import PoNetConfig
 from ponet.mixers.projections import cast_for_projections, pad_tokens
-from ponet.packing import BatchLayout
+from ponet.packing import BatchLayout, Rows
 
 
 class LSHAttention(nn.Module):
@@ -55,12 +57,14 @@ class LSHAttention(nn.Module):
 
     def forward(self, hidden: Tensor, layout: BatchLayout) -> Tensor:
         """`[T, C]` -> `[T, C]`."""
+        rows, exact = layout.rows, hidden
         hidden = cast_for_projections(hidden)
-        rows = layout.rows
         lengths = layout.cu_seqlens.diff().long().view(-1, 1, 1, 1)
         vectors = self._heads(rows.from_stream(self.query_key(hidden)))  # [B, H, N, D]
         values = self._heads(rows.from_stream(self.value(hidden)))
-        chunks = self._sorted(vectors.detach(), lengths).unflatten(3, (-1, self.chunk_size))
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            order = self._sorted(self._hashed(exact, vectors, rows), lengths)  # [B, H, R, N]
+        chunks = order.unflatten(3, (-1, self.chunk_size))
         num_chunks = (-(-lengths // self.chunk_size)).clamp(min=1)
         last = chunks.take_along_dim(num_chunks.unsqueeze(4) - 1, dim=3)
         padding = torch.arange(vectors.shape[2], device=vectors.device).unsqueeze(1) >= lengths
@@ -69,11 +73,19 @@ class LSHAttention(nn.Module):
         mixed = mixed.transpose(1, 2).flatten(2)[:, : rows.length]
         return self.dense(rows.to_stream(mixed))
 
+    def _hashed(self, hidden: Tensor, vectors: Tensor, rows: Rows) -> Tensor:
+        """The vectors `[B, H, N, D]` of `[T, C]` in at least float32."""
+        wide = torch.promote_types(vectors.dtype, torch.float32)
+        if vectors.dtype == wide:
+            return vectors
+        parameters = {name: x.to(wide) for name, x in self.query_key.named_parameters()}
+        exact = functional_call(self.query_key, parameters, hidden.to(wide))
+        return self._heads(rows.from_stream(exact))
+
     def _heads(self, rows: Tensor) -> Tensor:
         length = max(-(-rows.shape[1] // self.chunk_size), 1) * self.chunk_size
         return pad_tokens(rows, length).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
-    @torch.no_grad()
     def _sorted(self, vectors: Tensor, lengths: Tensor) -> Tensor:
         """Tokens in the order of their buckets, padding behind: `[B, H, R, N]` int64."""
         rotated = torch.einsum("bhnd,hdrc->bhrnc", vectors, self.rotations.to(vectors.dtype))
