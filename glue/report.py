@@ -112,23 +112,24 @@ def _percent_text(value: float | None) -> str:
 
 def _main_table(scores: Table) -> str:
     titles, best = titles_of(scores), best_points(scores)
+    averages = {n: set(weights) for n, weights in AVERAGES.items() if set(weights) <= set(titles)}
     cells = cells_of(best, "model", "column")
-    majority = on_best_data(scores, ["column", "scored"]).query("scored").set_index("column")
-    constant = [_majority_text(majority["majority"].get(title)) for title in titles]
-    rows = [["majority baseline", *constant, *("" for _ in AVERAGES)]]
+    majority = on_best_data(scores[scores["scored"]], ["column"]).set_index("column")["majority"]
+    constant = [_majority_text(majority.get(title)) for title in titles]
+    rows = [["majority baseline", *constant, *("" for _ in averages)]]
     for model, of_model in best.groupby("model", sort=False):
         row = [model, *(cells.get((model, title), "") for title in titles)]
-        for count, weights in AVERAGES.items():
+        for count, columns in averages.items():
             text = figure_text(average(means_of(of_model), count))
-            complete = of_model["complete"][of_model["column"].isin(list(weights))].all()
+            complete = of_model["complete"][of_model["column"].isin(columns)].all()
             row.append(text + (DAGGER if text and not complete else ""))
         rows.append(row)
-    for row in _published(scores):
-        texts = [figure_text(row["figures"].get(title)) for title in titles]
+    for published in _published(scores):
+        texts = [figure_text(published["figures"].get(title)) for title in titles]
         if any(texts):
-            texts += [figure_text(_published_average(row, count)) for count in AVERAGES]
-            rows.append(italic([row["name"], *texts]))
-    return markdown_table(["model", *titles, *(f"mean of {n}" for n in AVERAGES)], rows)
+            texts += [figure_text(_published_average(published, count)) for count in averages]
+            rows.append(italic([published["name"], *texts]))
+    return markdown_table(["model", *titles, *(f"mean of {n}" for n in averages)], rows)
 
 
 def _majority_text(value: float | None) -> str:

@@ -75,7 +75,7 @@ ONLY_PARSED = {
 SLOW = {
     r"--num_gpus 2|torchrun|--jobs 2": "several processes",
     r"lra/run.py --task all": "15 runs",
-    r"glue/run.py --task all": "8 tasks",
+    r"glue/run.py --task all": "9 tasks",
     r"speed_memory.py(?!.* average )": "a process per mixer and length",
     r"compile_report": "a minute",
 }
