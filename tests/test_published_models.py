@@ -541,6 +541,14 @@ def test_pretraining_goes_on_from_a_checkpoint(tmp_path):
     assert torch.equal(tiled, table[torch.arange(64) % POSITIONS])
     assert model.training
     assert (model.config.num_sentence_labels, model.config.hidden_dropout_prob) == (3, 0.1)
+    assert model.config.attention_probs_dropout_prob == 0.1
+    without, _ = parse_pretrain([*flags, "--attention-probs-dropout-prob", "0"])
+    assert (
+        build_model(without, tokenizer, torch.device("cpu"))
+        .ponet.encoder.layers[0]
+        .mixer.dropout_prob
+        == 0
+    )
     # shorter than the table: nothing is lost
     short, _ = parse_pretrain([*flags, "--seq-len", "16", "--objective", "mlm+nsp"])
     kept = build_model(short, tokenizer, torch.device("cpu"))
