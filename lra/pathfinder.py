@@ -104,8 +104,8 @@ class Paddles:
         """From an anchor to all pixels that a paddle may reach."""
         self.near: np.ndarray = (np.argwhere(_ball(margin)) - margin) @ [stride, 1]
         """To the pixels within a margin."""
-        arcs = np.arange(0, 2 * np.pi, 1 / step)
-        ends = np.unique(np.floor(_away(step, arcs)).astype(int), axis=0)
+        ends = np.floor(_away(step, np.arange(0, 2 * np.pi, 1 / step))).astype(int)
+        ends = np.unique(ends, axis=0)
         self.circle: np.ndarray = ends @ [stride, 1]
         """From a pivot to the anchors around it: `[onward]`."""
         onward, first = np.arctan2(ends[:, 0], ends[:, 1]), _DIRECTIONS
@@ -113,11 +113,10 @@ class Paddles:
         turns = np.abs((onward - angles[:, None] + np.pi) % (2 * np.pi) - np.pi)
         self.turns = np.cos(np.minimum(spec.continuity * turns, np.pi / 2)) ** 2
         """Weights of what may follow a paddle: `[paddles, onward]`."""
-        middle = spec.size // 2
-        moves = [_up(middle, distance, first) @ [stride, 1] for distance in (length, -step)]
+        moves = [_up(spec.size // 2, way, first) @ [stride, 1] for way in (length, -step)]
         self.inside = np.cumsum(moves, axis=0)
         """From a tail to the head and the pivot behind, which must be in the image: `[2, 360]`."""
-        self.ahead = _up(middle, length + 2 * margin, angles) @ [stride, 1]
+        self.ahead = _up(spec.size // 2, length + 2 * margin, angles) @ [stride, 1]
         """From the pivot or tail behind a paddle to the pivot ahead: `[paddles]`."""
         self.ahead[len(onward) :] += self.inside[1]
         # the stroke of a paddle that goes on is drawn back towards the pivot
@@ -157,8 +156,9 @@ class Paddles:
         Where a path goes on its newest paddle, not in `masks` until then, gets into it.
         """
         ends = newest[:, 2, None] + self.circle
-        masked = masks[ends[..., None] + self.near].max(-1)
-        weights = self.turns[newest[:, 0]] * (255 - masked) * self.image[ends % len(self.image)]
+        weights = self.turns[newest[:, 0]] * self.image[ends % len(self.image)]
+        likely = weights > 1e-9
+        weights[likely] *= 255 - masks[ends[likely][:, None] + self.near].max(-1)
         sums, drawn = weights.cumsum(1), np.full(len(newest), -1)
         waiting = np.flatnonzero(sums[:, -1] >= 255e-4)
         for _ in range(_PADDLE_TRIALS):
