@@ -73,11 +73,10 @@ _SPREADS_NOTE = (
 )
 _LAYERS_NOTE = "Poolers that read the last layers, by how many. ![](layers.png)"
 _SIZES_NOTE = (
-    "Scores by the number of training examples; gains in points over the linear layer on the first "
-    f"token, mean {PLUS_MINUS} standard deviation of the differences between (n) runs of the same "
-    "seed, which saw the same examples. ![](learning.png)"
+    "Scores by the number of training examples; gains in points over `first`, or `cls` where that "
+    f"was not run: mean {PLUS_MINUS} standard deviation of the differences between (n) runs of the "
+    "same seed, which saw the same examples. ![](learning.png)"
 )
-
 # tokens beyond which a task is one of long texts
 _LONG = 512
 
@@ -152,7 +151,6 @@ def _published_average(row: dict[str, Any], count: int) -> float | None:
 
 def draw(scores: Table) -> Figure:
     """A panel per column: models by batch size, hollow on other data, and published rows."""
-    scores = scores[scores["scored"]]
     titles, best = titles_of(scores), best_points(scores, "batch_size")
     published = [row for row in _published(scores) if row["figures"].keys() & set(titles)]
     names = list(dict.fromkeys([*best["model"], *(row["name"] for row in published)]))
@@ -225,7 +223,8 @@ def _unfinished(folder: Path) -> str:
 def report(folder: Path) -> str:
     """Write `report.md` and the figures on the runs below a folder; returns the Markdown."""
     scores = read_scores(folder)
-    swept, sized = by_layers(scores), by_size(scores)
+    scored = scores[scores["scored"]]
+    swept, sized = by_layers(scored), by_size(scored)
     sections = {
         "Scores": _main_table(scores),
         "Poolers by batch size": batch_size_tables(scores),
@@ -245,7 +244,7 @@ def report(folder: Path) -> str:
         f"Commit: {', '.join(commits)}."
     )
     text = "\n\n".join(parts) + "\n"
-    write_report(folder, text, draw(scores))
+    write_report(folder, text, draw(scored))
     for name, runs, draw_runs in (
         ("layers", swept, draw_layers),
         ("learning", sized, draw_sizes),

@@ -218,10 +218,9 @@ class GlueConfig:
         limits = [n if n and n < num_train else None for n in chosen.pop("max_train_examples")]
         settings = []
         # the set is read once for all runs on as many examples
-        for limit, pooler, size, rate in product(
-            *map(dict.fromkeys, (limits, self.poolers(), sizes, rates))
-        ):
-            of_run = chosen | {"max_train_examples": limit}
+        axes: tuple[Any, ...] = (limits, self.poolers(), sizes, rates)
+        for limit, pooler, size, rate in product(*map(dict.fromkeys, axes)):
+            of_run: dict[str, Any] = chosen | {"max_train_examples": limit}
             changes = [
                 f"{mark}{of_run[name]}".removesuffix(".0")
                 for name, mark in _MARKS.items()

@@ -35,7 +35,14 @@ _MAXPOOL_BATCH_SIZE = 32
 # of these the first that there is: linear layers on the first token without and with a projection
 _BASELINES = ("first", "cls")
 # Okabe and Ito's palette, told apart by colour-blind readers too; the marks differ as well
-STYLES = (("#0072B2", "o"), ("#009E73", "s"), ("#CC79A7", "^"), ("#E69F00", "v"))
+STYLES = (
+    ("#0072B2", "o"),
+    ("#009E73", "s"),
+    ("#CC79A7", "^"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+    ("#000000", "X"),
+)
 PUBLISHED_STYLE: dict[str, Any] = {"color": "#D55E00", "marker": "D"}
 
 
@@ -128,12 +135,14 @@ def draw_layers(swept: Table) -> Figure:
     depths = sorted(set(swept["k"]))
     for axes, title in zip(panels, titles, strict=True):
         of_column = swept[swept["column"] == title]
-        for number, (name, runs) in enumerate(_lines(of_column, swept, "family")):
+        for name, style, runs in _lines(of_column, swept, "family"):
             least = runs["k"].min()
             gains = {k: _gains(x, runs[runs["k"] == least]) for k, x in runs.groupby("k")}
-            _curve(axes, gains, name, *STYLES[number % len(STYLES)])
+            _curve(axes, gains, name, *style)
             poolers = runs.drop_duplicates("k").set_index("k")["pooler"]
-            figures = {k: _published_layers(p).get(title) for k, p in poolers.items()}
+            figures: dict[int, Any] = {
+                k: _published_layers(pooler).get(title) for k, pooler in poolers.items()
+            }
             found = {k: x - figures[least] for k, x in figures.items() if x and figures[least]}
             if len(found) > 1:
                 label = f"{runs['family'].iloc[0]}, BERT, published"
@@ -188,8 +197,7 @@ def draw_sizes(sized: Table) -> Figure:
     figure, (upper, lower) = _panels(2, titles)
     for above, below, title in zip(upper, lower, titles, strict=True):
         of_column = sized[sized["column"] == title]
-        for number, (name, runs) in enumerate(_lines(of_column, sized, "pooler")):
-            style = STYLES[number % len(STYLES)]
+        for name, style, runs in _lines(of_column, sized, "pooler"):
             of_size = dict(iter(runs.groupby("num_train")))
             _curve(above, {size: x["value"] for size, x in of_size.items()}, name, *style)
             rivals = of_column[of_column["encoder"] == runs["encoder"].iloc[0]]
@@ -219,11 +227,15 @@ def _gain_text(gains: pd.Series) -> str:
     return ("+" if gains.mean() >= 0 else "") + scores_text(list(gains))
 
 
-def _lines(of_column: Table, all_runs: Table, field: str) -> Iterator[tuple[str, Table]]:
-    """Runs by encoder and `field`, with a name for a legend."""
+def _lines(
+    of_column: Table, all_runs: Table, field: str
+) -> Iterator[tuple[str, tuple[str, str], Table]]:
+    """Runs by encoder and `field`, with a name for a legend, a colour and a mark."""
+    names = list(dict.fromkeys(zip(all_runs["encoder"], all_runs[field], strict=True)))
     has_one_encoder = all_runs["encoder"].nunique() == 1
     for (encoder, name), runs in of_column.groupby(["encoder", field], sort=False):
-        yield (name if has_one_encoder else f"{encoder}, {name}"), runs
+        style = STYLES[names.index((encoder, name)) % len(STYLES)]
+        yield (name if has_one_encoder else f"{encoder}, {name}"), style, runs
 
 
 def _panels(rows: int, titles: Sequence[str]) -> tuple[Figure, np.ndarray]:
