@@ -3,12 +3,11 @@
     python benchmarks/ablation.py --data-dir data --config small --data wikitext --steps 4000
     python benchmarks/ablation.py --variants ponet no-ga bert --config small --data wikitext
 
-Each of `VARIANTS` is pre-trained by pretrain/run.py, which gets all flags that --help does not
-list: as many tokens and one recipe for all. glue/run.py fine-tunes it on CoLA and STS-B. A folder
-per variant has the runs and their logs; report.md, report.json and report.png are written after
-every part. The same command skips what is finished and continues what was interrupted; commands
-with other --variants may share the folder at the same time, and each reports on all it finds.
-A part that fails does not stop the next; the exit status is 1 then.
+pretrain/run.py, which gets all flags that --help does not list, pre-trains each of `VARIANTS` on as
+many tokens under one recipe; glue/run.py fine-tunes it on CoLA and STS-B. report.md, report.json
+and report.png are written after every part. The same command skips what is finished and continues
+what was interrupted; commands with other --variants may share the folder at the same time, and each
+reports on all it finds. A part that fails does not stop the next; the exit status is 1 then.
 """
 
 import argparse
@@ -52,20 +51,15 @@ _TASKS = ("cola", "stsb")
 _PUBLISHED = {"cola": 45.36, "stsb": 84.57}
 # what the poster states: variant, figure, how it compares with PoNet
 _TRENDS = [
-    ("no-ga", "sso", "lower"),
-    ("no-ga", "stsb", "lower"),
-    ("no-smp", "mlm", "lower"),
-    ("no-smp", "cola", "lower"),
-    ("no-lmp", "mlm", "lower"),
-    ("no-lmp", "cola", "lower"),
+    *(("no-ga", figure, "lower") for figure in ("sso", "stsb")),
+    *((name, figure, "lower") for name in ("no-smp", "no-lmp") for figure in ("mlm", "cola")),
     # a weaker sentence objective: worse for what GA does, better for SMP and LMP
-    *((objective, "stsb", "lower") for objective in ("nsp", "mlm")),
-    *((objective, "mlm", "higher") for objective in ("nsp", "mlm")),
-    *((objective, "cola", "higher") for objective in ("nsp", "mlm")),
+    *((name, "stsb", "lower") for name in ("nsp", "mlm")),
+    *((name, figure, "higher") for name in ("nsp", "mlm") for figure in ("mlm", "cola")),
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Part:
     """What a program does for a variant."""
 
@@ -83,19 +77,14 @@ class Part:
         path = self.folder / f"{self.name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def figures(self) -> Row:
-        """The record, unless that is by other flags."""
-        record = self.record()
-        return record if record.get("flags") == self.flags else {}
-
     def perform(self) -> str:
         """Run it, unless that is done; returns what went wrong."""
-        if self.figures():
+        log, found = self.folder / f"{self.name}.log", self.record().get("flags")
+        if found == self.flags:
             return ""
-        log, is_pretrain = self.folder / f"{self.name}.log", self.name == "pretrain"
-        if is_pretrain and self.record():
-            found = shlex.join(self.record()["flags"])
-            return f"{self.folder} is by {found or 'no flags'}; give another --output"
+        is_pretrain = self.name == "pretrain"
+        if is_pretrain and found is not None:
+            return f"{self.folder} is by {shlex.join(found)}; give another --output"
         command = [sys.executable, str(ROOT / self.name / "run.py"), *self.flags, *self.places]
         if is_pretrain and (self.folder / self.name / "config.yaml").is_file():
             command += ["--resume", str(self.folder / self.name)]
@@ -116,11 +105,10 @@ def parts_of(variant: str, options: argparse.Namespace) -> list[Part]:
     pretrain = [*shlex.split(VARIANTS[variant][1]), *options.pretrain]
     tasks = ["--task", *_TASKS, "--no-save-models", *options.glue]
     model = [f"--checkpoint={folder / 'pretrain' / 'model'}", f"--data-dir={options.data_dir}"]
+    parts = (("pretrain", pretrain, []), ("glue", tasks, model))
     return [
-        Part(
-            name=name, folder=folder, flags=flags, places=[*places, f"--output-dir={folder / name}"]
-        )
-        for name, flags, places in (("pretrain", pretrain, []), ("glue", tasks, model))
+        Part(name, folder, flags, [*places, f"--output-dir={folder / name}"])
+        for name, flags, places in parts
     ]
 
 
@@ -140,12 +128,13 @@ def perform(variant: str, options: argparse.Namespace) -> Iterator[str]:
 
 def row_of(variant: str, options: argparse.Namespace) -> Row:
     """The figures of a variant, in per cent, as far as there are any."""
-    pretrain, glue = (part.figures() for part in parts_of(variant, options))
+    parts = parts_of(variant, options)
+    # of other flags there are none
+    pretrain, glue = (p.record() if p.record().get("flags") == p.flags else {} for p in parts)
     row: Row = {"variant": variant, "tokens": pretrain.get("tokens")}
-    for name in ("mlm", "sso"):
-        for kind in ("accuracy", "baseline", "length_baseline"):
-            if f"{name}_{kind}" in pretrain:
-                row[f"{name}_{kind}".removesuffix("_accuracy")] = 100 * pretrain[f"{name}_{kind}"]
+    for key, value in pretrain.items():
+        if key.endswith(("_accuracy", "_baseline")):
+            row[key.removesuffix("_accuracy")] = 100 * value
     for task in _TASKS:
         points: dict[tuple[int, float], list[float | None]] = {}
         for run in (run for run in glue.get("runs", []) if run["task"] == task):

@@ -362,9 +362,11 @@ def build_batches(
         start_step=position.epoch_step,
     )
     first = sampler.first_epoch
+    labelled = (first.plan.label != IGNORED_LABEL).mean()
     logger.info(
-        f"epoch {position.epoch}: {len(first.plan):,} examples, {first.num_steps} steps, packing "
-        f"efficiency {first.packing_efficiency:.3f}, {first.num_dropped_examples} left over"
+        f"epoch {position.epoch}: {len(first.plan):,} examples, {labelled:.0%} with a sentence "
+        f"label, {first.num_steps} steps, packing efficiency {first.packing_efficiency:.3f}, "
+        f"{first.num_dropped_examples} left over"
     )
     return sampler, held_out
 

@@ -28,7 +28,7 @@ from pretrain.settings import PRESETS, PretrainConfig, parse
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = [sys.executable, str(ROOT / "pretrain" / "run.py")]
 TINY = (
-    "--config=debug --vocab-size=400 --hidden-size=32 --intermediate-size=64 --seq-len=48 "
+    "--config=debug --vocab-size=400 --hidden-size=32 --intermediate-size=64 --seq-len=128 "
     "--batch-tokens=768 --micro-batch-tokens=384 --eval-tokens=1500 --validation-fraction=0.1 "
     "--steps=12 --eval-every=4 --log-every=1 --data=topics.jsonl --cache-dir=cache"
 ).split()
