@@ -31,7 +31,7 @@ from lra.model import LongRangeClassifier
 from lra.prepare import prepare_task
 from lra.resident import obstacle
 from lra.selfpretrain import MaskedPrediction
-from lra.settings import PARTS, ArenaConfig, ArenaSettings, parse
+from lra.settings import BLOCK, ArenaConfig, ArenaSettings, parse
 from lra.store import ArenaData, load_arena_data
 from lra.tasks import tasks_named
 from ponet.files import write_bytes
@@ -64,8 +64,8 @@ class ArenaRun(Run):
         fields = {"data": self._load().manifest["digest"], **asdict(settings)}
         if settings.mixer != settings.model:
             fields["mixer"] = settings.mixer
-        # a whole block says nothing of its parts, as before there was a choice
-        return {name: x for name, x in fields.items() if name not in PARTS or not x}
+        # the published block says nothing of its settings, as before there was a choice
+        return {name: x for name, x in fields.items() if x != BLOCK.get(name)}
 
     def execute(self) -> dict[str, Any]:
         """Self-pretrain, train and test, or continue to."""

@@ -31,7 +31,14 @@ PARTS = {
     "use_segment": "segment max-pooling",
     "use_local": "local max-pooling",
 }
-_WITH_PARTS = ("ponet", "ponet_published")
+# settings of PoNet's block, with their published values
+BLOCK = {
+    **dict.fromkeys(PARTS, True),
+    "segment_pooling": "max",
+    "local_pooling": "max",
+    "local_window": 3,
+}
+_WITH_BLOCK = ("ponet", "ponet_published")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,12 @@ class SharedSettings:
     """Segment max-pooling (SMP)."""
     use_local: bool = True
     """Local max-pooling (LMP)."""
+    segment_pooling: Literal["max", "average"] = "max"
+    """What PoNet takes of a segment; see docs/pooling.md."""
+    local_pooling: Literal["max", "average"] = "max"
+    """What it takes of the window around a token."""
+    local_window: int = 3
+    """Tokens that this window spans, odd."""
     pretrain_epochs: float = 0.0
     """Passes over the training set in which hidden tokens are predicted, before the task."""
     pretrain_learning_rate: float = 1e-3
@@ -124,7 +137,7 @@ class ArenaSettings(SharedSettings):
         return model_config(
             TASKS[self.task],
             self.mixer,
-            **{name: getattr(self, name) for name in (*names, "num_segments", *PARTS)},
+            **{name: getattr(self, name) for name in (*names, "num_segments", *BLOCK)},
             hidden_dropout_prob=self.dropout,
             intermediate_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.attention_dropout,
@@ -191,6 +204,8 @@ class ArenaConfig(SharedSettings):
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, name, "at least 0 and below 1", value)
+        window = self.local_window
+        require(window > 0 and window % 2 == 1, "local_window", "odd and at least 1", window)
 
     def runs(self, device: str) -> list[ArenaSettings]:
         """All runs of the command on a device, "cpu" or "cuda", seeds innermost."""
@@ -210,8 +225,8 @@ class ArenaConfig(SharedSettings):
             value = getattr(self, name)
             from_task = value is None and name in (*_OF_TASK, *of_protocol)
             values[name] = getattr(task, name) if from_task else value
-        if model not in _WITH_PARTS:
-            values |= dict.fromkeys(PARTS, True)
+        if model not in _WITH_BLOCK:
+            values |= BLOCK
         if self.precision == "auto":
             half = "fp16" if self.protocol == "published" else "bf16"
             values["precision"] = half if device == "cuda" else "fp32"

@@ -30,7 +30,7 @@ class FNetMixer(nn.Module):
 
 
 # compiled code would be made anew for every batch of other lengths
-@torch.compiler.disable
+@torch.compiler.disable()
 def _by_length(hidden: Tensor, layout: BatchLayout) -> Tensor:
     """Neighbours of one length in one transform."""
     runs = [(length, len(list(run))) for length, run in groupby(layout.lengths)]
