@@ -36,10 +36,15 @@ SIZES = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64}
 SIZES |= {"num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64}
 CONFIG = PoNetConfig(**SIZES, hidden_dropout_prob=0.0)
 AVERAGE = CONFIG.replace(segment_pooling="average", local_pooling="average", local_window=5)
-configs = pytest.mark.parametrize("config", [CONFIG, AVERAGE], ids=["max", "average"])
 
 pytest.importorskip("triton")
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+# what averages add is the same code on every backend
+models = pytest.mark.parametrize(
+    ("backend", "config"),
+    [("torch", CONFIG), ("triton", CONFIG), ("torch", AVERAGE)],
+    ids=["torch", "triton", "average"],
+)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -146,8 +151,7 @@ def encode(encoder: Callable, hidden: Tensor, layout: BatchLayout) -> tuple[Tens
     return last.detach(), gradient
 
 
-@backends
-@configs
+@models
 def test_encoder_compiles_without_graph_breaks(backend, config):
     encoder = new_encoder(config)
     # without a GPU nothing may need a compiler, so the graph is run as it was traced
@@ -176,8 +180,7 @@ def test_activation_checkpointing_changes_nothing(backend):
     assert all(map(torch.equal, plain, saved))
 
 
-@backends
-@configs
+@models
 def test_autocast_trains_in_bf16_and_keeps_fp32_gradients(backend, config):
     encoder, hidden, places = new_encoder(config), random(20, 32), layout([7, 13])
     seen: list[torch.dtype] = []
@@ -199,7 +202,7 @@ class LastState(PoNetModel):
         return super().forward(ids, mask).last_hidden_state
 
 
-@configs
+@pytest.mark.parametrize("config", [CONFIG, AVERAGE], ids=["max", "average"])
 def test_model_exports_for_any_batch_and_length(tmp_path, config):
     """The exported program runs in a process that knows the operators alone."""
     torch.manual_seed(0)
