@@ -60,7 +60,7 @@ _TRENDS = [
 
 
 @dataclass(frozen=True)
-class Part:
+class Stage:
     """What a program does for a variant."""
 
     name: str
@@ -99,7 +99,7 @@ class Part:
         return ""
 
 
-def parts_of(variant: str, options: argparse.Namespace) -> list[Part]:
+def parts_of(variant: str, options: argparse.Namespace) -> list[Stage]:
     """Pre-training and fine-tuning."""
     folder = options.output / variant
     pretrain = [*shlex.split(VARIANTS[variant][1]), *options.pretrain]
@@ -107,7 +107,7 @@ def parts_of(variant: str, options: argparse.Namespace) -> list[Part]:
     model = [f"--checkpoint={folder / 'pretrain' / 'model'}", f"--data-dir={options.data_dir}"]
     parts = (("pretrain", pretrain, []), ("glue", tasks, model))
     return [
-        Part(name, folder, flags, [*places, f"--output-dir={folder / name}"])
+        Stage(name, folder, flags, [*places, f"--output-dir={folder / name}"])
         for name, flags, places in parts
     ]
 

@@ -26,11 +26,13 @@ class FNetMixer(nn.Module):
         """`[T, C]` -> `[T, C]`; half precision is transformed in float32."""
         # half precision lacks kernels for most lengths
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        return _by_length(wide, layout).to(hidden.dtype)
+        transform = _by_length
+        if torch.compiler.is_compiling():
+            # compiled code would be made anew for every batch of other lengths
+            transform = torch.compiler.disable(_by_length)
+        return transform(wide, layout).to(hidden.dtype)
 
 
-# compiled code would be made anew for every batch of other lengths
-@torch.compiler.disable()
 def _by_length(hidden: Tensor, layout: BatchLayout) -> Tensor:
     """Neighbours of one length in one transform."""
     runs = [(length, len(list(run))) for length, run in groupby(layout.lengths)]
