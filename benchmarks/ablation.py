@@ -27,7 +27,7 @@ from benchmarks import ROOT
 from benchmarks.common import NUMBER, RUNS, Row
 from benchmarks.gpu_report import run_command
 from ponet.files import write_json
-from ponet.run.cli import errors_in_one_line
+from ponet.run.cli import UsageError, errors_in_one_line
 from ponet.run.report import figure_text, markdown_table, scores_text, write_report
 
 FULL = "ponet"
@@ -79,14 +79,11 @@ class Stage:
 
     def perform(self) -> str:
         """Run it, unless that is done; returns what went wrong."""
-        log, found = self.folder / f"{self.name}.log", self.record().get("flags")
-        if found == self.flags:
+        log = self.folder / f"{self.name}.log"
+        if self.record().get("flags") == self.flags:
             return ""
-        is_pretrain = self.name == "pretrain"
-        if is_pretrain and found is not None:
-            return f"{self.folder} is by {shlex.join(found)}; give another --output"
         command = [sys.executable, str(ROOT / self.name / "run.py"), *self.flags, *self.places]
-        if is_pretrain and (self.folder / self.name / "config.yaml").is_file():
+        if self.name == "pretrain" and (self.folder / self.name / "config.yaml").is_file():
             command += ["--resume", str(self.folder / self.name)]
         print(f"{self.folder.name}: {self.name}, log: {log}", flush=True)
         state = run_command(command, None, log, folder=Path.cwd())
@@ -112,6 +109,15 @@ def parts_of(variant: str, options: argparse.Namespace) -> list[Stage]:
     ]
 
 
+def refuse_other_runs(options: argparse.Namespace) -> None:
+    """Raise a `UsageError` where a variant was pre-trained by other flags, before a part runs."""
+    for variant in options.variants:
+        stage = parts_of(variant, options)[0]
+        found = stage.record().get("flags")
+        if found not in (None, stage.flags):
+            raise UsageError(f"{stage.folder} is by {shlex.join(found)}; give another --output")
+
+
 def perform(variant: str, options: argparse.Namespace) -> Iterator[str]:
     """Do the parts of a variant, one after the other; gives what went wrong with each."""
     options.output.joinpath(variant).mkdir(parents=True, exist_ok=True)
@@ -135,7 +141,8 @@ def row_of(variant: str, options: argparse.Namespace) -> Row:
     for key, value in pretrain.items():
         if key.endswith(("_accuracy", "_baseline")):
             row[key.removesuffix("_accuracy")] = 100 * value
-    for task in _TASKS:
+    # scores rest on the pre-training of their time
+    for task in _TASKS if pretrain else ():
         points: dict[tuple[int, float], list[float | None]] = {}
         for run in (run for run in glue.get("runs", []) if run["task"] == task):
             points.setdefault((run["batch_size"], run["learning_rate"]), []).append(run["score"])
@@ -272,6 +279,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ablation: ended"))
     failures, text = [], ""
     with errors_in_one_line("ablation", advice="; the same command continues"):
+        refuse_other_runs(options)
         for variant in dict.fromkeys(options.variants):
             for failure in perform(variant, options):
                 text = report(options)

@@ -178,11 +178,15 @@ class GlueConfig:
         return list(dict.fromkeys(TASKS[name].trained_on or name for name in names))
 
     def within(self, num_layers: int) -> "GlueConfig":
-        """Without the --pooler-layers that an encoder of so many layers lacks, unless all are."""
+        """Without the --pooler-layers that an encoder of so many layers lacks."""
         fitting = tuple(k for k in self.pooler_layers if k <= num_layers)
-        if not fitting or fitting == self.pooler_layers:
-            return self
         beyond = " ".join(str(k) for k in self.pooler_layers if k > num_layers)
+        # alike where no pooler reads several layers
+        one, other = (replace(self, pooler_layers=(k,)).poolers() for k in (1, 2))
+        if not beyond or one == other:
+            return self
+        if not fitting:
+            raise UsageError(f"--pooler-layers {beyond}: the encoder has {num_layers}")
         logger.warning("--pooler-layers %s left out: the encoder has %d", beyond, num_layers)
         return replace(self, pooler_layers=fitting)
 

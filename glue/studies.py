@@ -206,6 +206,9 @@ def draw_sizes(sized: Table) -> Figure:
             # the baseline's are the line of no gain
             if not base.index.equals(runs.index):
                 _curve(below, gains, name, *style)
+        # without a baseline there are no gains
+        below.set_visible(below.has_data())
+        above.tick_params(labelbottom=not below.has_data())
         below.axhline(0, color="black", linewidth=0.8)
         for axes in (above, below):
             axes.set_xscale("log")
@@ -274,5 +277,9 @@ def _with_legend(figure: Figure) -> Figure:
     found = [axes.get_legend_handles_labels() for axes in figure.axes]
     legend = {label: handle for both in found for handle, label in zip(*both, strict=True)}
     figure.suptitle(f"mean {PLUS_MINUS} standard deviation over seeds")
-    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=3)
+    widest = max(map(len, legend), default=0)
+    columns = max(1, int(figure.get_figwidth() / (0.5 + 0.08 * widest)))  # inches
+    figure.set_figheight(figure.get_figheight() + 0.2 * (len(legend) // columns))
+    labels = (list(legend.values()), list(legend))
+    figure.legend(*labels, loc="outside lower center", ncols=columns)
     return figure

@@ -167,24 +167,19 @@ def _accuracy_table(group: Table, complete: Table) -> str:
     texts = _cells(complete, "test_accuracy", scores_text).reindex(columns=tasks, fill_value="")
     rows = [["majority baseline", *(figure_text(majority[task]) for task in tasks), ""]]
     models = dict(zip(complete["row"], complete["model"], strict=True))
-    known = list(dict.fromkeys(models[row] for row in texts.index))
-    for model in known:
+    others = list(PUBLISHED)
+    for model in dict.fromkeys(models[row] for row in texts.index):
         for row, *cells in texts[texts.index.map(models) == model].itertuples():
             of_row = means[row]
             has_all = set(COMPARED) <= set(of_row.index)
             average = of_row[list(COMPARED)].mean() if has_all else None
             rows.append([row, *cells, figure_text(average)])
-        rows += [_published_row(row, tasks) for row in _published_of([model], comparable=True)]
-    rows += [_published_row(row, tasks) for row in _published_of(known, comparable=False)]
+        beside = [row for row in others if row["comparable"] and model in row["models"]]
+        others = [row for row in others if row not in beside]
+        rows += [_published_row(row, tasks) for row in beside]
+    others.sort(key=lambda row: not row["comparable"])
+    rows += [_published_row(row, tasks) for row in others]
     return markdown_table(["model", *(TITLES[task] for task in tasks), "average"], rows)
-
-
-def _published_of(models: list[str], *, comparable: bool) -> list[dict[str, Any]]:
-    return [
-        row
-        for row in PUBLISHED
-        if row["comparable"] == comparable and set(row["models"]) & set(models)
-    ]
 
 
 def _published_row(published: dict[str, Any], tasks: list[str]) -> list[str]:

@@ -115,8 +115,12 @@ class ArenaSettings(SharedSettings):
     @property
     def name(self) -> str:
         """Folder of the run below its protocol."""
-        without = "".join(f"-no-{part}" for part in self.ablation).replace("_", "-")
-        return f"{self.task}-{self.model}{without}-seed{self.seed}"
+        changes = [f"no-{part}" for part in self.ablation]
+        poolings = [name for name in BLOCK if name not in PARTS]
+        changed = [name for name in poolings if getattr(self, name) != BLOCK[name]]
+        changes += [f"{name}-{getattr(self, name)}" for name in changed]
+        block = "".join(f"-{change}" for change in changes).replace("_", "-")
+        return f"{self.task}-{self.model}{block}-seed{self.seed}"
 
     @property
     def group(self) -> str:

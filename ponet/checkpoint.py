@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError
@@ -144,13 +144,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Entries of `model.safetensors` or `pytorch_model.bin` as `module_entries` names them."""
     entries: dict[str, Tensor] = {}
     for file in _weight_files(folder):
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file, though the index beside it names it")
         try:
             if file.suffix == ".safetensors":
                 part = load_file(file)
             else:
                 part = torch.load(file, map_location="cpu", weights_only=True)
-        except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise CheckpointError(f"{file}: damaged or not a checkpoint: {error}") from error
+        except UnpicklingError as error:
+            # what torch says advises to unpickle
+            reason = "it has no form that holds tensors alone"
+            raise CheckpointError(f"{file}: damaged or not a checkpoint: {reason}") from error
+        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+            raise CheckpointError(f"{file}: damaged or not a checkpoint: {error!r}") from error
         if not isinstance(part, dict) or not all(isinstance(x, Tensor) for x in part.values()):
             raise CheckpointError(f"{file}: damaged or not a checkpoint: no dictionary of tensors")
         entries |= part
@@ -200,7 +206,7 @@ def model_folder(source: str | Path, revision: str | None = None) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"{source}: no such folder, nor is it on the hub: {reason}"
+            f"{source}: no such folder, and the hub does not give it: {reason}"
         ) from error
     return found
 
@@ -235,7 +241,7 @@ class PreTrainedModel(nn.Module):
         source: str | Path,
         *,
         revision: str | None = None,
-        dtype: torch.dtype | Literal["auto"] | None = None,
+        dtype: torch.dtype | str | None = None,
         ignore_mismatched_sizes: bool = False,
         **changes: Any,
     ) -> Self:
@@ -246,7 +252,7 @@ class PreTrainedModel(nn.Module):
         Args:
             source: the folder, or the name of a model on the Hugging Face hub.
             revision: branch, tag or commit of the model on the hub.
-            dtype: of the parameters; "auto": that of the file; None: float32.
+            dtype: of the parameters, or its name; "auto": that of the file; None: float32.
             ignore_mismatched_sizes: heads of other sizes, such as a classifier with another number
                 of labels, start afresh, too.
             **changes: fields of the configuration to replace, such as `num_labels`, or arguments
@@ -263,7 +269,11 @@ class PreTrainedModel(nn.Module):
         model = cls(config.replace(**changes), **arguments)
         if dtype == "auto":
             dtype = entries[_WORDS].dtype if _WORDS in entries else None
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, dtype)
         if dtype is not None:
+            if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise ValueError(f"dtype must be a floating type of torch, found {dtype!r}")
             model.to(dtype)
         if "max_position_embeddings" in changes:
             entries = tile_positions(entries, model.config.max_position_embeddings)
@@ -310,6 +320,9 @@ class PreTrainedModel(nn.Module):
         new = [h.rstrip(".") for h in fresh if any(n.startswith(h) for n in named)]
         if new:
             logger.warning("%s: initialised at random: %s", origin, ", ".join(new))
+        unused = [n for n in entries if n.startswith("ponet.encoder.") and n not in named]
+        if unused:
+            logger.warning("%s: %d weights not used, such as %s", origin, len(unused), unused[0])
 
     def named_weights(self) -> dict[str, nn.Parameter]:
         """The parameters by the names that `read_weights` gives them."""

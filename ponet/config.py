@@ -37,6 +37,10 @@ _FIXED = {
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new"}
 
 
+_POSITIVE = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size")
+_POSITIVE += ("max_position_embeddings", "num_labels")
+
+
 class ConfigError(ValueError):
     """A configuration that contradicts itself or describes another architecture."""
 
@@ -154,7 +158,7 @@ class PoNetConfig:
     pooler: PoolerConfig = PoolerConfig()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
+        for name in _POSITIVE:
             _require_at_least(1, name, getattr(self, name))
         _require_at_least(0, "type_vocab_size", self.type_vocab_size)
         if self.num_segments is not None:

@@ -124,7 +124,10 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="folder to write")
     chosen = parser.parse_args()
     try:
+        if chosen.target.is_dir() and any(chosen.target.iterdir()):
+            raise FileExistsError(f"{chosen.target}: not empty, expected a new folder")
         write_published(chosen.source, chosen.target)
+        print(f"written: {chosen.target}")
     except (ValueError, OSError) as error:
         sys.exit(f"ponet.convert: {error}")
 

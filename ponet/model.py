@@ -357,6 +357,8 @@ def fast_width(width: int, device: torch.device) -> int:
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labels that are not ignored; zero, and not NaN, where all are."""
+    if labels.is_floating_point():
+        raise ValueError(f"labels are {labels.dtype}, expected classes as integers")
     loss = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)
     return torch.where((labels != IGNORED_LABEL).any(), loss, 0.0)
 

@@ -162,8 +162,8 @@ def plan_epoch(
     if settings.num_labels and len(documents) < 2:
         raise ValueError(
             f"{settings.objective} takes text from another document and needs at least two "
-            f"documents, got {len(documents)}; give more text, a larger --validation-fraction "
-            "where the held-out ones are too few, or use the objective mlm"
+            f"documents to train on and two to hold out, found {len(documents)} on one side; give "
+            "more text, a larger --validation-fraction, or use the objective mlm"
         )
     documents = np.sort(documents)
     owner, key, start, end = _cut_documents(corpus, documents, settings, seed, epoch)

@@ -49,8 +49,8 @@ def _read_result(path: Path, adapter: TypeAdapter[Any]) -> Any:
         return adapter.validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ResultError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from error
+        where = ": ".join([str(path), *filter(None, [".".join(map(str, first["loc"]))])])
+        raise ResultError(f"{where}: {first['msg']}, found {first['input']!r}") from error
 
 
 def read_published(path: Path) -> Any:
