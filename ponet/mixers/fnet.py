@@ -8,7 +8,6 @@ mask: to mix padding as it does, give rows whose padding is tokens.
 """
 
 from itertools import groupby
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +29,8 @@ class FNetMixer(nn.Module):
         transform = _by_length
         if torch.compiler.is_compiling():
             # compiled code would be made anew for every batch of other lengths
-            transform = cast(Any, torch.compiler).disable(_by_length)
-        return transform(wide, layout).to(hidden.dtype)
+            transform = torch.compiler.disable(_by_length)
+        return transform(wide, layout).to(hidden.dtype)  # pyright: ignore[reportCallIssue]
 
 
 def _by_length(hidden: Tensor, layout: BatchLayout) -> Tensor:
