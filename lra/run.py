@@ -65,7 +65,7 @@ class ArenaRun(Run):
         if settings.mixer != settings.model:
             fields["mixer"] = settings.mixer
         # the published block says nothing of its settings, as before there was a choice
-        return {name: x for name, x in fields.items() if x != BLOCK.get(name)}
+        return {n: x for n, x in fields.items() if n not in BLOCK or x != BLOCK[n]}
 
     def execute(self) -> dict[str, Any]:
         """Self-pretrain, train and test, or continue to."""

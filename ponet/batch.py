@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -24,7 +25,9 @@ class HostBatch:
     def __init__(self, tensors: Mapping[str, Tensor], layout: BatchLayout) -> None:
         """Copy tensors of the CPU into a block."""
         parts = layout.tensors()
-        self._layout = layout.with_tensors(dict.fromkeys(parts, torch.empty(0)))
+        # on a device they could not be looked at without a wait
+        known = replace(layout, host_lengths=layout.lengths)
+        self._layout = known.with_tensors(dict.fromkeys(parts, torch.empty(0)))
         named = {**tensors, **{_LAYOUT + name: tensor for name, tensor in parts.items()}}
         self._places: dict[str, tuple[torch.dtype, torch.Size, int]] = {}
         size = 0

@@ -49,9 +49,9 @@ class BatchLayout(PackedLayout):
     """A layout, and the rectangle that some mixers and poolers are defined on."""
 
     host_lengths: tuple[int, ...] | None = None
-    """Tokens of each sequence; None: to be read from `cu_seqlens`."""
+    """Tokens of each sequence, for a layout on a device; None: to be read from `cu_seqlens`."""
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sequence; waits for a device where the layout was made there."""
         if self.host_lengths is not None:
@@ -236,11 +236,10 @@ def layout_of(
     gaps[1:] = stream.positions[1:] != stream.positions[:-1] + 1
     places = starts.nonzero().squeeze(1)
     cu_segments = torch.cat([places, places.new_full((1,), starts.shape[0])]).int()
-    longest, lengths = stream.row_length, None
+    longest = stream.row_length
     # on another device looking costs a wait
-    if special.device.type == "cpu" and not torch.compiler.is_compiling():
-        lengths = tuple(stream.cu_seqlens.diff().tolist())
-        longest = int(cu_segments.diff().max()) if len(places) else longest
+    if special.device.type == "cpu" and not torch.compiler.is_compiling() and len(places):
+        longest = int(cu_segments.diff().max())
     return BatchLayout(
         cu_seqlens=stream.cu_seqlens,
         cu_segments=cu_segments,
@@ -249,7 +248,6 @@ def layout_of(
         token_marks=token_marks(apart | gaps, special),
         max_seqlen=stream.row_length,
         max_segment_len=longest,
-        host_lengths=lengths,
     )
 
 
@@ -289,5 +287,4 @@ def layout_of_segments(
         token_marks=torch.from_numpy(marks),
         max_seqlen=int(np.diff(cu_seqlens).max()),
         max_segment_len=int(lengths.max()),
-        host_lengths=tuple(np.diff(cu_seqlens).tolist()),
     )
