@@ -4,8 +4,8 @@
         step(0)
     assert found == []
 
-Operators of `torch.ops.ponet` are looked into. Only what the dispatcher sees counts: not the inside
-of PyTorch's own kernels, and not `numpy()`.
+Operators of `torch.ops.ponet` are looked into. Only `tolist()` and what the dispatcher sees count:
+not the inside of PyTorch's own kernels, and not `numpy()`.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from ponet_kernels import use_backend
 from ponet_kernels.triton_kernels.launch import record_launches
 
 _ALWAYS = {
-    # item, float(x), bool(x), tolist of one element; an answer with a bool of Python
+    # item, float(x), bool(x); an answer with a bool of Python
     *("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose"),
     # the size of the result depends on values
     *("nonzero", "masked_select", "bincount"),
@@ -80,7 +80,15 @@ def _is_blocking_copy(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def count_synchronising() -> Iterator[list[str]]:
     """Collect, in order, the names of operations that would wait; see the module."""
     found: list[str] = []
-    with _Counter(found):
+    plain = Tensor.tolist
+
+    def tolist(tensor: Tensor) -> Any:
+        # what the host does by itself is done without modes
+        if torch._C._len_torch_dispatch_stack():
+            found.append("tolist")
+        return plain(tensor)
+
+    with patch.object(Tensor, "tolist", tolist), _Counter(found):
         yield found
 
 
