@@ -12,6 +12,7 @@ from lra.steps import OneCycle
 from lra.store import DATA_DIR
 from lra.tasks import TASKS, ArenaTask, ProtocolName, tasks_named
 from ponet import PoNetConfig
+from ponet.config import BlockSettings
 from ponet.mixers import MIXERS
 from ponet.run.cli import UsageError, parse_arguments, require, require_at_least
 
@@ -31,18 +32,13 @@ PARTS = {
     "use_segment": "segment max-pooling",
     "use_local": "local max-pooling",
 }
-# settings of PoNet's block, with their published values
-BLOCK = {
-    **dict.fromkeys(PARTS, True),
-    "segment_pooling": "max",
-    "local_pooling": "max",
-    "local_window": 3,
-}
+# the published block
+BLOCK: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(BlockSettings)}
 _WITH_BLOCK = ("ponet", "ponet_published")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedSettings:
+class SharedSettings(BlockSettings):
     """What a command hands on to its runs."""
 
     protocol: ProtocolName = "published"
@@ -65,20 +61,6 @@ class SharedSettings:
     """Dropout after the embedding, inside the feed-forward sub-layer and after each sub-layer."""
     attention_dropout: float = 0.1
     """Dropout of attention probabilities; on a CPU softmax attention is much faster without."""
-    use_global: bool = True
-    """PoNet's global aggregation (GA); other models have nothing to leave out, here and below."""
-    use_global_second_stage: bool = True
-    """Second stage of GA."""
-    use_segment: bool = True
-    """Segment max-pooling (SMP)."""
-    use_local: bool = True
-    """Local max-pooling (LMP)."""
-    segment_pooling: Literal["max", "average"] = "max"
-    """What PoNet takes of a segment; see docs/pooling.md."""
-    local_pooling: Literal["max", "average"] = "max"
-    """What it takes of the window around a token."""
-    local_window: int = 3
-    """Tokens that this window spans, odd."""
     pretrain_epochs: float = 0.0
     """Passes over the training set in which hidden tokens are predicted, before the task."""
     pretrain_learning_rate: float = 1e-3
@@ -115,11 +97,10 @@ class ArenaSettings(SharedSettings):
     @property
     def name(self) -> str:
         """Folder of the run below its protocol."""
-        changes = [f"no-{part}" for part in self.ablation]
-        poolings = [name for name in BLOCK if name not in PARTS]
-        changed = [name for name in poolings if getattr(self, name) != BLOCK[name]]
-        changes += [f"{name}-{getattr(self, name)}" for name in changed]
-        block = "".join(f"-{change}" for change in changes).replace("_", "-")
+        changes = [f"-no-{part}" for part in self.ablation]
+        poolings = [(n, getattr(self, n)) for n in BLOCK if n not in PARTS]
+        changes += [f"-{n}-{value}" for n, value in poolings if value != BLOCK[n]]
+        block = "".join(changes).replace("_", "-")
         return f"{self.task}-{self.model}{block}-seed{self.seed}"
 
     @property

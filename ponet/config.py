@@ -35,10 +35,10 @@ _FIXED = {
 }
 # names of one function
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new"}
-
-
-_POSITIVE = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size")
-_POSITIVE += ("max_position_embeddings", "num_labels")
+_POSITIVE = (
+    *("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"),
+    *("max_position_embeddings", "num_labels"),
+)
 
 
 class ConfigError(ValueError):
@@ -82,7 +82,27 @@ class PoolerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoNetConfig:
+class BlockSettings:
+    """What PoNet's block pools, and how: by default as published. Other mixers read none of it."""
+
+    use_global: bool = True
+    """PoNet's global aggregation (GA)."""
+    use_global_second_stage: bool = True
+    """Second stage of GA, attention of the mean query over the keys; without it the mean alone."""
+    use_segment: bool = True
+    """Segment max-pooling (SMP)."""
+    use_local: bool = True
+    """Local max-pooling (LMP)."""
+    segment_pooling: Literal["max", "average"] = "max"
+    """What PoNet takes of a segment; see docs/pooling.md."""
+    local_pooling: Literal["max", "average"] = "max"
+    """What it takes of the window around a token."""
+    local_window: int = 3
+    """Tokens that this window spans, odd; it has fewer where its run of tokens ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoNetConfig(BlockSettings):
     """Sizes and switches of an encoder; the defaults are the published base model of PoNet."""
 
     vocab_size: int = 30522
@@ -117,18 +137,6 @@ class PoNetConfig:
     """[CLS] and [SEP] receive global aggregation only and are seen by no window or segment."""
     num_segments: int | None = None
     """Cut rows into this many equal chunks when no segments are given; None: at special tokens."""
-    use_global: bool = True
-    """Global aggregation; the ablations leave it or one of the two max-poolings out."""
-    use_global_second_stage: bool = True
-    """Attention of the mean query over the keys; False keeps the mean query alone."""
-    use_segment: bool = True
-    use_local: bool = True
-    segment_pooling: Literal["max", "average"] = "max"
-    """What the mixer `ponet` takes of a segment; see docs/pooling.md."""
-    local_pooling: Literal["max", "average"] = "max"
-    """What it takes of the window around a token."""
-    local_window: int = 3
-    """Tokens that this window spans, odd; it has fewer where its run of tokens ends."""
     attention_probs_dropout_prob: float = 0.0
     """Dropout on the attention probabilities of the baselines; PoNet has none inside the block."""
     linformer_size: int = 256

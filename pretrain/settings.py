@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from ponet.checkpoint import read_model
-from ponet.config import PoNetConfig
+from ponet.config import BlockSettings, PoNetConfig
 from ponet.run.cli import UsageError, parse_arguments, read_yaml, require, require_at_least
 from ponet.tokenizer import SpecialTokens, load_tokenizer
 from pretrain.examples import OBJECTIVES, ExampleSettings
@@ -26,7 +26,7 @@ _AT_LEAST |= dict.fromkeys(["warmup_steps", "num_workers", "max_grad_norm", "wei
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(BlockSettings):
     """Settings of a pre-training run; the defaults are those of no preset in particular."""
 
     data: tuple[str, ...] = ("builtin",)
@@ -67,20 +67,6 @@ class PretrainConfig:
     initializer_range: float = 0.02
     """Standard deviation of initial weights. BERT's 0.02 belongs to a width of 768; what a layer
     adds to the residual stays the same at other widths with 0.02 * sqrt(768 / width)."""
-    use_global: bool = True
-    """Global aggregation (GA)."""
-    use_global_second_stage: bool = True
-    """Second stage of GA."""
-    use_segment: bool = True
-    """Segment max-pooling (SMP)."""
-    use_local: bool = True
-    """Local max-pooling (LMP)."""
-    segment_pooling: Literal["max", "average"] = "max"
-    """What the mixer ponet takes of a segment."""
-    local_pooling: Literal["max", "average"] = "max"
-    """What it takes of the window around a token."""
-    local_window: int = 3
-    """Tokens of this window, odd."""
     seq_len: int = 512
     """Longest example in tokens, special tokens included."""
     objective: Literal["mlm+sso", "mlm+nsp", "mlm"] = "mlm+sso"
@@ -223,12 +209,7 @@ def _continued(checkpoint: str, flags: dict[str, Any]) -> dict[str, Any]:
     if "attention_probs_dropout_prob" in flags:
         # a matter of training, not of the architecture
         del decided["attention_probs_dropout_prob"]
-    for name, value in decided.items():
-        if flags.get(name, value) != value:
-            raise UsageError(
-                f"--{name.replace('_', '-')} cannot change on --checkpoint: {checkpoint} has "
-                f"{value!r}, found {flags[name]!r}"
-            )
+    _refuse_changes(flags, decided, f"--checkpoint: {checkpoint}")
     vocab = flags.get("vocab") or str(folder.resolve())
     size = load_tokenizer(vocab).get_vocab_size()
     if size > model.vocab_size:
@@ -243,10 +224,15 @@ def _resumed(folder: Path, flags: dict[str, Any]) -> PretrainConfig:
     if not saved.is_file():
         raise UsageError(f"--resume: {folder} holds no config.yaml, expected the folder of a run")
     values = read_yaml(saved, PretrainConfig)
-    for name, value in flags.items():
-        if name not in _FREE_ON_RESUME and value != values.get(name):
-            raise UsageError(
-                f"--{name.replace('_', '-')} cannot change on --resume: the run has "
-                f"{values.get(name)!r}, found {value!r}"
-            )
+    fixed = {name: values.get(name) for name in flags.keys() - _FREE_ON_RESUME}
+    _refuse_changes(flags, fixed, "--resume: the run")
     return PretrainConfig(**(values | flags))
+
+
+def _refuse_changes(flags: dict[str, Any], held: dict[str, Any], where: str) -> None:
+    for name, value in flags.items():
+        if name in held and value != held[name]:
+            raise UsageError(
+                f"--{name.replace('_', '-')} cannot change on {where} has {held[name]!r}, "
+                f"found {value!r}"
+            )
