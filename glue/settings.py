@@ -181,9 +181,7 @@ class GlueConfig:
         """Without the --pooler-layers that an encoder of so many layers lacks."""
         fitting = tuple(k for k in self.pooler_layers if k <= num_layers)
         beyond = " ".join(str(k) for k in self.pooler_layers if k > num_layers)
-        # alike where no pooler reads several layers
-        one, other = (replace(self, pooler_layers=(k,)).poolers() for k in (1, 2))
-        if not beyond or one == other:
+        if not beyond or all(POOLERS[name].layer_rule == "last" for name in self.pooler):
             return self
         if not fitting:
             raise UsageError(f"--pooler-layers {beyond}: the encoder has {num_layers}")
