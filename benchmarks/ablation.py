@@ -77,10 +77,15 @@ class Stage:
         path = self.folder / f"{self.name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
+    def finished(self) -> Row:
+        """The record, unless that is by other flags."""
+        record = self.record()
+        return record if record.get("flags") == self.flags else {}
+
     def perform(self) -> str:
         """Run it, unless that is done; returns what went wrong."""
         log = self.folder / f"{self.name}.log"
-        if self.record().get("flags") == self.flags:
+        if self.finished():
             return ""
         command = [sys.executable, str(ROOT / self.name / "run.py"), *self.flags, *self.places]
         if self.name == "pretrain" and (self.folder / self.name / "config.yaml").is_file():
@@ -134,9 +139,7 @@ def perform(variant: str, options: argparse.Namespace) -> Iterator[str]:
 
 def row_of(variant: str, options: argparse.Namespace) -> Row:
     """The figures of a variant, in per cent, as far as there are any."""
-    parts = parts_of(variant, options)
-    # of other flags there are none
-    pretrain, glue = (p.record() if p.record().get("flags") == p.flags else {} for p in parts)
+    pretrain, glue = (stage.finished() for stage in parts_of(variant, options))
     row: Row = {"variant": variant, "tokens": pretrain.get("tokens")}
     for key, value in pretrain.items():
         if key.endswith(("_accuracy", "_baseline")):
