@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ponet.config import PoNetConfig
 from ponet.files import write_bytes, write_json
-from ponet.run.hub import download
 
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
@@ -194,12 +193,16 @@ def model_folder(source: str | Path, revision: str | None = None) -> Path:
         return folder
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) is None:
         raise CheckpointError(f"{source}: no such folder, expected a model folder")
+    # a second to import, and folders need none of it
+    from huggingface_hub import snapshot_download
+
     found = folder
     try:
         for name in (WEIGHTS, PICKLED_WEIGHTS):
             stem, ending = name.split(".")
             weights = [name, f"{stem}-*.{ending}", f"{name}.index.json"]
-            found = download(str(source), [CONFIG, *TOKENIZER_FILES, *weights], revision)
+            wanted = [CONFIG, *TOKENIZER_FILES, *weights]
+            found = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
             # the slower form is fetched where there is no other
             if any(found.glob(f"{stem}*.{ending}")):
                 break

@@ -1,8 +1,6 @@
 """The Hugging Face hub, which is tried once."""
 
 import socket
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -24,15 +22,3 @@ def import_datasets() -> Any:
         except OSError:
             datasets.config.HF_HUB_OFFLINE = True
     return datasets
-
-
-def download(repository: str, patterns: Sequence[str], revision: str | None) -> Path:
-    """Folder in the local cache with those files of a model repository that match a pattern.
-
-    Raises:
-        OSError, ValueError: the hub has no such repository, or neither it nor the cache answers.
-    """
-    # a second to import, and folders need none of it
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
